@@ -1,0 +1,36 @@
+"""One way to tell a person what is wrong: a single line, exit code 2, no traceback."""
+
+import sys
+
+
+class UserError(Exception):
+    """Bad input. The message is the one line shown to the person.
+
+    It says what is wrong, where (file and line number where there is one), what was expected and
+    what to do about it.
+    """
+
+
+class DivergenceError(Exception):
+    """Training left the finite numbers. The message says what, where, and what is left on disk."""
+
+
+def run_script(main):
+    """Run a script's ``main()`` and turn its errors into one line on stderr and an exit code.
+
+    ``UserError`` exits with 2, ``DivergenceError`` with 1, Ctrl-C with 130.
+    """
+    try:
+        main()
+    except UserError as error:
+        sys.exit(_say(error, 2))
+    except DivergenceError as error:
+        sys.exit(_say(error, 1))
+    except KeyboardInterrupt:
+        sys.exit(_say("interrupted", 130))
+
+
+def _say(message, code):
+    line = " ".join(str(message).split())
+    print(f"error: {line}", file=sys.stderr, flush=True)
+    return code
