@@ -128,14 +128,14 @@ def dense_parts(train_loss, dev_loss, theta, phi):
     """v (n), H (n, n) and the mixed derivative M = dg/dphi (n, m), each formed in full."""
     theta, phi = theta.detach(), phi.detach()
     v = jacobian(dev_loss, theta)
-    h = hessian(lambda th: train_loss(th, phi), theta)
+    h = hessian(lambda th: train_loss(th, phi), theta, vectorize=True)
 
     def gradient_in_theta(ph):
         th = theta.clone().requires_grad_()
         (g,) = torch.autograd.grad(train_loss(th, ph), th, create_graph=True)
         return g
 
-    m = jacobian(gradient_in_theta, phi)
+    m = jacobian(gradient_in_theta, phi, vectorize=True)
     return v, h, m
 
 
