@@ -80,8 +80,10 @@ class PlainScheduler(nn.Module):
     def schedule(self, features, losses):
         """W (B, K); no gradient reaches the features or the losses."""
         features, losses = features.detach(), losses.detach()
-        z = (losses - losses.mean(dim=0)) / (losses.std(dim=0) + 1e-6)
-        z = torch.where((losses != losses[0]).any(dim=0), z, 0.0)  # constant column, batch of one
+        z = torch.zeros_like(losses)
+        varies = (losses != losses[0]).any(dim=0)  # z stays 0 in a constant column, batch of one
+        if varies.any():
+            z = torch.where(varies, (losses - losses.mean(dim=0)) / (losses.std(dim=0) + 1e-6), z)
         feature_factor = F.softplus(self.feature_sel(features))
         loss_factor = torch.sigmoid(self.loss_w * z + self.loss_b)
         return feature_factor * loss_factor * F.softplus(self.task_prior)

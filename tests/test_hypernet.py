@@ -20,6 +20,7 @@ from auxilearn.hypernet import (
     Naive_hyper,
     NonlinearHyperNet,
 )
+from benchmarks import plain
 from tests import reference
 
 B, K, D = 7, 4, 5
@@ -182,6 +183,28 @@ def test_mono_joint_float32_is_near_float64():
     assert abs(float(value.detach()) - expected) < 1e-5 * abs(expected)
 
 
+@pytest.mark.parametrize("seed", range(12))
+def test_mono_joint_formula_at_random_shapes_and_masks(seed):
+    generator = torch.Generator().manual_seed(seed)
+    rows, k, d = (int(torch.randint(1, 9, (), generator=generator)) for _ in range(3))
+    net, (features, losses) = mono_joint(k, d, seed), batch(rows, k, d, seed)
+    mask = torch.rand(rows, k, generator=generator) < 0.6
+    w = reference.mono_joint_schedule_loops(
+        *joint_parts(net), features.numpy(), losses.numpy(), mask.numpy()
+    )
+    expected = reference.scheduled_loss_loops(w, losses.numpy(), mask.numpy())
+    assert_value(net(features, losses, mask=mask), expected)
+
+
+@pytest.mark.parametrize("kind", ["ordinary", "constant column", "batch of one"])
+def test_plain_baseline_has_the_same_formula(kind):
+    net = randomised(plain.PlainScheduler(K, D))
+    features, losses = batch(rows=1 if kind == "batch of one" else B)
+    losses[:, 1] = 0.1 if kind == "constant column" else losses[:, 1]
+    w = reference.mono_joint_schedule_loops(*joint_parts(net), features.numpy(), losses.numpy())
+    assert_value(net(features, losses), reference.scheduled_loss_loops(w, losses.numpy()))
+
+
 # ------------------------------------------------------------------ MonoJoint: who gets gradients
 
 
@@ -242,6 +265,38 @@ def test_mixed_derivative_is_the_schedule_s_derivative_against_the_losses():
     direct = gradients((net.schedule(features, losses) * direction).sum() / B, parameters)
     for a, b in zip(mixed, direct, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_forward_mode_holds_the_schedule_constant_too(masked):
+    """detach() alone would let a tangent through, and the forward-over-reverse product be wrong."""
+    net, (features, losses) = mono_joint(), batch()
+    mask = some_mask() if masked else None
+    value, tangent = torch.func.jvp(
+        lambda f, x: net(f, x, to_train=False, mask=mask),
+        (features, losses),
+        (randn(B, D, seed=3), randn(B, K, seed=4)),
+    )
+    leaf = losses.clone().requires_grad_()
+    (grad,) = gradients(net(features, leaf, to_train=False, mask=mask), [leaf])
+    expected = (grad * randn(B, K, seed=4)).sum()
+    torch.testing.assert_close(tangent.detach(), expected, rtol=1e-12, atol=1e-15)
+    assert torch.equal(value.detach(), net(features, losses, mask=mask).detach())
+
+
+def test_forward_over_reverse_product_is_that_of_double_backward():
+    net, trunk, heads = mono_joint(), randn(3, D, seed=1), randn(D, K, seed=2)
+    x, direction = randn(B, 3, seed=3), randn(3, D, seed=4)
+
+    def loss(weight):
+        features = torch.tanh(x @ weight)
+        return net(features, reference.log1p_exp(features @ heads), to_train=False)
+
+    product = torch.func.jvp(torch.func.grad(loss), (trunk,), (direction,))[1]
+    trunk.requires_grad_()
+    (g,) = torch.autograd.grad(loss(trunk), trunk, create_graph=True)
+    (expected,) = torch.autograd.grad((g * direction).sum(), trunk)
+    torch.testing.assert_close(product.detach(), expected, rtol=1e-12, atol=1e-14)
 
 
 # ------------------------------------------------------------------ MonoJoint: open cases
@@ -701,6 +756,32 @@ def test_every_monotone_combiner_can_be_clamped():
     assert issubclass(MonoNonlinearHyperNet, MonoHyperNet)
     assert issubclass(MonoHyperNet, HyperNet)
     assert not issubclass(NonlinearHyperNet, MonoHyperNet)
+
+
+@pytest.mark.parametrize("junk", [7.0, float("inf"), float("nan")])
+@pytest.mark.parametrize("index", range(6))
+def test_masked_losses_change_not_one_bit_of_any_other_scheduler(index, junk):
+    net = [*one_of_each()[:5], Naive_hyper(B, K)][index]
+    net, losses, mask = randomised(net), batch()[1], some_mask()
+    extra = (torch.arange(B),) if isinstance(net, Naive_hyper) else ()
+
+    def outcome(values):
+        leaf = values.clone().requires_grad_()
+        value = net(leaf, *extra, mask=mask)
+        return [value.detach(), *gradients(value, [leaf, *net.parameters()])]
+
+    before = outcome(losses)
+    after = outcome(torch.where(mask, losses, torch.full_like(losses, junk)))
+    assert all(torch.isfinite(tensor).all() for tensor in before)
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_masked_naive_formula():
+    net, losses, mask = Naive_hyper(B, K).double(), batch()[1], some_mask()
+    table = net.state_dict()["weights.weight"]
+    w = [[reference.softplus(float(table[i, k])) for k in range(K)] for i in range(B)]
+    expected = reference.scheduled_loss_loops(w, losses.numpy(), mask.numpy())
+    assert_value(net(losses, torch.arange(B), mask=mask), expected)
 
 
 @pytest.mark.parametrize(
