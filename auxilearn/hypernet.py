@@ -1,0 +1,385 @@
+"""Schedulers: networks that turn the losses of a batch into one scheduled training loss.
+
+Notation (Chen et al., "Auxiliary Learning with Joint Task and Data Scheduling", ICML 2022):
+
+    losses    L   (B, K)   per-sample, per-task losses; column ``main_task`` is the target task
+    features  F   (B, d)   the backbone's pooled output
+    schedule  W   (B, K)   how much sample i counts under task k, all entries > 0
+    mask      m   (B, K)   True where a loss exists (semi-supervised); None means everywhere
+
+The parameters of a scheduler are the upper-level parameters phi. Whatever a schedule looks at
+(features, losses) is a constant to it: no gradient reaches the task model through W.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd import forward_ad
+
+STANDARDISE_EPS = 1e-6
+
+
+def constant(tensor):
+    """Cut ``tensor`` off from differentiation in both modes.
+
+    ``detach()`` alone stops reverse mode only: a forward-mode tangent passes through it.
+    """
+    return forward_ad.unpack_dual(tensor).primal.detach()
+
+
+def masked_column_means(values, mask=None):
+    """Mean of every column of ``values`` (B, K) over the entries where ``mask`` holds, shape (K,).
+
+    A column without any such entry has mean 0. Entries outside the mask are never read: they may
+    be NaN.
+    """
+    if mask is None:
+        return values.mean(dim=0)
+    count = mask.sum(dim=0).clamp(min=1)
+    return values.masked_fill(~mask, 0.0).sum(dim=0) / count
+
+
+def standardise(losses, mask=None):
+    """Losses standardised task by task, (L - mean) / (unbiased std + 1e-6), shape (B, K).
+
+    Zero wherever the formula says nothing: in a column of fewer than two losses, in a column whose
+    losses are all equal, and outside the mask.
+    """
+    if mask is None:
+        mask = torch.ones_like(losses, dtype=torch.bool)
+    filled = losses.masked_fill(~mask, 0.0)
+    count = mask.sum(dim=0)
+    mean = filled.sum(dim=0) / count.clamp(min=1)
+    deviation = (filled - mean).masked_fill(~mask, 0.0)
+    std = (deviation.square().sum(dim=0) / (count - 1).clamp(min=1)).sqrt()
+    highest = losses.masked_fill(~mask, -torch.inf).amax(dim=0)
+    lowest = losses.masked_fill(~mask, torch.inf).amin(dim=0)
+    # A constant column is recognised by its range: its rounded mean need not equal its entries.
+    return torch.where(highest > lowest, deviation / (std + STANDARDISE_EPS), 0.0)
+
+
+class HyperNet(nn.Module):
+    """A scheduler of ``input_dim`` tasks; column ``main_task`` is the target."""
+
+    def __init__(self, main_task, input_dim):
+        super().__init__()
+        if not 0 <= main_task < input_dim:
+            raise ValueError(f"main_task must be in 0 .. {input_dim - 1}, not {main_task}")
+        self.main_task = main_task
+        self.input_dim = input_dim
+
+    def forward(self, losses, outputs=None, labels=None, data=None, *, mask=None):
+        """The scheduled loss, a scalar, of ``losses`` (B, K)."""
+        raise NotImplementedError
+
+    def scheduled_loss(self, losses, features=None, sample_id=None, mask=None):
+        """The scheduled loss, called alike for every scheduler; each takes what it needs.
+
+        Args: ``losses`` (B, K), ``features`` (B, d), ``sample_id`` (B,) places in the training
+        set, ``mask`` (B, K). The result is differentiable in ``losses`` and in the scheduler.
+        """
+        return self(losses, mask=mask)
+
+    def get_weights(self):
+        """The scheduler's parameters, as a list."""
+        return list(self.parameters())
+
+
+class MonoHyperNet(HyperNet):
+    """A scheduler that increases with every loss, as long as ``clamp()`` follows each step."""
+
+    def clamp(self):
+        """Project the parameters back to where the scheduler is monotone."""
+        raise NotImplementedError
+
+
+class Identity(HyperNet):
+    """All weights one: the mean over samples of the sum over tasks. Nothing to learn."""
+
+    def forward(self, losses, outputs=None, labels=None, data=None, *, mask=None):
+        return masked_column_means(losses, mask).sum()
+
+
+# --------------------------------------------------------------------------------------------------
+# JTDS
+# --------------------------------------------------------------------------------------------------
+
+
+class MonoJoint(MonoHyperNet):
+    r"""Joint task and data scheduler (JTDS; Chen et al., ICML 2022).
+
+        W_ik = softplus((A F_i + b)_k) * sigmoid(u_k z_ik + c_k) * softplus(t_k)
+               feature factor            loss factor               task factor
+
+    with z the losses standardised task by task (see ``standardise``). K (d + 4) parameters:
+
+        feature_sel.weight  A (K, d)  task prototypes            uniform in [-0.05, 0.05]
+        feature_sel.bias    b (K,)                               0
+        loss_w, loss_b      u, c (K,) adaptive pass filters      uniform in [0, 0.05]; 0
+        task_prior          t (K,)    task relation vector       1
+
+    Args: ``input_dim`` is K, ``feature_dim`` is d. The remaining arguments belong to the other
+    schedulers; they are accepted so that all can be built by one call, and have no effect.
+    """
+
+    def __init__(
+        self,
+        main_task,
+        input_dim,
+        feature_dim,
+        hidden_sizes=1,
+        nonlinearity=None,
+        bias=True,
+        dropout_rate=0.0,
+        weight_normalization=True,
+        K=2,
+        init_lower=0.0,
+        init_upper=1.0,
+    ):
+        super().__init__(main_task, input_dim)
+        self.feature_sel = nn.Linear(feature_dim, input_dim)
+        self.task_prior = nn.Parameter(torch.ones(input_dim))
+        self.loss_w = nn.Parameter(torch.empty(input_dim).uniform_(0.0, 0.05))
+        self.loss_b = nn.Parameter(torch.zeros(input_dim))
+        nn.init.uniform_(self.feature_sel.weight, -0.05, 0.05)
+        nn.init.zeros_(self.feature_sel.bias)
+
+    def factors(self, features, losses, mask=None):
+        """The three factors of the schedule: feature (B, K), loss (B, K), task (K,)."""
+        z = standardise(constant(losses), mask)
+        feature_factor = F.softplus(self.feature_sel(constant(features)))
+        loss_factor = torch.sigmoid(self.loss_w * z + self.loss_b)
+        return feature_factor, loss_factor, F.softplus(self.task_prior)
+
+    def schedule(self, features, losses, mask=None):
+        """The schedule W (B, K); differentiable in the scheduler, constant in the model."""
+        feature_factor, loss_factor, task_factor = self.factors(features, losses, mask)
+        return feature_factor * loss_factor * task_factor
+
+    def forward(self, features, losses, to_train=True, mask=None):
+        """The scheduled loss sum_k mean_i W_ik L_ik, a scalar.
+
+        ``to_train=True`` (lower level) holds W constant; ``to_train=False`` (upper level) leaves it
+        differentiable in the scheduler. With a ``mask`` each task's mean is over its own samples.
+        """
+        weights = self.schedule(features, losses, mask)
+        if to_train:
+            weights = weights.detach()
+        return _weighted_mean(weights, losses, mask)
+
+    def scheduled_loss(self, losses, features=None, sample_id=None, mask=None):
+        return self(features, losses, to_train=False, mask=mask)
+
+    def clamp(self):
+        """Nothing to project: every value of the parameters gives positive weights."""
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        # A vector saved as a row or a column is the same vector.
+        for name, parameter in self.named_parameters(recurse=False):
+            saved = state_dict.get(prefix + name)
+            if saved is not None and saved.numel() == parameter.numel():
+                state_dict[prefix + name] = saved.reshape(parameter.shape)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class Naive_hyper(MonoHyperNet):
+    """Naive joint scheduler (N-JTDS): one free weight per training sample and task.
+
+    W_ik = softplus(table[sample i, k]), table of ``data_num`` x ``task_num``, drawn from N(0, 1).
+    """
+
+    def __init__(self, data_num, task_num):
+        super().__init__(main_task=0, input_dim=task_num)
+        self.weights = nn.Embedding(data_num, task_num)
+
+    def schedule(self, sample_id):
+        """The schedule W (B, K) of the samples at ``sample_id`` (B,) in the training set."""
+        return F.softplus(self.weights(sample_id))
+
+    def forward(self, losses, sample_id, mask=None):
+        """The scheduled loss sum_k mean_i W_ik L_ik, a scalar."""
+        return _weighted_mean(self.schedule(sample_id), losses, mask)
+
+    def scheduled_loss(self, losses, features=None, sample_id=None, mask=None):
+        return self(losses, sample_id, mask)
+
+    def clamp(self):
+        """Nothing to project: every value of the table gives positive weights."""
+
+
+def _weighted_mean(weights, losses, mask):
+    if mask is not None:  # before the product, so that a masked NaN is not multiplied
+        losses = losses.masked_fill(~mask, 0.0)
+    return masked_column_means(weights * losses, mask).sum()
+
+
+# --------------------------------------------------------------------------------------------------
+# AuxiLearn (Navon et al., "Auxiliary Learning by Implicit Differentiation", ICLR 2021)
+# --------------------------------------------------------------------------------------------------
+
+
+class WeightNormLinear(nn.Module):
+    """A linear layer whose weight is g v / |v|, row by row (Salimans and Kingma, 2016)."""
+
+    def __init__(self, in_features, out_features, bias=True):
+        super().__init__()
+        self.register_parameter("bias", nn.Parameter(torch.zeros(out_features)) if bias else None)
+        self.weight_g = nn.Parameter(torch.ones(out_features, 1))
+        self.weight_v = nn.Parameter(torch.ones(out_features, in_features))
+
+    @property
+    def weight(self):
+        """The effective weight (out_features, in_features)."""
+        # clamp() may bring a whole row of v to zero, where the direction is undefined.
+        norm = self.weight_v.norm(dim=1, keepdim=True).clamp(min=1e-12)
+        return self.weight_v * (self.weight_g / norm)
+
+    @torch.no_grad()
+    def set_weight(self, weight):
+        """Set g and v so that the effective weight is ``weight``."""
+        self.weight_v.copy_(weight)
+        self.weight_g.copy_(weight.norm(dim=1, keepdim=True))
+
+    def forward(self, inputs):
+        return F.linear(inputs, self.weight, self.bias)
+
+
+def _combiner_layer(in_features, out_features, bias, weight_normalization, initial_weight):
+    """A linear layer with zero biases whose weight is what ``initial_weight(weight)`` fills in."""
+    layer = nn.Linear(in_features, out_features, bias=bias)
+    with torch.no_grad():
+        initial_weight(layer.weight)
+    if bias:
+        nn.init.zeros_(layer.bias)
+    if not weight_normalization:
+        return layer
+    normalised = WeightNormLinear(in_features, out_features, bias=bias)
+    normalised.set_weight(layer.weight)
+    return normalised
+
+
+@torch.no_grad()
+def _clamp_parameters(module, biases):
+    for name, parameter in module.named_parameters():
+        if biases or not name.endswith("bias"):
+            parameter.clamp_(min=0.0)
+
+
+class LinearHyperNet(HyperNet):
+    """One learned weight per task: ``linear(L).mean()``, plus the target's mean loss if skipping.
+
+    The bias shifts the value of the loss only; no gradient of the task model depends on it.
+    """
+
+    def __init__(
+        self,
+        main_task,
+        input_dim,
+        skip_connection=False,
+        init_value=1.0,
+        weight_normalization=True,
+    ):
+        super().__init__(main_task, input_dim)
+        self.skip_connection = skip_connection
+        self.linear = _combiner_layer(
+            input_dim,
+            1,
+            bias=True,
+            weight_normalization=weight_normalization,
+            initial_weight=lambda weight: nn.init.constant_(weight, init_value),
+        )
+
+    def forward(self, losses, outputs=None, labels=None, data=None, *, mask=None):
+        # linear(L).mean() = linear(column means): so a masked column counts by its own mean.
+        means = masked_column_means(losses, mask)
+        loss = self.linear(means).squeeze(-1)
+        return loss + means[self.main_task] if self.skip_connection else loss
+
+    def get_weights(self):
+        """The weight of every task, shape (1, K)."""
+        return self.linear.weight
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        # The bias is inert, so a state saved without one is complete.
+        state_dict.setdefault(prefix + "linear.bias", torch.zeros_like(self.linear.bias))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class MonoLinearHyperNet(LinearHyperNet, MonoHyperNet):
+    """``LinearHyperNet`` with non-negative weights."""
+
+    def __init__(
+        self,
+        main_task,
+        input_dim,
+        skip_connection=False,
+        clamp_bias=False,
+        init_value=1.0,
+        weight_normalization=True,
+    ):
+        super().__init__(main_task, input_dim, skip_connection, init_value, weight_normalization)
+        self.clamp_bias = clamp_bias
+
+    def clamp(self):
+        """Bound the weights (g and v if weight-normalised) at 0, the bias too if ``clamp_bias``."""
+        _clamp_parameters(self.linear, biases=self.clamp_bias)
+
+
+class NonlinearHyperNet(HyperNet):
+    """A network of the losses: ``net(L).mean() + L[:, main_task].mean()``.
+
+    ``net`` is Linear -> nonlinearity -> dropout for every entry of ``hidden_sizes`` (an int or a
+    list), then a Linear to one output without bias. Weights uniform in [``init_lower``,
+    ``init_upper``], or PyTorch's own initialisation where these are None; biases zero.
+    ``nonlinearity`` is a module, softplus by default. Masked losses enter the network as 0.
+    """
+
+    def __init__(
+        self,
+        main_task,
+        input_dim,
+        hidden_sizes=1,
+        nonlinearity=None,
+        bias=True,
+        dropout_rate=0.0,
+        init_upper=None,
+        init_lower=None,
+        weight_normalization=True,
+    ):
+        super().__init__(main_task, input_dim)
+        if (init_lower is None) != (init_upper is None):
+            raise ValueError("init_lower and init_upper go together: give both or neither")
+        self.init_lower, self.init_upper = init_lower, init_upper
+        widths = [hidden_sizes] if isinstance(hidden_sizes, int) else list(hidden_sizes)
+        layers = []
+        fan_in = input_dim
+        for width in widths:
+            layers += [
+                _combiner_layer(fan_in, width, bias, weight_normalization, self._initial_weight),
+                nn.Softplus() if nonlinearity is None else nonlinearity,
+                nn.Dropout(dropout_rate),
+            ]
+            fan_in = width
+        layers.append(_combiner_layer(fan_in, 1, False, weight_normalization, self._initial_weight))
+        self.net = nn.Sequential(*layers)
+
+    def _initial_weight(self, weight):
+        if self.init_lower is not None:
+            nn.init.uniform_(weight, self.init_lower, self.init_upper)
+
+    def forward(self, losses, outputs=None, labels=None, data=None, *, mask=None):
+        inputs = losses if mask is None else losses.masked_fill(~mask, 0.0)
+        return self.net(inputs).mean() + masked_column_means(losses, mask)[self.main_task]
+
+
+class MonoNonlinearHyperNet(NonlinearHyperNet, MonoHyperNet):
+    """``NonlinearHyperNet`` with non-negative weights, hence increasing in every loss."""
+
+    def _initial_weight(self, weight):
+        super()._initial_weight(weight)
+        if self.init_lower is None:
+            weight.abs_()  # PyTorch's initialisation is symmetric around 0
+
+    def clamp(self):
+        """Bound all weights (g and v if weight-normalised) at 0; biases stay free."""
+        _clamp_parameters(self.net, biases=False)

@@ -1,0 +1,231 @@
+"""Hypergradients by implicit differentiation.
+
+Lower level: theta minimises the scheduled training loss f(theta, phi). With g = df/dtheta, its
+Jacobian H = dg/dtheta and v = d(development loss)/dtheta, the implicit function theorem gives
+
+    d(development loss)/dphi = - d/dphi < g(theta, phi), p >   at fixed p = H^-1 v
+
+(Lorraine, Vicol and Duvenaud, AISTATS 2020). A *solver* finds p from products with H alone; a
+*mixed product* finishes. ``hypergradient`` is these two lines; the operators may be double backward
+on given graphs (``Hypergrad``) or the faster forward-over-reverse ones (``auxilearn.upper_level``).
+
+Vectors in the space of theta are lists of tensors, one per parameter.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+
+def hypergradient(dev_gradient, hvp, mixed, solver):
+    """The hypergradient - d/dphi <g, p>, with p from ``solver``.
+
+    Args:
+        dev_gradient: v, a list of tensors shaped like theta.
+        hvp: callable u -> H u on such lists.
+        mixed: callable p -> d/dphi <g, p>, a list of tensors shaped like phi.
+        solver: callable (hvp, v) -> ``Solution``; see ``neumann``, ``identity``,
+            ``conjugate_gradient`` and ``exact``.
+
+    Returns: the hypergradient (a list shaped like phi) and the ``Solution``.
+    """
+    solution = solver(hvp, dev_gradient)
+    return [-gradient for gradient in mixed(solution.vector)], solution
+
+
+# --------------------------------------------------------------------------------------------------
+# Solvers
+# --------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Solution:
+    """What a solver found for H p = v.
+
+    vector: p, a list of tensors shaped like theta.
+    residual: relative size of what is left of the equation; 0 is solved, growth means divergence.
+    products: how many Hessian-vector products were spent.
+    """
+
+    vector: list
+    residual: float
+    products: int
+
+
+def neumann(alpha, terms=3, scale="released"):
+    """The truncated Neumann series p = v_0 + ... + v_J, v_{j+1} = v_j - alpha H v_j, J = ``terms``.
+
+    ``scale="released"`` leaves the sum as it is; ``scale="alpha"`` multiplies it by alpha, so that
+    it tends to H^-1 v (Lorraine et al. 2020, Algorithm 3). The residual is |v_J| / |v_0|, which is
+    the relative residual of alpha (v_0 + ... + v_{J-1}) as a solution of H x = v: below 1 and
+    falling with J where the series converges, above 1 where alpha is too large for it.
+    """
+    if scale not in ("released", "alpha"):
+        raise ValueError(f"scale must be 'released' or 'alpha', not {scale!r}")
+    if terms < 0:
+        raise ValueError(f"terms must be 0 or more, not {terms}")
+
+    def solve(hvp, v):
+        term = v
+        total = [t.clone() for t in v]
+        for _ in range(terms):
+            product = hvp(term)
+            term = [t - alpha * h for t, h in zip(term, product, strict=True)]
+            total = [s + t for s, t in zip(total, term, strict=True)]
+        if scale == "alpha":
+            total = [alpha * s for s in total]
+        return Solution(total, _ratio(_norm(term), _norm(v)), terms)
+
+    return solve
+
+
+def identity(scale=1.0):
+    """H replaced by the identity, p = ``scale`` v: the T1-T2 approximation (Luketina et al. 2016).
+
+    The series above with no term beyond the first, hence its residual: 1. No product is spent.
+    """
+
+    def solve(hvp, v):
+        return Solution([scale * t for t in v], 1.0, 0)
+
+    return solve
+
+
+def conjugate_gradient(damping=1.0, iterations=20, tolerance=1e-10):
+    """(H + damping I) p = v by conjugate gradients.
+
+    ``damping`` must exceed the size of H's most negative eigenvalue; where the curvature along a
+    search direction is not positive the iteration stops with what it has. The residual is
+    |v - (H + damping I) p| / |v|, as the recurrence tracks it.
+    """
+
+    def solve(hvp, v):
+        solution = [torch.zeros_like(t) for t in v]
+        residual = [t.clone() for t in v]
+        direction = [t.clone() for t in v]
+        start = square = _dot(residual, residual)
+        products = 0
+        while products < iterations and square > tolerance**2 * start and start > 0:
+            product = [h + damping * d for h, d in zip(hvp(direction), direction, strict=True)]
+            products += 1
+            curvature = _dot(direction, product)
+            if not curvature > 0:
+                break
+            step = square / curvature
+            solution = [s + step * d for s, d in zip(solution, direction, strict=True)]
+            residual = [r - step * h for r, h in zip(residual, product, strict=True)]
+            previous, square = square, _dot(residual, residual)
+            direction = [
+                r + (square / previous) * d for r, d in zip(residual, direction, strict=True)
+            ]
+        return Solution(solution, _ratio(math.sqrt(square), math.sqrt(start)), products)
+
+    return solve
+
+
+def exact(damping=0.0, max_parameters=5000):
+    """(H + damping I) p = v with the dense H, one product per parameter: for small models.
+
+    Raises ValueError above ``max_parameters`` parameters. The residual is |v - (H + damping I) p|
+    / |v|.
+    """
+
+    def solve(hvp, v):
+        size = sum(t.numel() for t in v)
+        if size > max_parameters:
+            raise ValueError(
+                f"the exact solver builds a {size} x {size} matrix; it is for models of at most "
+                f"{max_parameters} parameters: use neumann or conjugate_gradient"
+            )
+        flat = _flatten(v)
+        basis = torch.eye(size, dtype=flat.dtype, device=flat.device)
+        hessian = torch.stack([_flatten(hvp(_unflatten(row, v))) for row in basis], dim=1)
+        hessian += damping * basis
+        solution = torch.linalg.solve(hessian, flat)
+        residual = torch.linalg.vector_norm(flat - hessian @ solution).item()
+        return Solution(_unflatten(solution, v), _ratio(residual, _norm(v)), size)
+
+    return solve
+
+
+def _dot(a, b):
+    return sum(torch.sum(x * y).item() for x, y in zip(a, b, strict=True))
+
+
+def _norm(vector):
+    return math.sqrt(_dot(vector, vector))
+
+
+def _ratio(part, whole):
+    return part / whole if whole > 0 else 0.0
+
+
+def _flatten(vector):
+    return torch.cat([t.reshape(-1) for t in vector])
+
+
+def _unflatten(flat, like):
+    pieces = flat.split([t.numel() for t in like])
+    return [piece.reshape(t.shape) for piece, t in zip(pieces, like, strict=True)]
+
+
+# --------------------------------------------------------------------------------------------------
+# Double backward on given graphs
+# --------------------------------------------------------------------------------------------------
+
+
+def gradients(output, inputs, **kwargs):
+    """``torch.autograd.grad`` as a list, with zeros for what ``output`` does not reach."""
+    if not output.requires_grad:
+        return [torch.zeros_like(i) for i in inputs]
+    found = torch.autograd.grad(output, inputs, allow_unused=True, **kwargs)
+    return [torch.zeros_like(i) if f is None else f for f, i in zip(found, inputs, strict=True)]
+
+
+class Hypergrad:
+    """The hypergradient of two given losses, by a truncated Neumann series and double backward.
+
+    Args:
+        learning_rate: alpha of the series.
+        truncate_iter: J, the number of Hessian-vector products.
+        solver: any other solver of this module, in place of the series.
+    """
+
+    def __init__(self, learning_rate=0.1, truncate_iter=3, *, solver=None):
+        self.learning_rate = learning_rate
+        self.truncate_iter = truncate_iter
+        self.solver = solver or neumann(learning_rate, truncate_iter)
+        self.solution = None
+
+    def grad(self, loss_val, loss_train, aux_params, params):
+        """The hypergradient, a list of tensors shaped like ``aux_params``.
+
+        Args:
+            loss_val: development loss, a scalar with a graph to ``params``.
+            loss_train: scheduled training loss, a scalar with a graph to both.
+            aux_params: the scheduler's parameters phi; a list or a generator.
+            params: the task model's parameters theta; a list or a generator.
+
+        A parameter that a loss does not reach has gradient zero. ``self.solution`` keeps the
+        solver's residual.
+        """
+        aux_params, params = list(aux_params), list(params)
+        v = gradients(loss_val, params, retain_graph=True)
+        g = gradients(loss_train, params, create_graph=True)
+        hvp, mixed = double_backward_operators(g, params, aux_params)
+        hypergrad, self.solution = hypergradient(v, hvp, mixed, self.solver)
+        return hypergrad
+
+
+def double_backward_operators(g, params, aux_params):
+    """(hvp, mixed) of the gradient ``g`` (with its graph) by differentiating it once more."""
+    reached = [i for i, t in enumerate(g) if t.requires_grad]
+
+    def product(vector, inputs):
+        if not reached:
+            return [torch.zeros_like(i) for i in inputs]
+        inner = sum(torch.sum(g[i] * vector[i]) for i in reached)
+        return gradients(inner, inputs, retain_graph=True)
+
+    return (lambda u: product(u, params)), (lambda p: product(p, aux_params))

@@ -1,0 +1,53 @@
+"""The upper-level step: hypergradient, clip, optimiser."""
+
+import torch
+
+from auxilearn.implicit_diff import Hypergrad
+
+
+def apply_hypergradient(meta_optimizer, aux_params, hypergrads, max_grad_norm):
+    """Clip ``hypergrads`` to ``max_grad_norm`` (None: no clip) and take the optimiser's step.
+
+    The scheduler's ``clamp()``, where it has one, is the caller's to call afterwards.
+    Returns the norm before clipping, a float.
+    """
+    for parameter, gradient in zip(aux_params, hypergrads, strict=True):
+        parameter.grad = gradient
+    limit = float("inf") if max_grad_norm is None else max_grad_norm
+    norm = torch.nn.utils.clip_grad_norm_(aux_params, limit)
+    meta_optimizer.step()
+    return norm.item()
+
+
+class MetaOptimizer:
+    """Upper-level optimiser on graphs that the caller has built (double backward).
+
+    Args:
+        meta_optimizer: a torch optimiser over the scheduler's parameters.
+        hpo_lr: alpha of the Neumann series, by custom the lower level's learning rate.
+        truncate_iter: J, the number of Hessian-vector products.
+        max_grad_norm: the hypergradient is clipped to this norm.
+    """
+
+    def __init__(self, meta_optimizer, hpo_lr, truncate_iter=3, max_grad_norm=10):
+        self.meta_optimizer = meta_optimizer
+        self.hypergrad = Hypergrad(learning_rate=hpo_lr, truncate_iter=truncate_iter)
+        self.max_grad_norm = max_grad_norm
+
+    def step(self, train_loss, val_loss, parameters, aux_params, return_grads=False):
+        """One step of the scheduler. With ``return_grads``, the clipped hypergradient as a list.
+
+        Args:
+            train_loss: scheduled training loss, with a graph to both sets of parameters.
+            val_loss: target-task loss on the development batch.
+            parameters: theta; ``aux_params``: phi. Lists or generators.
+        """
+        aux_params = list(aux_params)
+        hypergrads = self.hypergrad.grad(
+            loss_val=val_loss, loss_train=train_loss, aux_params=aux_params, params=parameters
+        )
+        apply_hypergradient(self.meta_optimizer, aux_params, hypergrads, self.max_grad_norm)
+        return hypergrads if return_grads else None
+
+    def zero_grad(self):
+        self.meta_optimizer.zero_grad()

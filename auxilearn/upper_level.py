@@ -1,0 +1,251 @@
+"""The upper level of training: hypergradients by forward-mode products.
+
+The training loss is f(theta, phi) = S(L(theta); phi): a task model turns a batch into losses L
+(B, K), a scheduler turns these into one scalar S. Three operators make the hypergradient:
+
+    v        gradient of the target task's mean loss on development batches: reverse mode
+    H u      d/de grad f(theta + e u): forward over reverse, about half of double backward's cost
+    mixed p  d/dphi <df/dtheta, p>. The loss matrix is all of theta that a scheduler sees, so with
+             D = d/de L(theta + e p), one forward-mode pass, <df/dtheta, p> = <dS/dL (phi), D>:
+             a backward pass through the scheduler alone
+
+Policy: every product runs in the model's own mode (train mode, in training) on copies of its
+buffers, so batch norm's running statistics do not move in an upper step; dropout draws one mask per
+batch and upper step. Several batches are averaged one after the other: memory does not grow with
+their number, nor with the number of products.
+"""
+
+import contextlib
+import re
+import warnings
+from typing import NamedTuple
+
+import torch
+from torch.autograd import forward_ad
+from torch.func import functional_call, jvp, vjp
+
+from auxilearn.hypernet import masked_column_means
+from auxilearn.implicit_diff import double_backward_operators, gradients, hypergradient
+
+
+class TaskLosses(NamedTuple):
+    """What a task model makes of a batch.
+
+    losses (B, K), features (B, d), sample_id (B,) places in the training set (for schedulers that
+    hold a weight per sample), mask (B, K) bool, True where a loss exists, or None for everywhere.
+    """
+
+    losses: torch.Tensor
+    features: torch.Tensor | None = None
+    sample_id: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
+
+
+def scheduled_loss(scheduler, task_losses):
+    """The scheduler's scalar for ``TaskLosses``, differentiable in both levels."""
+    return scheduler.scheduled_loss(**task_losses._asdict())
+
+
+class UpperLevel:
+    """Computes the hypergradient of a scheduler in training.
+
+    Args:
+        model: nn.Module; ``model(batch)`` returns ``TaskLosses`` (whatever a batch is).
+        scheduler: a ``HyperNet``.
+        solver: one of ``auxilearn.implicit_diff``.
+        main_task: the column of the target task.
+
+    A model with an operator that has no forward-mode derivative falls back to double backward, with
+    one warning that names the operator.
+    """
+
+    def __init__(self, model, scheduler, solver, main_task=0):
+        self.model = model
+        self.scheduler = scheduler
+        self.solver = solver
+        self.main_task = main_task
+        self._operators = ForwardModeOperators
+
+    def hypergradient(self, train_batches, dev_batches):
+        """The hypergradient at the present parameters of model and scheduler.
+
+        Args: two non-empty lists of batches, as ``model`` takes them.
+        Returns: a list of tensors shaped like the scheduler's parameters, the solver's
+        ``Solution``, and the development loss (a float).
+        """
+        seed = int(torch.randint(2**31, ()))
+        problem = _Problem(self.model, self.scheduler, train_batches, seed)
+        dev_loss, v = self._development_gradient(problem, dev_batches)
+        try:
+            operators = self._operators(problem)
+            hypergrads, solution = hypergradient(v, operators.hvp, operators.mixed, self.solver)
+        except (NotImplementedError, RuntimeError) as error:
+            if self._operators is DoubleBackwardOperators or not _lacks_forward_mode(error):
+                raise
+            warnings.warn(
+                f"{_lacks_forward_mode(error)} has no forward-mode derivative: hypergradients "
+                "fall back to double backward, which is slower",
+                stacklevel=2,
+            )
+            self._operators = DoubleBackwardOperators
+            operators = self._operators(problem)
+            hypergrads, solution = hypergradient(v, operators.hvp, operators.mixed, self.solver)
+        return hypergrads, solution, dev_loss
+
+    def _development_gradient(self, problem, dev_batches):
+        """Mean target loss over the development batches, and its gradient in theta."""
+
+        def loss_and_gradient(batch):
+            theta = problem.leaves()
+            outputs = problem.evaluate(theta, batch)
+            loss = masked_column_means(outputs.losses, outputs.mask)[self.main_task]
+            return [loss.detach(), *gradients(loss, list(theta.values()))]
+
+        loss, *v = problem.mean_over(dev_batches, loss_and_gradient)
+        return loss.item(), v
+
+
+class _Problem:
+    """What stays fixed in one upper step, and the model as a function of theta."""
+
+    def __init__(self, model, scheduler, train_batches, seed):
+        self.model = model
+        self.scheduler = scheduler
+        self.train_batches = train_batches
+        self.seed = seed
+        self.theta = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+        self.phi = list(scheduler.parameters())
+
+    def named(self, vector):
+        return dict(zip(self.theta, vector, strict=True))
+
+    def leaves(self):
+        return {name: value.clone().requires_grad_() for name, value in self.theta.items()}
+
+    def evaluate(self, theta, batch):
+        """``TaskLosses`` of ``batch`` at ``theta``; the model's own state stays untouched."""
+        # Cloned here, inside whatever transform is active: torch.func refuses in-place updates of
+        # tensors that come from outside it.
+        buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+        return functional_call(self.model, theta | buffers, (batch,))
+
+    def mean_over(self, batches, function):
+        """Mean over batches of a function that gives a list of tensors, under fixed randomness."""
+        total = None
+        for number, batch in enumerate(batches):
+            with _seeded(self.seed + number, self.theta.values()):
+                values = function(batch)
+            total = values if total is None else [t + v for t, v in zip(total, values, strict=True)]
+            del values
+        return [t / len(batches) for t in total]
+
+
+class ForwardModeOperators:
+    """H u by forward over reverse, mixed p by one forward-mode pass."""
+
+    def __init__(self, problem):
+        self.problem = problem
+        with warnings.catch_warnings():  # PyTorch itself scripts its decompositions on first use
+            warnings.simplefilter("ignore", FutureWarning)
+            with forward_ad.dual_level():
+                forward_ad.make_dual(torch.zeros(()), torch.zeros(()))
+
+    def hvp(self, u):
+        """H u, a list shaped like theta."""
+        problem = self.problem
+
+        def product(batch):
+            def gradient(theta):
+                loss, pullback = vjp(
+                    lambda theta: scheduled_loss(problem.scheduler, problem.evaluate(theta, batch)),
+                    theta,
+                )
+                # torch.func.grad would also record a graph of the backward pass, and keep it.
+                return pullback(torch.ones_like(loss), retain_graph=False, create_graph=False)[0]
+
+            _, derivative = jvp(gradient, (problem.theta,), (problem.named(u),))
+            return list(derivative.values())
+
+        with _frozen(problem.phi):
+            return problem.mean_over(problem.train_batches, product)
+
+    def mixed(self, p):
+        """d/dphi <df/dtheta, p>, a list shaped like phi."""
+        problem = self.problem
+
+        def losses_and_rest(theta, batch):
+            outputs = problem.evaluate(theta, batch)._asdict()
+            return outputs.pop("losses"), {k: v for k, v in outputs.items() if v is not None}
+
+        def product(batch):
+            with torch.no_grad():
+                losses, derivative, rest = jvp(
+                    lambda theta: losses_and_rest(theta, batch),
+                    (problem.theta,),
+                    (problem.named(p),),
+                    has_aux=True,
+                )
+            losses.requires_grad_()
+            loss = scheduled_loss(problem.scheduler, TaskLosses(losses, **rest))
+            (slope,) = gradients(loss, [losses], create_graph=True)  # dS/dL (phi), (B, K)
+            return gradients(torch.sum(slope * derivative), problem.phi)
+
+        return problem.mean_over(problem.train_batches, product)
+
+
+class DoubleBackwardOperators:
+    """The same two operators by double backward, rebuilding one batch's graph at a time."""
+
+    def __init__(self, problem):
+        self.problem = problem
+
+    def _product(self, vector, which):
+        problem = self.problem
+
+        def product(batch):
+            theta = problem.leaves()
+            loss = scheduled_loss(problem.scheduler, problem.evaluate(theta, batch))
+            theta = list(theta.values())
+            g = gradients(loss, theta, create_graph=True)
+            return double_backward_operators(g, theta, problem.phi)[which](vector)
+
+        return problem.mean_over(problem.train_batches, product)
+
+    def hvp(self, u):
+        return self._product(u, 0)
+
+    def mixed(self, p):
+        return self._product(p, 1)
+
+
+def _lacks_forward_mode(error):
+    """The name of the operator that ``error`` says has no forward mode, or None."""
+    text = str(error)
+    match = re.search(r"forward AD with (\S+)", text)
+    if match:
+        return match.group(1)
+    if "autograd.Function" in text:
+        return "a custom autograd.Function of the model"
+    return None
+
+
+@contextlib.contextmanager
+def _frozen(parameters):
+    """The parameters without gradient for a while, so that no graph to them is recorded."""
+    before = [p.requires_grad for p in parameters]
+    for p in parameters:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p, flag in zip(parameters, before, strict=True):
+            p.requires_grad_(flag)
+
+
+@contextlib.contextmanager
+def _seeded(seed, tensors):
+    """Global random generators seeded with ``seed`` for a while, then put back."""
+    devices = sorted({t.device.index for t in tensors if t.device.type == "cuda"})
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield

@@ -1,0 +1,277 @@
+"""The training path's hypergradient against double backward and closed forms, in float64."""
+
+import warnings
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+from auxilearn.hypernet import MonoJoint, MonoLinearHyperNet, MonoNonlinearHyperNet, Naive_hyper
+from auxilearn.implicit_diff import conjugate_gradient, exact, identity, neumann
+from auxilearn.upper_level import (
+    DoubleBackwardOperators,
+    TaskLosses,
+    UpperLevel,
+    _Problem,
+    scheduled_loss,
+)
+
+SAMPLES, TASKS, WIDTH = 12, 4, 6
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(0)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+class SmallResNet(nn.Module):
+    """Two residual blocks with batch norm, a dropout, a head of several widths."""
+
+    def __init__(self, dropout=0.0, masked=False):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, WIDTH, 3, padding=1), nn.BatchNorm2d(WIDTH))
+        self.block = nn.Sequential(
+            nn.Conv2d(WIDTH, WIDTH, 3, padding=1, bias=False),
+            nn.BatchNorm2d(WIDTH),
+            nn.ReLU(),
+            nn.Conv2d(WIDTH, WIDTH, 3, padding=1, bias=False),
+            nn.BatchNorm2d(WIDTH),
+        )
+        self.dropout = nn.Dropout(dropout)
+        self.head = nn.Linear(WIDTH, 3 * TASKS)
+        self.masked = masked
+
+    def forward(self, batch):
+        images, labels, sample_id = batch
+        hidden = torch.relu(self.stem(images))
+        hidden = torch.relu(hidden + self.block(hidden))
+        features = self.dropout(hidden.mean(dim=(2, 3)))
+        logits = self.head(features).reshape(-1, TASKS, 3)
+        mask = None
+        if self.masked:
+            mask = torch.ones(labels.shape, dtype=torch.bool)
+            mask[::2, 0] = False
+        losses = nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
+        return TaskLosses(losses, features, sample_id, mask)
+
+
+def batch(size=SAMPLES):
+    return (
+        torch.randn(size, 3, 5, 5),
+        torch.randint(3, (size, TASKS)),
+        torch.randperm(SAMPLES)[:size],
+    )
+
+
+SCHEDULERS = {
+    "joint": lambda: MonoJoint(0, TASKS, WIDTH),
+    "naive": lambda: Naive_hyper(SAMPLES, TASKS),
+    "linear": lambda: MonoLinearHyperNet(0, TASKS),
+    "task": lambda: MonoNonlinearHyperNet(0, TASKS, [5, 5], init_lower=0.0, init_upper=0.5),
+}
+
+
+def double_backward(model, scheduler, solver, train_batches, dev_batches):
+    upper = UpperLevel(model, scheduler, solver)
+    upper._operators = DoubleBackwardOperators
+    return upper.hypergradient(train_batches, dev_batches)
+
+
+def relative_error(found, expected):
+    found, expected = (torch.cat([t.flatten() for t in v]) for v in (found, expected))
+    return ((found - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize("method", SCHEDULERS)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_forward_mode_equals_double_backward(method, masked, dropout):
+    model, scheduler = SmallResNet(dropout, masked), SCHEDULERS[method]()
+    train_batches, dev_batches = [batch(), batch(7)], [batch(5), batch(5), batch(5)]
+    solver = neumann(alpha=0.05, terms=3)
+    torch.manual_seed(1)
+    fast, solution, dev_loss = UpperLevel(model, scheduler, solver).hypergradient(
+        train_batches, dev_batches
+    )
+    torch.manual_seed(1)
+    plain, plain_solution, plain_dev_loss = double_backward(
+        model, scheduler, solver, train_batches, dev_batches
+    )
+    assert relative_error(fast, plain) < 1e-10
+    assert solution.residual == pytest.approx(plain_solution.residual, rel=1e-10)
+    assert dev_loss == pytest.approx(plain_dev_loss, rel=1e-12)
+    assert sum(t.abs().sum() for t in plain) > 1e-8  # the comparison is not of zeros
+
+
+def test_plain_autograd_agrees_without_any_of_our_operators():
+    """One batch, BatchNorm in train mode: written out with torch.autograd.grad alone."""
+    model, scheduler = SmallResNet(), SCHEDULERS["joint"]()
+    train, dev, alpha = batch(), batch(5), 0.03
+    fast, *_ = UpperLevel(model, scheduler, neumann(alpha, 2)).hypergradient([train], [dev])
+
+    theta = list(model.parameters())
+    v = torch.autograd.grad(model(dev).losses[:, 0].mean(), theta, retain_graph=False)
+    out = model(train)
+    loss = (scheduler.schedule(out.features, out.losses) * out.losses).sum(dim=1).mean()
+    g = torch.autograd.grad(loss, theta, create_graph=True)
+    p, term = list(v), list(v)
+    for _ in range(2):
+        product = torch.autograd.grad(g, theta, term, retain_graph=True)
+        term = [t - alpha * h for t, h in zip(term, product, strict=True)]
+        p = [a + b for a, b in zip(p, term, strict=True)]
+    expected = torch.autograd.grad(g, list(scheduler.parameters()), p)
+    assert relative_error(fast, [-e for e in expected]) < 1e-10
+
+
+@pytest.mark.parametrize("solver", [identity(), conjugate_gradient(1.0, 15), exact(1.0)])
+def test_other_solvers_on_both_operators(solver):
+    model, scheduler = SmallResNet(), SCHEDULERS["joint"]()
+    arguments = [batch()], [batch(5)]
+    fast, solution, _ = UpperLevel(model, scheduler, solver).hypergradient(*arguments)
+    plain, *_ = double_backward(model, scheduler, solver, *arguments)
+    assert relative_error(fast, plain) < 1e-8
+    assert 0 <= solution.residual <= 1
+
+
+@pytest.mark.parametrize("forward_mode", [True, False])
+def test_model_state_and_random_state_policy(forward_mode):
+    """Running statistics, parameters and gradients stay; the generator advances by one draw."""
+    model, scheduler = SmallResNet(dropout=0.5), SCHEDULERS["joint"]()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    flags = [p.requires_grad for p in scheduler.parameters()]
+    torch.manual_seed(7)
+    torch.randint(2**31, ())
+    expected_state = torch.get_rng_state()
+    torch.manual_seed(7)
+    upper = UpperLevel(model, scheduler, neumann(0.01, 1))
+    if not forward_mode:
+        upper._operators = DoubleBackwardOperators
+    upper.hypergradient([batch_from_generator()], [batch_from_generator()])
+    assert torch.equal(torch.get_rng_state(), expected_state)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    assert all(p.grad is None for p in model.parameters())
+    assert [p.requires_grad for p in scheduler.parameters()] == flags
+    assert model.training
+
+
+def batch_from_generator():
+    generator = torch.Generator().manual_seed(3)
+    return (
+        torch.randn(SAMPLES, 3, 5, 5, generator=generator),
+        torch.randint(3, (SAMPLES, TASKS), generator=generator),
+        torch.arange(SAMPLES),
+    )
+
+
+class CubeWithoutForwardMode(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        return grad * 3 * x**2
+
+
+class NoForwardMode(SmallResNet):
+    def forward(self, batch):
+        outputs = super().forward(batch)
+        return outputs._replace(losses=CubeWithoutForwardMode.apply(outputs.losses))
+
+
+def test_operator_without_forward_mode_falls_back_with_one_warning():
+    model, scheduler = NoForwardMode(), SCHEDULERS["joint"]()
+    upper = UpperLevel(model, scheduler, neumann(0.05, 2))
+    arguments = [batch()], [batch(5)]
+    with pytest.warns(UserWarning, match="autograd.Function.*no forward-mode derivative"):
+        found, *_ = upper.hypergradient(*arguments)
+    expected, *_ = double_backward(model, scheduler, neumann(0.05, 2), *arguments)
+    assert relative_error(found, expected) < 1e-12
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        upper.hypergradient(*arguments)
+
+
+def test_finite_differences_through_a_fully_solved_lower_level():
+    """d(dev loss of argmin f)/dphi, by solving the lower level again for every perturbed phi."""
+
+    class Ridge(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(5, TASKS) * 0.1)
+
+        def forward(self, batch):
+            inputs, targets = batch
+            # The ridge term makes the lower level strongly convex.
+            penalty = 0.05 * self.weight.square().sum(dim=0)
+            losses = (inputs @ self.weight.cumsum(dim=1) - targets).square() + penalty
+            return TaskLosses(losses, inputs, torch.arange(len(inputs)))
+
+    model, scheduler = Ridge(), Naive_hyper(9, TASKS)
+    train = torch.randn(9, 5), torch.randn(9, TASKS)
+    dev = torch.randn(6, 5), torch.randn(6, TASKS)
+
+    def solved_dev_loss():
+        # The lower level is quadratic in its weight: one Newton step from anywhere solves it.
+        def objective(weight):
+            losses = torch.func.functional_call(model, {"weight": weight}, (train,)).losses
+            return scheduled_loss(scheduler, TaskLosses(losses, sample_id=torch.arange(9)))
+
+        weight = model.weight.detach()
+        slope = torch.func.grad(objective)(weight).flatten()
+        curvature = torch.func.hessian(objective)(weight).reshape(len(slope), len(slope))
+        with torch.no_grad():
+            model.weight -= torch.linalg.solve(curvature, slope).reshape(weight.shape)
+            return model(dev).losses[:, 0].mean().item()
+
+    solved_dev_loss()
+    (found,), solution, _ = UpperLevel(model, scheduler, exact()).hypergradient([train], [dev])
+    assert solution.residual < 1e-10
+    table, step = scheduler.weights.weight, 1e-4
+    for i, k in [(0, 0), (3, 1), (8, 2), (5, 0)]:
+        with torch.no_grad():
+            table[i, k] += step
+            above = solved_dev_loss()
+            table[i, k] -= 2 * step
+            below = solved_dev_loss()
+            table[i, k] += step
+        numeric = (above - below) / (2 * step)
+        assert found[i, k].item() == pytest.approx(numeric, rel=1e-4, abs=1e-8)
+
+
+def test_memory_of_graphs_is_not_kept_between_batches():
+    """Only one batch's graph is alive at a time, however many batches and products there are."""
+    model, scheduler = SmallResNet(), SCHEDULERS["joint"]()
+    alive, highest = [], 0
+
+    class Watch(SmallResNet):
+        def forward(self, data):
+            nonlocal highest
+            outputs = super().forward(data)
+            alive[:] = [r for r in alive if r() is not None]
+            highest = max(highest, len(alive))
+            alive.append(weakref.ref(outputs.losses))
+            return outputs
+
+    watch = Watch()
+    watch.load_state_dict(model.state_dict())
+    UpperLevel(watch, scheduler, neumann(0.01, 5)).hypergradient(
+        [batch() for _ in range(6)], [batch(5) for _ in range(4)]
+    )
+    assert highest <= 1
+
+
+def test_problem_sees_only_trainable_parameters():
+    model, scheduler = SmallResNet(), SCHEDULERS["joint"]()
+    model.stem[0].weight.requires_grad_(False)
+    problem = _Problem(model, scheduler, [batch()], 0)
+    assert "stem.0.weight" not in problem.theta
+    found, *_ = UpperLevel(model, scheduler, neumann(0.05, 2)).hypergradient([batch()], [batch(5)])
+    assert all(torch.isfinite(t).all() for t in found)
