@@ -269,7 +269,7 @@ def test_mixed_derivative_is_the_schedule_s_derivative_against_the_losses():
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_forward_mode_holds_the_schedule_constant_too(masked):
-    """detach() alone would let a tangent through, and the forward-over-reverse product be wrong."""
+    """A tangent in W would make the forward-over-reverse product wrong."""
     net, (features, losses) = mono_joint(), batch()
     mask = some_mask() if masked else None
     value, tangent = torch.func.jvp(
