@@ -11,20 +11,13 @@ The parameters of a scheduler are the upper-level parameters phi. Whatever a sch
 (features, losses) is a constant to it: no gradient reaches the task model through W.
 """
 
+import copy
+
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.autograd import forward_ad
 
 STANDARDISE_EPS = 1e-6
-
-
-def constant(tensor):
-    """Cut ``tensor`` off from differentiation in both modes.
-
-    ``detach()`` alone stops reverse mode only: a forward-mode tangent passes through it.
-    """
-    return forward_ad.unpack_dual(tensor).primal.detach()
 
 
 def masked_column_means(values, mask=None):
@@ -146,8 +139,8 @@ class MonoJoint(MonoHyperNet):
 
     def factors(self, features, losses, mask=None):
         """The three factors of the schedule: feature (B, K), loss (B, K), task (K,)."""
-        z = standardise(constant(losses), mask)
-        feature_factor = F.softplus(self.feature_sel(constant(features)))
+        z = standardise(losses.detach(), mask)
+        feature_factor = F.softplus(self.feature_sel(features.detach()))
         loss_factor = torch.sigmoid(self.loss_w * z + self.loss_b)
         return feature_factor, loss_factor, F.softplus(self.task_prior)
 
@@ -230,15 +223,16 @@ class WeightNormLinear(nn.Module):
     @property
     def weight(self):
         """The effective weight (out_features, in_features)."""
+        norm = self.weight_v.norm(dim=1, keepdim=True)
         # clamp() may bring a whole row of v to zero, where the direction is undefined.
-        norm = self.weight_v.norm(dim=1, keepdim=True).clamp(min=1e-12)
-        return self.weight_v * (self.weight_g / norm)
+        return self.weight_v * (self.weight_g / torch.where(norm > 0, norm, 1.0))
 
     @torch.no_grad()
     def set_weight(self, weight):
-        """Set g and v so that the effective weight is ``weight``."""
-        self.weight_v.copy_(weight)
-        self.weight_g.copy_(weight.norm(dim=1, keepdim=True))
+        """Set g and v so that the effective weight is ``weight``; a zero row keeps its v."""
+        norm = weight.norm(dim=1, keepdim=True)
+        self.weight_v.copy_(torch.where(norm > 0, weight, self.weight_v))
+        self.weight_g.copy_(norm)
 
     def forward(self, inputs):
         return F.linear(inputs, self.weight, self.bias)
@@ -356,7 +350,7 @@ class NonlinearHyperNet(HyperNet):
         for width in widths:
             layers += [
                 _combiner_layer(fan_in, width, bias, weight_normalization, self._initial_weight),
-                nn.Softplus() if nonlinearity is None else nonlinearity,
+                nn.Softplus() if nonlinearity is None else copy.deepcopy(nonlinearity),
                 nn.Dropout(dropout_rate),
             ]
             fan_in = width

@@ -95,9 +95,10 @@ def identity(scale=1.0):
 def conjugate_gradient(damping=1.0, iterations=20, tolerance=1e-10):
     """(H + damping I) p = v by conjugate gradients.
 
-    ``damping`` must exceed the size of H's most negative eigenvalue; where the curvature along a
-    search direction is not positive the iteration stops with what it has. The residual is
-    |v - (H + damping I) p| / |v|, as the recurrence tracks it.
+    ``damping`` must exceed the size of H's most negative eigenvalue. Where the curvature along a
+    search direction is not positive, the iteration stops with what it has, which is v itself on the
+    first direction (as truncated Newton methods do). The residual is |v - (H + damping I) p| / |v|,
+    as the recurrence tracks it.
     """
 
     def solve(hvp, v):
@@ -111,6 +112,10 @@ def conjugate_gradient(damping=1.0, iterations=20, tolerance=1e-10):
             products += 1
             curvature = _dot(direction, product)
             if not curvature > 0:
+                if products == 1:
+                    solution = direction
+                    residual = [r - h for r, h in zip(residual, product, strict=True)]
+                    square = _dot(residual, residual)
                 break
             step = square / curvature
             solution = [s + step * d for s, d in zip(solution, direction, strict=True)]
@@ -176,11 +181,21 @@ def _unflatten(flat, like):
 
 
 def gradients(output, inputs, **kwargs):
-    """``torch.autograd.grad`` as a list, with zeros for what ``output`` does not reach."""
-    if not output.requires_grad:
-        return [torch.zeros_like(i) for i in inputs]
-    found = torch.autograd.grad(output, inputs, allow_unused=True, **kwargs)
-    return [torch.zeros_like(i) if f is None else f for f, i in zip(found, inputs, strict=True)]
+    """``torch.autograd.grad`` as a list, with zeros for what ``output`` does not reach.
+
+    Inputs that do not require a gradient (frozen parameters) are never reached.
+    """
+    found = [torch.zeros_like(i) for i in inputs]
+    places = [place for place, i in enumerate(inputs) if i.requires_grad]
+    if not output.requires_grad or not places:
+        return found
+    reached = torch.autograd.grad(
+        output, [inputs[place] for place in places], allow_unused=True, **kwargs
+    )
+    for place, gradient in zip(places, reached, strict=True):
+        if gradient is not None:
+            found[place] = gradient
+    return found
 
 
 class Hypergrad:

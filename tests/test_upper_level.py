@@ -31,18 +31,18 @@ def float64():
 class SmallResNet(nn.Module):
     """Two residual blocks with batch norm, a dropout, a head of several widths."""
 
-    def __init__(self, dropout=0.0, masked=False):
+    def __init__(self, dropout=0.0, masked=False, width=WIDTH):
         super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, WIDTH, 3, padding=1), nn.BatchNorm2d(WIDTH))
+        self.stem = nn.Sequential(nn.Conv2d(3, width, 3, padding=1), nn.BatchNorm2d(width))
         self.block = nn.Sequential(
-            nn.Conv2d(WIDTH, WIDTH, 3, padding=1, bias=False),
-            nn.BatchNorm2d(WIDTH),
+            nn.Conv2d(width, width, 3, padding=1, bias=False),
+            nn.BatchNorm2d(width),
             nn.ReLU(),
-            nn.Conv2d(WIDTH, WIDTH, 3, padding=1, bias=False),
-            nn.BatchNorm2d(WIDTH),
+            nn.Conv2d(width, width, 3, padding=1, bias=False),
+            nn.BatchNorm2d(width),
         )
         self.dropout = nn.Dropout(dropout)
-        self.head = nn.Linear(WIDTH, 3 * TASKS)
+        self.head = nn.Linear(width, 3 * TASKS)
         self.masked = masked
 
     def forward(self, batch):
@@ -129,7 +129,7 @@ def test_plain_autograd_agrees_without_any_of_our_operators():
 
 @pytest.mark.parametrize("solver", [identity(), conjugate_gradient(1.0, 15), exact(1.0)])
 def test_other_solvers_on_both_operators(solver):
-    model, scheduler = SmallResNet(), SCHEDULERS["joint"]()
+    model, scheduler = SmallResNet(width=2), MonoJoint(0, TASKS, 2)
     arguments = [batch()], [batch(5)]
     fast, solution, _ = UpperLevel(model, scheduler, solver).hypergradient(*arguments)
     plain, *_ = double_backward(model, scheduler, solver, *arguments)
