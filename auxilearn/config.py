@@ -1,0 +1,402 @@
+"""Every setting of a run: its default, its meaning, its command-line flag.
+
+``Config`` is the single source: the command line and ``--help`` are made from its fields, and it is
+recorded in full with every run.
+"""
+
+import argparse
+import dataclasses
+import math
+import os
+from dataclasses import dataclass
+
+import torch
+
+from auxilearn.errors import UserError
+from auxilearn.methods import METHODS
+
+SOLVERS = ("neumann", "identity", "cg", "exact")
+BACKBONES = ("resnet18", "convnet")
+
+
+def _switch(text):
+    """0/1/true/false as the command line's booleans."""
+    known = {"1": True, "true": True, "0": False, "false": False}
+    try:
+        return known[text.lower()]
+    except KeyError:
+        raise argparse.ArgumentTypeError(f"expected 0, 1, true or false, not {text!r}") from None
+
+
+def _setting(default, group, text, *, kind=None, choices=None, aliases=(), many=False):
+    metadata = {
+        "group": group,
+        "help": text,
+        "kind": kind or type(default),
+        "choices": choices,
+        "aliases": aliases,
+        "many": many,
+    }
+    if many:
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+DATA = "data"
+SETTING = "setting (at most one of corrupted labels and semi-supervised; neither is supervised)"
+MODEL = "task model"
+LOWER = "lower level: the task model, on scheduled training losses"
+UPPER = "upper level: the scheduler, on the development set"
+RUN = "run"
+
+
+@dataclass
+class Config:
+    """The settings of one run. ``None`` is resolved by ``resolve`` from the data."""
+
+    method: str = _setting(
+        "joint",
+        "method",
+        "how losses become one: "
+        + "; ".join(f"{name} = {method.title}" for name, method in METHODS.items())
+        + ". joint, naive, task and linear learn it on the development set and train on "
+        "rest_train_set; common and single learn nothing and train on full_train_set",
+        choices=tuple(METHODS),
+    )
+
+    split_dir: str = _setting(
+        "preprocess_data", DATA, "where data_preprocess.py wrote the split (its --out_dir)"
+    )
+    data_root: str | None = _setting(
+        None,
+        DATA,
+        "folder in CUB layout that holds images/ (default: the one that was preprocessed)",
+        kind=str,
+    )
+    task_num: int | None = _setting(
+        None,
+        DATA,
+        "number of tasks K: the target and the first K - 1 attributes (default: all the data has)",
+        kind=int,
+    )
+    whether_aux: bool | None = _setting(
+        None,
+        DATA,
+        "1 trains the auxiliary tasks too, 0 the target alone, that is --task_num 1 (default: 1, "
+        "but 0 for --method single)",
+        kind=bool,
+    )
+    image_size: int = _setting(
+        224, DATA, "side of the training crop in pixels; images are resized to 256/224 of it first"
+    )
+    num_workers: int = _setting(
+        min(4, os.cpu_count() or 1),
+        DATA,
+        "processes that decode and augment the training images (default: %(default)s here); 0 "
+        "decodes in the main process; the results do not depend on it",
+    )
+
+    corrupted: bool = _setting(
+        False,
+        SETTING,
+        "1 corrupts the training labels of the target task, once, by the seed",
+        aliases=("corupted",),
+    )
+    corrupted_rate: float = _setting(
+        0.2,
+        SETTING,
+        "with --corrupted 1: probability r that a label is redrawn uniformly over all classes",
+        aliases=("corupted_rate",),
+    )
+    labeled_per_class: int = _setting(
+        0,
+        SETTING,
+        "semi-supervised: this many random images per class keep their target label, the others "
+        "train the auxiliary tasks only; 0 is supervised",
+    )
+
+    backbone: str = _setting(
+        "resnet18", MODEL, "torchvision's ResNet-18, or a small convnet", choices=BACKBONES
+    )
+    in_dim: int = _setting(512, MODEL, "feature width d of the backbone")
+    backbone_pretrain: bool | None = _setting(
+        None,
+        MODEL,
+        "1 starts from torchvision's ImageNet weights (resnet18 only), 0 from random ones "
+        "(default: 1 for resnet18 without --backbone_weights)",
+        kind=bool,
+    )
+    backbone_weights: str | None = _setting(
+        None,
+        MODEL,
+        "file to start the backbone from: a torchvision state dict, or best.pt of another run",
+        kind=str,
+    )
+
+    epochs: int = _setting(20, LOWER, "passes over the training set")
+    max_steps: int | None = _setting(
+        None, LOWER, "stop after this many lower steps, then evaluate as usual", kind=int
+    )
+    train_batch_size: int = _setting(32, LOWER, "images per lower step")
+    test_batch_size: int = _setting(128, LOWER, "images per batch of evaluation")
+    main_lr: float = _setting(1e-4, LOWER, "learning rate of Adam")
+    w_decay: float = _setting(5e-4, LOWER, "weight decay of Adam")
+    aux_weight: float = _setting(1.0, LOWER, "factor on the losses of all auxiliary tasks")
+
+    aux_lr: float = _setting(1e-3, UPPER, "learning rate of SGD with momentum 0.9")
+    auxw_decay: float = _setting(1e-5, UPPER, "weight decay of that SGD")
+    hyperstep: int = _setting(20, UPPER, "lower steps between two upper steps")
+    aux_batch_size: int = _setting(50, UPPER, "images in a development batch")
+    dev_batches: str = _setting(
+        "random",
+        UPPER,
+        "random draws development batches in a fresh random order; first takes the first one in "
+        "file order every time, as the released code does (with ids in class order that is a "
+        "quarter of CUB's classes)",
+        choices=("random", "first"),
+    )
+    n_meta_loss_accum: int = _setting(1, UPPER, "development batches per upper step")
+    n_meta_train_loss_accum: int = _setting(1, UPPER, "training batches per upper step")
+    aux_hidden_dim: list[int] = _setting(
+        (10, 10, 10, 10), UPPER, "hidden sizes of --method task", kind=int, many=True
+    )
+    solver: str = _setting(
+        "neumann",
+        UPPER,
+        "how the inverse Hessian is approximated: neumann = truncated series; identity = not at "
+        "all; cg = damped conjugate gradients; exact = dense, for a few thousand parameters",
+        choices=SOLVERS,
+    )
+    neumann_alpha: float | None = _setting(
+        None, UPPER, "step alpha of the Neumann series (default: --main_lr)", kind=float
+    )
+    neumann_terms: int = _setting(3, UPPER, "Hessian-vector products of the Neumann series")
+    neumann_scale: str = _setting(
+        "released",
+        UPPER,
+        "released leaves the series' sum as it is; alpha multiplies it by alpha, so that it tends "
+        "to the inverse Hessian's product",
+        choices=("released", "alpha"),
+    )
+    damping: float = _setting(1.0, UPPER, "added to the Hessian by cg and exact")
+    cg_iterations: int = _setting(10, UPPER, "most Hessian-vector products of cg")
+    max_grad_norm: float = _setting(10.0, UPPER, "the hypergradient is clipped to this norm")
+
+    exp_name: str | None = _setting(
+        None,
+        RUN,
+        "name of the run; a name that is taken is refused (default: made from method and seed, "
+        "numbered so that it is new)",
+        kind=str,
+    )
+    record_dir: str = _setting(
+        "bird_record", RUN, "runs are kept in RECORD_DIR/<full|semi|noisy>/EXP_NAME"
+    )
+    overwrite: bool = _setting(False, RUN, "1 replaces an earlier run of the same name")
+    seed: int = _setting(
+        5, RUN, "determines initial weights, order, augmentation, corruption and labelled choice"
+    )
+    device: str | None = _setting(
+        None,
+        RUN,
+        "cpu, cuda or cuda:N (default: the first GPU that CUDA_VISIBLE_DEVICES shows, else cpu)",
+        kind=str,
+    )
+    log_every: int = _setting(10, RUN, "lower steps between two rows of metrics.jsonl")
+
+    @property
+    def setting(self):
+        """full, semi or noisy: the folder of the run, after the paper's three tables."""
+        if self.labeled_per_class:
+            return "semi"
+        return "noisy" if self.corrupted else "full"
+
+    @property
+    def effective_corrupted_rate(self):
+        return self.corrupted_rate if self.corrupted else 0.0
+
+
+def parse(argv=None, description=None):
+    """``Config`` from a command line. argparse exits with code 2 on what it cannot read."""
+    parser = argparse.ArgumentParser(
+        description=description,
+        formatter_class=_HelpFormatter,
+        allow_abbrev=False,
+    )
+    groups = {}
+    for field in dataclasses.fields(Config):
+        info = field.metadata
+        if info["group"] not in groups:
+            groups[info["group"]] = parser.add_argument_group(info["group"])
+        kind = _switch if info["kind"] is bool else info["kind"]
+        names = [f"--{name}" for name in (field.name, *info["aliases"])]
+        options = {"nargs": "+"} if info["many"] else {}
+        if info["choices"]:
+            options["choices"] = info["choices"]
+        else:
+            options["metavar"] = {bool: "0|1", int: "N", float: "X"}.get(info["kind"], "NAME")
+        default = list(field.default_factory()) if info["many"] else field.default
+        groups[info["group"]].add_argument(
+            *names,
+            type=kind,
+            default=default,
+            help=_help(info, default),
+            dest=field.name,
+            **options,
+        )
+    return Config(**vars(parser.parse_args(argv)))
+
+
+def _help(info, default):
+    text = info["help"].replace("%(default)s", str(default))
+    if default is None or "(default" in text:
+        return text
+    shown = " ".join(map(str, default)) if info["many"] else default
+    return f"{text} (default: {int(shown) if isinstance(shown, bool) else shown})"
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=30, width=100)
+
+
+# --------------------------------------------------------------------------------------------------
+# Checks
+# --------------------------------------------------------------------------------------------------
+
+_AT_LEAST = {
+    "task_num": 1,
+    "image_size": 8,
+    "num_workers": 0,
+    "labeled_per_class": 0,
+    "in_dim": 1,
+    "epochs": 1,
+    "max_steps": 1,
+    "train_batch_size": 1,
+    "test_batch_size": 1,
+    "w_decay": 0,
+    "aux_weight": 0,
+    "auxw_decay": 0,
+    "hyperstep": 1,
+    "aux_batch_size": 1,
+    "n_meta_loss_accum": 1,
+    "n_meta_train_loss_accum": 1,
+    "neumann_terms": 0,
+    "damping": 0,
+    "cg_iterations": 1,
+    "seed": 0,
+    "log_every": 1,
+}
+_ABOVE_ZERO = ("main_lr", "aux_lr", "neumann_alpha", "max_grad_norm")
+
+
+def check(config):
+    """Check what can be checked without the data. Raises UserError naming the flag."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"--{field.name} must be a finite number, not {value}")
+        if value is None:
+            continue
+        if field.name in _AT_LEAST and value < _AT_LEAST[field.name]:
+            raise UserError(f"--{field.name} must be at least {_AT_LEAST[field.name]}, not {value}")
+        if field.name in _ABOVE_ZERO and value <= 0:
+            raise UserError(f"--{field.name} must be greater than 0, not {value}")
+        if field.metadata["choices"] and value not in field.metadata["choices"]:
+            known = ", ".join(field.metadata["choices"])
+            raise UserError(f"--{field.name} {value} is unknown: choose from {known}")
+    if min(config.aux_hidden_dim, default=0) < 1:
+        raise UserError("--aux_hidden_dim takes one or more sizes of at least 1")
+    if not 0 <= config.corrupted_rate <= 1:
+        raise UserError(f"--corrupted_rate must be within [0, 1], not {config.corrupted_rate}")
+    if config.corrupted and config.labeled_per_class:
+        raise UserError(
+            "--corrupted 1 and --labeled_per_class are two settings of the paper: choose one"
+        )
+    name = config.exp_name
+    if name is not None and (name in ("", ".", "..") or "/" in name or "\0" in name):
+        raise UserError(f"--exp_name {name!r} must be a plain name without slashes")
+    if config.backbone == "convnet" and config.backbone_pretrain:
+        raise UserError("--backbone_pretrain 1: there are no ImageNet weights for the convnet")
+    if config.backbone_weights and config.backbone_pretrain:
+        raise UserError("--backbone_weights and --backbone_pretrain 1 exclude each other")
+    if config.backbone == "convnet" and config.in_dim > 1 << 16:
+        raise UserError(f"--in_dim {config.in_dim} is too large")
+
+
+def resolve(config, split):
+    """A copy in which nothing is left open; checked against the data.
+
+    Args: ``split`` from ``auxilearn.data.cub.load_split``. Raises UserError.
+    """
+    check(config)
+    method = METHODS[config.method]
+    available = 1 + split.attributes.shape[1]
+    whether_aux = method.auxiliary if config.whether_aux is None else config.whether_aux
+    if whether_aux and not method.auxiliary:
+        raise UserError(f"--method {config.method} trains no auxiliary task: drop --whether_aux 1")
+    task_num = config.task_num
+    if task_num is None:
+        task_num = available if whether_aux else 1
+    if task_num > available:
+        raise UserError(
+            f"--task_num {task_num} is more than the data has: the target and {available - 1} "
+            f"attributes, so at most {available}"
+        )
+    if task_num > 1 and not whether_aux:
+        reason = "--whether_aux 0" if method.auxiliary else f"--method {config.method}"
+        raise UserError(
+            f"{reason} trains the target task alone, but --task_num {task_num} asks for "
+            f"{task_num - 1} auxiliary tasks: drop one of the two"
+        )
+    pretrain = config.backbone_pretrain
+    if pretrain is None:
+        pretrain = config.backbone == "resnet18" and not config.backbone_weights
+    resolved = dataclasses.replace(
+        config,
+        data_root=str(split.data_root),
+        task_num=task_num,
+        whether_aux=whether_aux,
+        backbone_pretrain=pretrain,
+        neumann_alpha=config.neumann_alpha or config.main_lr,
+        exp_name=config.exp_name,
+        device=str(choose_device(config.device)),
+    )
+    _check_batch_norm(resolved, split)
+    return resolved
+
+
+def choose_device(name):
+    """The torch device called ``name``, or the best there is. UserError if it cannot be used."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        first_line = str(error).strip().split("\n")[0]
+        raise UserError(f"--device {name} cannot be used here ({first_line})") from None
+    return device
+
+
+def _check_batch_norm(config, split):
+    """A batch of one image has one value per channel where the backbone has shrunk it to 1 x 1."""
+    smallest = {"resnet18": 33, "convnet": 16}[config.backbone]
+    if config.image_size >= smallest:
+        return
+    sizes = {"--train_batch_size": (config.train_batch_size, training_set_name(config))}
+    if METHODS[config.method].bilevel:
+        sizes["--train_batch_size"] = (config.train_batch_size, "rest_train")
+        sizes["--aux_batch_size"] = (config.aux_batch_size, "dev")
+    for flag, (size, name) in sizes.items():
+        if len(split.indices[name]) % size == 1 or size == 1:
+            raise UserError(
+                f"{flag} {size} leaves a batch of one image, which {config.backbone}'s batch norm "
+                f"cannot train on at --image_size {config.image_size}: use another batch size or "
+                f"at least {smallest} pixels"
+            )
+
+
+def training_set_name(config):
+    """The set of the split that the method trains on."""
+    return "rest_train" if METHODS[config.method].bilevel else "full_train"

@@ -1,0 +1,263 @@
+"""From a split to batches: what every sample is trained on, and the streams that deliver it.
+
+A run is reproducible whatever the number of workers: the order of a pass depends on (seed, stream,
+pass) alone, the augmentation of an image on (seed, stream, pass, sample) alone.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as pixels
+
+from auxilearn.errors import UserError
+from auxilearn.models import Batch
+from auxilearn.randomness import derived_generator, derived_seed
+
+RESIZE_RATIO = 256 / 224  # Resize(256) goes before every crop of 224
+
+# --------------------------------------------------------------------------------------------------
+# What a sample is trained on
+# --------------------------------------------------------------------------------------------------
+
+
+class SampleSet(NamedTuple):
+    """The samples of one set of the split, in its order, with n samples and K tasks.
+
+    positions (n,): places in the split's arrays. targets (n,) int64: target labels, those trained
+    on. attributes (n, K - 1) uint8. labeled (n,) bool, True where the target label may be used, or
+    None for everywhere.
+    """
+
+    positions: np.ndarray
+    targets: torch.Tensor
+    attributes: torch.Tensor
+    labeled: torch.Tensor | None = None
+
+    def __len__(self):
+        return len(self.positions)
+
+    def batch(self, places, images, device):
+        """The ``Batch`` of the samples at ``places`` (B,) with their ``images``, on ``device``."""
+        labels = torch.cat([self.targets[places, None], self.attributes[places].long()], dim=1)
+        mask = None
+        if self.labeled is not None:
+            mask = torch.ones(labels.shape, dtype=torch.bool)
+            mask[:, 0] = self.labeled[places]
+            # The label behind the mask is not even read.
+            labels[:, 0].masked_fill_(~mask[:, 0], 0)
+            mask = mask.to(device, non_blocking=True)
+        return Batch(
+            images.to(device, non_blocking=True, memory_format=torch.channels_last),
+            labels.to(device, non_blocking=True),
+            places.to(device, non_blocking=True),
+            mask,
+        )
+
+
+def sample_set(split, name, tasks):
+    """The set ``name`` of the split with its own labels and its first ``tasks`` - 1 attributes."""
+    positions = split.indices[name]
+    return SampleSet(
+        positions,
+        torch.from_numpy(split.labels[positions]),
+        torch.from_numpy(split.attributes[positions][:, : tasks - 1]),
+    )
+
+
+def training_set(split, name, tasks, seed, corrupted_rate=0.0, labeled_per_class=0):
+    """The training set ``name`` (full_train or rest_train) under one of the paper's settings.
+
+    Corrupted labels (``corrupted_rate`` r > 0): each label is redrawn from (1 - r) I + r / C.
+    Semi-supervised (``labeled_per_class`` N > 0): N samples per class keep their target label. Both
+    draws are over the training images outside the development set, so they are the same whether a
+    method trains on rest_train or on full_train. The development images' labels are clean and known
+    to every method: in full_train they stay as they are.
+
+    Raises UserError: a class has fewer than N such images.
+    """
+    samples = sample_set(split, name, tasks)
+    rest = split.indices["rest_train"]
+    in_rest = np.isin(samples.positions, rest)
+    if corrupted_rate:
+        classes = len(split.class_names)
+        labels = split.labels.copy()
+        labels[rest] = corrupt(
+            labels[rest], corrupted_rate, classes, derived_generator(seed, "corruption")
+        )
+        samples = samples._replace(targets=torch.from_numpy(labels[samples.positions]))
+    if labeled_per_class:
+        generator = derived_generator(seed, "labeled")
+        chosen = choose_labeled(split, rest, labeled_per_class, generator)
+        labeled = np.isin(samples.positions, chosen) | ~in_rest
+        samples = samples._replace(labeled=torch.from_numpy(labeled))
+    return samples
+
+
+def corrupt(labels, rate, classes, generator):
+    """``labels`` (n,) redrawn from (1 - rate) I + rate / classes: with probability ``rate`` a label
+    becomes uniform over all classes, the true one included."""
+    redrawn = generator.random(len(labels)) < rate
+    return np.where(redrawn, generator.integers(classes, size=len(labels)), labels)
+
+
+def choose_labeled(split, positions, per_class, generator):
+    """``per_class`` randomly chosen entries of ``positions`` for every class, by true label."""
+    labels = split.labels[positions]
+    chosen = []
+    for number, name in enumerate(split.class_names):
+        members = positions[labels == number]
+        if len(members) < per_class:
+            raise UserError(
+                f"--labeled_per_class {per_class} is more than class {name} has: "
+                f"{len(members)} training images outside the development set"
+            )
+        chosen.append(generator.choice(members, per_class, replace=False))
+    return np.concatenate(chosen)
+
+
+# --------------------------------------------------------------------------------------------------
+# Images
+# --------------------------------------------------------------------------------------------------
+
+
+def load_resized(path, size):
+    """The image at ``path`` in RGB, shorter side ``size``: a uint8 tensor (3, H, W).
+
+    Raises UserError naming a file that cannot be read.
+    """
+    try:
+        with Image.open(path) as image:
+            image = pixels.resize(image.convert("RGB"), size)
+    except FileNotFoundError:
+        raise UserError(f"{path}: the image is missing") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path}: not a readable image ({error})") from None
+    return pixels.pil_to_tensor(image)
+
+
+def make_transform(image_size, augment):
+    """From a resized image to one of ``image_size`` pixels a side (SPEC of the paper's runs).
+
+    Training: random resized crop and horizontal flip. Evaluation: centre crop.
+    """
+    if augment:
+        return v2.Compose(
+            [v2.RandomResizedCrop(image_size, antialias=True), v2.RandomHorizontalFlip()]
+        )
+    return v2.CenterCrop(image_size)
+
+
+class ImageDataset(Dataset):
+    """Images of a ``SampleSet``. An item's key is (place in the set, number of the pass)."""
+
+    def __init__(self, split, positions, image_size, augment, seed, stream):
+        self.paths = [split.image_path(position) for position in positions]
+        self.resized = round(image_size * RESIZE_RATIO)
+        self.transform = make_transform(image_size, augment)
+        self.augment = augment
+        self.seed = seed
+        self.stream = stream
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, key):
+        """(place, uint8 image (3, S, S)), or the UserError that says why there is none."""
+        place, number = key
+        try:
+            image = load_resized(self.paths[place], self.resized)
+        except UserError as error:
+            return error  # raised in a worker, it would reach the person as a traceback
+        if not self.augment:
+            return place, self.transform(image)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derived_seed(self.seed, self.stream, number, place))
+            return place, self.transform(image)
+
+
+def collate(items):
+    """(places (B,), images (B, 3, S, S)), or the first UserError among the items."""
+    for item in items:
+        if isinstance(item, UserError):
+            return item
+    places, images = zip(*items, strict=True)
+    return torch.tensor(places), torch.stack(images)
+
+
+# --------------------------------------------------------------------------------------------------
+# Streams of batches
+# --------------------------------------------------------------------------------------------------
+
+
+class EndlessBatches:
+    """Keys of batch after batch, pass after pass, each pass in a fresh random order."""
+
+    def __init__(self, samples, batch_size, seed, stream):
+        self.samples, self.batch_size, self.seed, self.stream = samples, batch_size, seed, stream
+
+    def __iter__(self):
+        number = 0
+        while True:
+            order = derived_generator(self.seed, f"{self.stream} order", number)
+            places = order.permutation(self.samples).tolist()
+            for start in range(0, self.samples, self.batch_size):
+                yield [(place, number) for place in places[start : start + self.batch_size]]
+            number += 1
+
+
+class FirstBatch:
+    """The keys of the first batch in file order, for ever: what the released code does."""
+
+    def __init__(self, samples, batch_size):
+        self.size = min(samples, batch_size)
+
+    def __iter__(self):
+        while True:
+            yield [(place, 0) for place in range(self.size)]
+
+
+class OrderedBatches:
+    """One pass in file order."""
+
+    def __init__(self, samples, batch_size):
+        self.samples, self.batch_size = samples, batch_size
+
+    def __iter__(self):
+        for start in range(0, self.samples, self.batch_size):
+            end = min(start + self.batch_size, self.samples)
+            yield [(place, 0) for place in range(start, end)]
+
+    def __len__(self):
+        return -(-self.samples // self.batch_size)
+
+
+class Stream:
+    """Iterates over the ``Batch``es of a sample set, decoded and augmented in ``workers``.
+
+    Raises UserError while iterating: an image that cannot be read.
+    """
+
+    def __init__(
+        self, split, samples, batches, image_size, device, *, augment, seed, name, workers
+    ):
+        self.samples = samples
+        self.device = device
+        self.loader = DataLoader(
+            ImageDataset(split, samples.positions, image_size, augment, seed, name),
+            batch_sampler=batches,
+            collate_fn=collate,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=device.type == "cuda",
+            generator=torch.Generator(),  # so that it draws nothing from the global one
+        )
+
+    def __iter__(self):
+        for item in self.loader:
+            if isinstance(item, UserError):
+                raise item
+            yield self.samples.batch(*item, self.device)

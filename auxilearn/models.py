@@ -1,0 +1,219 @@
+"""The lower level: a backbone, one head per task, and the matrix of losses they give."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+
+from auxilearn.errors import UserError
+from auxilearn.upper_level import TaskLosses
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class Batch(NamedTuple):
+    """images (B, 3, H, W) uint8; labels (B, K) int64; sample_id (B,); mask (B, K) bool or None."""
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    sample_id: torch.Tensor
+    mask: torch.Tensor | None = None
+
+
+class TaskHeads(nn.Module):
+    """All heads in one matrix product, and the losses of equally wide heads in one call.
+
+    Args:
+        feature_dim: d.
+        class_counts: number of classes of every task, K entries; any mixture of widths.
+        aux_weight: factor on the losses of tasks 1 .. K-1.
+    """
+
+    def __init__(self, feature_dim, class_counts, aux_weight=1.0):
+        super().__init__()
+        self.class_counts = list(class_counts)
+        self.linear = nn.Linear(feature_dim, sum(self.class_counts))
+        counts = torch.tensor(self.class_counts)
+        starts = counts.cumsum(0) - counts
+        self.widths = sorted(set(self.class_counts), reverse=True)
+        order = []
+        for number, width in enumerate(self.widths):
+            tasks = (counts == width).nonzero().flatten()
+            columns = (starts[tasks, None] + torch.arange(width)).flatten()
+            self.register_buffer(f"tasks_{number}", tasks, persistent=False)
+            self.register_buffer(f"columns_{number}", columns, persistent=False)
+            order.append(tasks)
+        self.register_buffer("task_order", torch.cat(order).argsort(), persistent=False)
+        weight = torch.full((len(self.class_counts),), float(aux_weight))
+        weight[0] = 1.0
+        self.register_buffer("task_weight", weight, persistent=False)
+
+    def target_logits(self, features):
+        """Logits of the target task alone, (B, C)."""
+        classes = self.class_counts[0]
+        return F.linear(features, self.linear.weight[:classes], self.linear.bias[:classes])
+
+    def forward(self, features, labels):
+        """Unreduced cross entropies L (B, K) of ``labels`` (B, K), auxiliary ones times aux_weight.
+
+        Labels of masked entries must be valid class numbers; their losses are the caller's to mask.
+        """
+        logits = self.linear(features)  # (B, sum of class counts)
+        losses = []
+        for number, width in enumerate(self.widths):
+            tasks = getattr(self, f"tasks_{number}")
+            group = logits[:, getattr(self, f"columns_{number}")].reshape(-1, width)
+            loss = F.cross_entropy(group, labels[:, tasks].reshape(-1), reduction="none")
+            losses.append(loss.reshape(len(labels), -1))
+        return torch.cat(losses, dim=1)[:, self.task_order] * self.task_weight
+
+
+class TaskModel(nn.Module):
+    """A backbone and its heads: ``model(batch)`` is the ``TaskLosses`` of a ``Batch``."""
+
+    def __init__(self, backbone, feature_dim, class_counts, aux_weight=1.0):
+        super().__init__()
+        self.backbone = backbone
+        self.heads = TaskHeads(feature_dim, class_counts, aux_weight)
+        for name, values in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)):
+            scaled = 255 * torch.tensor(values).reshape(1, 3, 1, 1)
+            self.register_buffer(f"pixel_{name}", scaled, persistent=False)
+
+    def features(self, images):
+        """Features F (B, d) of uint8 images (B, 3, H, W); normalised here, on the device."""
+        return self.backbone((images - self.pixel_mean) / self.pixel_std)
+
+    def forward(self, batch):
+        features = self.features(batch.images)
+        losses = self.heads(features, batch.labels)
+        return TaskLosses(losses, features, batch.sample_id, batch.mask)
+
+    def predict(self, images):
+        """Logits of the target task (B, C)."""
+        return self.heads.target_logits(self.features(images))
+
+
+# --------------------------------------------------------------------------------------------------
+# Backbones
+# --------------------------------------------------------------------------------------------------
+
+
+class ConvNet(nn.Module):
+    """A small backbone for images of 24 to 96 pixels: three 3x3 convolutions and one 1x1."""
+
+    def __init__(self, feature_dim, widths=(32, 64, 128)):
+        super().__init__()
+        layers = []
+        channels = 3
+        for width in widths:
+            layers += [
+                nn.Conv2d(channels, width, 3, padding=1, bias=False),
+                nn.BatchNorm2d(width),
+                nn.ReLU(inplace=True),
+                nn.MaxPool2d(2),
+            ]
+            channels = width
+        layers += [
+            nn.Conv2d(channels, feature_dim, 1, bias=False),
+            nn.BatchNorm2d(feature_dim),
+            nn.ReLU(inplace=True),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+        ]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, images):
+        return self.layers(images)
+
+
+RESNET18_DIM = 512
+
+
+def build_backbone(name, feature_dim, pretrained=False, weights_path=None):
+    """A backbone whose pooled output has ``feature_dim`` entries.
+
+    ``resnet18`` is torchvision's without its classifier; where ``feature_dim`` is not its 512, a
+    linear layer and a ReLU bring it there. ``pretrained`` loads ImageNet weights (resnet18 only),
+    ``weights_path`` a file: a torchvision state dict, or a checkpoint of this project.
+
+    Raises UserError: weights that cannot be had, or that belong to another architecture.
+    """
+    if name == "convnet":
+        backbone = ConvNet(feature_dim)
+        if weights_path:
+            _load_backbone(backbone, weights_path, name)
+        return backbone
+    resnet = torchvision.models.resnet18(weights=None)
+    resnet.fc = nn.Identity()
+    if feature_dim == RESNET18_DIM:
+        backbone = resnet
+    else:
+        backbone = nn.Sequential(resnet, nn.Linear(RESNET18_DIM, feature_dim), nn.ReLU())
+    if weights_path:
+        _load_backbone(backbone, weights_path, name)
+    elif pretrained:
+        resnet.load_state_dict(_without_classifier(_imagenet_weights()))
+    return backbone
+
+
+def _imagenet_weights():
+    weights = torchvision.models.ResNet18_Weights.IMAGENET1K_V1
+    try:
+        return weights.get_state_dict(progress=True, check_hash=True)
+    except (OSError, RuntimeError) as error:
+        folder = f"{torch.hub.get_dir()}/checkpoints/"
+        raise UserError(
+            f"the ImageNet weights of resnet18 could not be downloaded ({error}): fetch "
+            f"{weights.url} by hand and put it into {folder}, or give --backbone_weights PATH, "
+            "or start from random weights with --backbone_pretrain 0"
+        ) from None
+
+
+def _without_classifier(state):
+    return {key: value for key, value in state.items() if not key.startswith("fc.")}
+
+
+def load_file(path):
+    """A file written by ``torch.save``, without executing any code from it. UserError if broken."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except Exception as error:  # torch.load raises many kinds on a file that is not its own
+        first_line = str(error).strip().split("\n")[0]
+        raise UserError(
+            f"{path}: not a weights file that torch.load can read safely ({first_line})"
+        ) from None
+
+
+def _load_backbone(backbone, path, name):
+    state = load_file(path)
+    if not isinstance(state, dict):
+        raise UserError(f"{path}: expected a state dict, found {type(state).__name__}")
+    if isinstance(state.get("model"), dict):  # a checkpoint of this project
+        prefix = "backbone."
+        state = {k[len(prefix) :]: v for k, v in state["model"].items() if k.startswith(prefix)}
+    state = _without_classifier(state)
+    expected = backbone.state_dict()
+    if isinstance(backbone, nn.Sequential) and set(state) <= set(backbone[0].state_dict()):
+        backbone, expected = backbone[0], backbone[0].state_dict()
+    load_matching(backbone, state, f"{path}: not weights of --backbone {name}", expected)
+
+
+def load_matching(module, state, complaint, expected=None):
+    """``load_state_dict`` that explains in one line what does not fit."""
+    expected = module.state_dict() if expected is None else expected
+    problems = [f"{key} is missing" for key in expected if key not in state]
+    problems += [f"{key} is unknown" for key in state if key not in expected]
+    problems += [
+        f"{key} has shape {tuple(state[key].shape)}, expected {tuple(value.shape)}"
+        for key, value in expected.items()
+        if isinstance(state.get(key), torch.Tensor) and state[key].shape != value.shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise UserError(f"{complaint}: {'; '.join(problems[:3])}{more}")
+    module.load_state_dict(state)

@@ -1,0 +1,373 @@
+"""The bilevel training loop, one for every method.
+
+lower step   Adam on theta with the gradient of the scheduled loss of a training batch
+upper step   every ``hyperstep`` lower steps: SGD on phi with the hypergradient
+epoch        accuracy on the validation set; the best checkpoint is kept, and tested at the end
+"""
+
+import dataclasses
+import math
+import sys
+import time
+
+import torch
+from tqdm import tqdm
+
+from auxilearn.config import resolve, training_set_name
+from auxilearn.data.cub import load_split
+from auxilearn.data.dataset import (
+    EndlessBatches,
+    FirstBatch,
+    OrderedBatches,
+    Stream,
+    sample_set,
+    training_set,
+)
+from auxilearn.errors import DivergenceError
+from auxilearn.implicit_diff import conjugate_gradient, exact, identity, neumann
+from auxilearn.methods import METHODS, Problem
+from auxilearn.models import TaskModel, build_backbone
+from auxilearn.optim import apply_hypergradient
+from auxilearn.randomness import derived_seed
+from auxilearn.record import RunRecord, environment, free_name
+from auxilearn.upper_level import UpperLevel, scheduled_loss
+
+
+def train(config):
+    """Run ``config`` from data to test accuracy. Returns the summary, a dict.
+
+    Everything is checked and built before the run's directory is made, so bad input (UserError)
+    leaves nothing behind. Raises DivergenceError where the numbers stop being finite.
+    """
+    split = load_split(config.split_dir, config.data_root)
+    config = resolve(config, split)
+    trainer = Trainer(config, split)
+    directory = f"{config.record_dir}/{config.setting}"
+    if config.exp_name is None:
+        name = free_name(directory, f"train_{config.method}_seed{config.seed}")
+        config = trainer.config = dataclasses.replace(config, exp_name=name)
+    record = RunRecord(
+        f"{directory}/{config.exp_name}", trainer.description(), overwrite=config.overwrite
+    )
+    try:
+        return trainer.fit(record)
+    finally:
+        record.close()
+
+
+class Trainer:
+    """One run: task model, scheduler, their optimisers and their streams of batches.
+
+    Args: a resolved ``Config`` and the ``Split`` it was resolved against.
+    """
+
+    def __init__(self, config, split):
+        self.config = config
+        self.split = split
+        self.method = METHODS[config.method]
+        self.device = torch.device(config.device)
+        self.train_set = training_set(
+            split,
+            training_set_name(config),
+            config.task_num,
+            config.seed,
+            corrupted_rate=config.effective_corrupted_rate,
+            labeled_per_class=config.labeled_per_class,
+        )
+        self.steps_per_epoch = math.ceil(len(self.train_set) / config.train_batch_size)
+        self.total_steps = config.epochs * self.steps_per_epoch
+        if config.max_steps is not None:
+            self.total_steps = min(self.total_steps, config.max_steps)
+        self._build_models()
+        self._build_streams()
+
+    def _build_models(self):
+        config = self.config
+        torch.manual_seed(derived_seed(config.seed, "task model"))
+        backbone = build_backbone(
+            config.backbone, config.in_dim, config.backbone_pretrain, config.backbone_weights
+        )
+        class_counts = [len(self.split.class_names)] + [2] * (config.task_num - 1)
+        model = TaskModel(backbone, config.in_dim, class_counts, config.aux_weight)
+        self.model = model.to(self.device, memory_format=torch.channels_last)
+        self.theta = list(self.model.parameters())
+        self.lower_optimizer = torch.optim.Adam(
+            self.theta, lr=config.main_lr, weight_decay=config.w_decay
+        )
+        torch.manual_seed(derived_seed(config.seed, "scheduler"))
+        self.scheduler = self.method.build(
+            Problem(config.task_num, config.in_dim, len(self.train_set), config.aux_hidden_dim)
+        ).to(self.device)
+        if self.method.bilevel:
+            self.phi = list(self.scheduler.parameters())
+            self.upper_optimizer = torch.optim.SGD(
+                self.phi, lr=config.aux_lr, momentum=0.9, weight_decay=config.auxw_decay
+            )
+            self.upper_level = UpperLevel(self.model, self.scheduler, build_solver(config))
+
+    def _build_streams(self):
+        config = self.config
+        lower = EndlessBatches(len(self.train_set), config.train_batch_size, config.seed, "lower")
+        self.lower_batches = self._stream(self.train_set, lower, "lower", augment=True)
+        self.valid_batches = self._evaluation_stream("valid")
+        if not self.method.bilevel:
+            return
+        upper = EndlessBatches(len(self.train_set), config.train_batch_size, config.seed, "upper")
+        self.upper_batches = self._stream(self.train_set, upper, "upper", augment=True, workers=1)
+        dev_set = sample_set(self.split, "dev", config.task_num)
+        if config.dev_batches == "first":
+            dev = FirstBatch(len(dev_set), config.aux_batch_size)
+        else:
+            dev = EndlessBatches(len(dev_set), config.aux_batch_size, config.seed, "dev")
+        self.dev_batches = self._stream(dev_set, dev, "dev", augment=False, workers=1)
+
+    def _stream(self, samples, batches, name, *, augment, workers=None):
+        config = self.config
+        limit = config.num_workers if workers is None else min(workers, config.num_workers)
+        return Stream(
+            self.split,
+            samples,
+            batches,
+            config.image_size,
+            self.device,
+            augment=augment,
+            seed=config.seed,
+            name=name,
+            workers=limit,
+        )
+
+    def _evaluation_stream(self, name):
+        samples = sample_set(self.split, name, self.config.task_num)
+        batches = OrderedBatches(len(samples), self.config.test_batch_size)
+        return self._stream(samples, batches, name, augment=False)
+
+    def description(self):
+        """Everything that determines the run, for config.json."""
+        split = self.split
+        return {
+            "config": dataclasses.asdict(self.config),
+            "setting": self.config.setting,
+            "data": {
+                "fingerprint": split.fingerprint,
+                "data_root": str(split.data_root),
+                "split_seed": split.info["split_seed"],
+                "aux_shot": split.info["aux_shot"],
+                "classes": len(split.class_names),
+                "sets": {name: len(indices) for name, indices in split.indices.items()},
+                "trained_on": training_set_name(self.config),
+            },
+            "environment": environment(),
+        }
+
+    # ----------------------------------------------------------------------------------------------
+
+    def fit(self, record):
+        """Train, keep the best checkpoint in ``record``, test it. Returns the summary."""
+        start = time.perf_counter()
+        config = self.config
+        self.record = record
+        self._say(
+            f"{config.method} ({self.method.title}), {config.setting} setting, "
+            f"{len(self.train_set)} images, {config.task_num} tasks, on {self.device}"
+        )
+        self._say(f"recording in {record.directory}")
+        torch.manual_seed(derived_seed(config.seed, "training"))
+        self.best = {"valid_accuracy": -1.0}
+        lower_batches = iter(self.lower_batches)
+        if self.method.bilevel:
+            self.upper_iterator = iter(self.upper_batches)
+            self.dev_iterator = iter(self.dev_batches)
+        window = _Window()
+        with _progress_bar(self.total_steps) as bar:
+            for step in range(1, self.total_steps + 1):
+                clock = time.perf_counter()
+                batch = next(lower_batches)
+                window.data_seconds += time.perf_counter() - clock
+                self._lower_step(step, batch, window)
+                if step == 1 or step % config.log_every == 0 or step == self.total_steps:
+                    row = window.close(step)
+                    record.metrics("step", epoch=self._epoch(step), **row)
+                    bar.set_postfix(loss=f"{row['loss']:.3f}", accuracy=f"{row['accuracy']:.3f}")
+                if self.method.bilevel and step % config.hyperstep == 0:
+                    self._upper_step(step)
+                bar.update()
+                if step % self.steps_per_epoch == 0 or step == self.total_steps:
+                    self._finish_epoch(step, bar)
+        return self._finish(time.perf_counter() - start)
+
+    def _epoch(self, step):
+        return (step - 1) // self.steps_per_epoch + 1
+
+    def _lower_step(self, step, batch, window):
+        clock = time.perf_counter()
+        self.model.train()
+        outputs = self.model(batch)
+        loss = scheduled_loss(self.scheduler, outputs)
+        value = loss.item()
+        if not math.isfinite(value):
+            self._diverged(step, f"the scheduled training loss is {value}")
+        self.lower_optimizer.zero_grad()
+        loss.backward(inputs=self.theta)
+        self.lower_optimizer.step()
+        window.add(value, outputs, batch)
+        with torch.no_grad():
+            predicted = self.model.heads.target_logits(outputs.features).argmax(dim=1)
+            known = slice(None) if batch.mask is None else batch.mask[:, 0]
+            hits = (predicted == batch.labels[:, 0])[known]
+            window.hits += hits.sum().item()
+            window.known += len(hits)
+        window.lower_seconds += time.perf_counter() - clock
+
+    def _upper_step(self, step):
+        clock = time.perf_counter()
+        config = self.config
+        train_batches = [next(self.upper_iterator) for _ in range(config.n_meta_train_loss_accum)]
+        dev_batches = [next(self.dev_iterator) for _ in range(config.n_meta_loss_accum)]
+        hypergrads, solution, dev_loss = self.upper_level.hypergradient(train_batches, dev_batches)
+        if not all(torch.isfinite(h).all() for h in hypergrads):
+            self._diverged(
+                step,
+                f"the hypergradient is not finite (development loss {dev_loss:.4g}, residual of "
+                f"--solver {config.solver} {solution.residual:.4g}); a smaller --neumann_alpha or "
+                "--solver identity may help",
+            )
+        norm = apply_hypergradient(self.upper_optimizer, self.phi, hypergrads, config.max_grad_norm)
+        self.scheduler.clamp()
+        self.record.metrics(
+            "upper",
+            step=step,
+            dev_loss=dev_loss,
+            hypergradient_norm=norm,
+            clipped=norm > config.max_grad_norm,
+            residual=solution.residual,
+            products=solution.products,
+            upper_seconds=time.perf_counter() - clock,
+        )
+
+    def _finish_epoch(self, step, bar):
+        clock = time.perf_counter()
+        accuracy = evaluate(self.model, self.valid_batches)
+        epoch = self._epoch(step)
+        self.record.metrics(
+            "epoch",
+            epoch=epoch,
+            step=step,
+            valid_accuracy=accuracy,
+            valid_seconds=time.perf_counter() - clock,
+        )
+        if accuracy > self.best["valid_accuracy"]:
+            self.best = {"epoch": epoch, "step": step, "valid_accuracy": accuracy}
+            self.record.save_best(
+                {
+                    "model": self.model.state_dict(),
+                    "scheduler": self.scheduler.state_dict(),
+                    "config": dataclasses.asdict(self.config),
+                    **self.best,
+                }
+            )
+        self._say(f"epoch {epoch}, step {step}: validation accuracy {accuracy:.4f}", bar)
+
+    def _finish(self, seconds):
+        self.model.load_state_dict(self.record.load_best()["model"])
+        test_accuracy = evaluate(self.model, self._evaluation_stream("test"))
+        config = self.config
+        summary = {
+            "test_accuracy": test_accuracy,
+            "valid_accuracy": self.best["valid_accuracy"],
+            "best_epoch": self.best["epoch"],
+            "best_step": self.best["step"],
+            "steps": self.total_steps,
+            "seconds": seconds,
+            "method": config.method,
+            "setting": config.setting,
+            "corrupted_rate": config.effective_corrupted_rate,
+            "labeled_per_class": config.labeled_per_class,
+            "seed": config.seed,
+            "exp_name": config.exp_name,
+            "fingerprint": self.split.fingerprint,
+        }
+        self.record.summarise(summary)
+        self._say(
+            f"best validation accuracy {self.best['valid_accuracy']:.4f} in epoch "
+            f"{self.best['epoch']}"
+        )
+        self._say(f"test accuracy: {test_accuracy:.4f}")
+        return summary
+
+    def _diverged(self, step, reason):
+        kept = (
+            f"the best checkpoint, of epoch {self.best['epoch']}, is kept"
+            if "epoch" in self.best
+            else "no epoch was completed"
+        )
+        message = f"diverged at step {step}: {reason}; {kept} in {self.record.directory}"
+        self.record.log(message)
+        raise DivergenceError(message)
+
+    def _say(self, text, bar=None):
+        """A line for the person, without breaking the progress bar, and for log.txt."""
+        self.record.log(text)
+        if bar is None or bar.disable:
+            print(text, flush=True)
+        else:
+            bar.write(text)
+
+
+class _Window:
+    """Means over the lower steps since the last row of metrics."""
+
+    def __init__(self, start=0):
+        self.start = start
+        self.loss = self.target_loss = self.aux_loss = 0.0
+        self.hits = self.known = 0
+        self.data_seconds = self.lower_seconds = 0.0
+
+    def add(self, loss, outputs, batch):
+        """Count a step: its scheduled loss, and its plain mean losses of target and other tasks."""
+        losses = outputs.losses.detach()
+        target = losses[:, 0] if batch.mask is None else losses[batch.mask[:, 0], 0]
+        self.loss += loss
+        self.target_loss += target.mean().item() if len(target) else 0.0
+        self.aux_loss += losses[:, 1:].mean().item() if losses.shape[1] > 1 else 0.0
+
+    def close(self, step):
+        """The row of the steps up to ``step``; starts over. Losses and seconds are per step."""
+        steps = step - self.start
+        row = {
+            "step": step,
+            "loss": self.loss / steps,
+            "target_loss": self.target_loss / steps,
+            "aux_loss": self.aux_loss / steps,
+            "accuracy": self.hits / max(1, self.known),
+            "data_seconds": self.data_seconds / steps,
+            "lower_seconds": self.lower_seconds / steps,
+        }
+        self.__init__(step)
+        return row
+
+
+@torch.inference_mode()
+def evaluate(model, batches):
+    """Share of images whose target class is predicted, over a stream with its own labels."""
+    model.eval()
+    hits = images = 0
+    for batch in batches:
+        hits += (model.predict(batch.images).argmax(dim=1) == batch.labels[:, 0]).sum().item()
+        images += len(batch.images)
+    return hits / images
+
+
+def build_solver(config):
+    """The solver that a resolved configuration names."""
+    if config.solver == "neumann":
+        return neumann(config.neumann_alpha, config.neumann_terms, config.neumann_scale)
+    if config.solver == "identity":
+        return identity()
+    if config.solver == "cg":
+        return conjugate_gradient(config.damping, config.cg_iterations)
+    return exact(config.damping)
+
+
+def _progress_bar(steps):
+    """A bar on a terminal; nothing where stderr is a file, whose lines ``_say`` writes."""
+    return tqdm(total=steps, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty())
