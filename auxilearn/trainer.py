@@ -16,6 +16,7 @@ from tqdm import tqdm
 from auxilearn.config import resolve, training_set_name
 from auxilearn.data.cub import load_split
 from auxilearn.data.dataset import (
+    DecodedImages,
     EndlessBatches,
     FirstBatch,
     OrderedBatches,
@@ -107,6 +108,7 @@ class Trainer:
 
     def _build_streams(self):
         config = self.config
+        self.images = DecodedImages(self.split, config.image_size)
         lower = EndlessBatches(len(self.train_set), config.train_batch_size, config.seed, "lower")
         self.lower_batches = self._stream(self.train_set, lower, "lower", augment=True)
         self.valid_batches = self._evaluation_stream("valid")
@@ -125,7 +127,7 @@ class Trainer:
         config = self.config
         limit = config.num_workers if workers is None else min(workers, config.num_workers)
         return Stream(
-            self.split,
+            self.images,
             samples,
             batches,
             config.image_size,

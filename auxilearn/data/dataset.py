@@ -4,12 +4,13 @@ A run is reproducible whatever the number of workers: the order of a pass depend
 pass) alone, the augmentation of an image on (seed, stream, pass, sample) alone.
 """
 
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as pixels
 
@@ -124,68 +125,125 @@ def choose_labeled(split, positions, per_class, generator):
 # --------------------------------------------------------------------------------------------------
 
 
-def load_resized(path, size):
-    """The image at ``path`` in RGB, shorter side ``size``: a uint8 tensor (3, H, W).
+def resized_side(image_size):
+    """What the shorter side of an image is resized to before crops of ``image_size`` are taken."""
+    return round(image_size * RESIZE_RATIO)
+
+
+def resized_shape(height, width, side):
+    """(height, width) of an image whose shorter side becomes ``side``, aspect ratio kept."""
+    if width <= height:
+        return side * height // width, side
+    return side, side * width // height
+
+
+@contextmanager
+def opened(path):
+    """The image file at ``path``, opened by Pillow; UserError names it if it cannot be read."""
+    try:
+        with Image.open(path) as image:
+            yield image
+    except FileNotFoundError:
+        raise UserError(f"{path}: the image is missing") from None
+    except Exception as error:  # Pillow's decoders raise many kinds on damaged files
+        raise UserError(f"{path}: not a readable image ({error})") from None
+
+
+def load_resized(path, side):
+    """The image at ``path`` in RGB, its shorter side ``side`` pixels: a uint8 tensor (3, H, W).
 
     Raises UserError naming a file that cannot be read.
     """
-    try:
-        with Image.open(path) as image:
-            image = pixels.resize(image.convert("RGB"), size)
-    except FileNotFoundError:
-        raise UserError(f"{path}: the image is missing") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: not a readable image ({error})") from None
-    return pixels.pil_to_tensor(image)
+    with opened(path) as image:
+        shape = resized_shape(image.height, image.width, side)
+        return pixels.pil_to_tensor(pixels.resize(image.convert("RGB"), shape))
 
 
-def make_transform(image_size, augment):
-    """From a resized image to one of ``image_size`` pixels a side (SPEC of the paper's runs).
+class DecodedImages:
+    """The images of a split, read from their files and resized whenever they are asked for.
 
-    Training: random resized crop and horizontal flip. Evaluation: centre crop.
+    ``auxilearn.data.cache.ImageCache`` delivers the same without the work.
     """
-    if augment:
-        return v2.Compose(
-            [v2.RandomResizedCrop(image_size, antialias=True), v2.RandomHorizontalFlip()]
-        )
-    return v2.CenterCrop(image_size)
+
+    def __init__(self, split, image_size):
+        self.split = split
+        self.side = resized_side(image_size)
+
+    def load(self, position):
+        """The image at ``position`` in the split: uint8 (3, H, W). UserError if unreadable."""
+        return load_resized(self.split.image_path(position), self.side)
+
+
+def random_view(image, size, seed):
+    """A random resized crop of ``image`` (3, H, W), flipped in half of all cases: (3, size, size).
+
+    What ``v2.RandomResizedCrop(size)`` and ``v2.RandomHorizontalFlip()`` make of it after
+    ``torch.manual_seed(seed)``, but the global generator is left as it was.
+    """
+    with drawing_from(seed):
+        crop = v2.RandomResizedCrop.get_params(image, scale=[0.08, 1.0], ratio=[3 / 4, 4 / 3])
+        flip = torch.rand(1).item() < 0.5
+    # torch resizes uint8 twice as fast where the three channels of a pixel lie side by side.
+    view = pixels.crop(image, *crop)[None].contiguous(memory_format=torch.channels_last)
+    view = pixels.resize(view, [size, size], antialias=True)[0]
+    return pixels.horizontal_flip(view) if flip else view
+
+
+@contextmanager
+def drawing_from(seed):
+    """Seed torch's CPU generator for the block, and put its state back afterwards."""
+    state = torch.default_generator.get_state()
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        torch.default_generator.set_state(state)
 
 
 class ImageDataset(Dataset):
-    """Images of a ``SampleSet``. An item's key is (place in the set, number of the pass)."""
+    """Views of some images of a split. An item's key is (place, number of the pass).
 
-    def __init__(self, split, positions, image_size, augment, seed, stream):
-        self.paths = [split.image_path(position) for position in positions]
-        self.resized = round(image_size * RESIZE_RATIO)
-        self.transform = make_transform(image_size, augment)
+    Training views (``augment``) are random resized crops and flips, evaluation views are centre
+    crops, both of ``image_size`` pixels a side.
+
+    Args:
+        images: ``DecodedImages`` or ``ImageCache``.
+        positions: (n,) where in the split the image at each place is.
+    """
+
+    def __init__(self, images, positions, image_size, augment, seed, stream):
+        self.images = images
+        self.positions = positions
+        self.image_size = image_size
         self.augment = augment
         self.seed = seed
         self.stream = stream
 
     def __len__(self):
-        return len(self.paths)
+        return len(self.positions)
 
     def __getitem__(self, key):
         """(place, uint8 image (3, S, S)), or the UserError that says why there is none."""
         place, number = key
         try:
-            image = load_resized(self.paths[place], self.resized)
+            image = self.images.load(self.positions[place])
         except UserError as error:
             return error  # raised in a worker, it would reach the person as a traceback
         if not self.augment:
-            return place, self.transform(image)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derived_seed(self.seed, self.stream, number, place))
-            return place, self.transform(image)
+            return place, pixels.center_crop(image, [self.image_size])
+        seed = derived_seed(self.seed, self.stream, number, place)
+        return place, random_view(image, self.image_size, seed)
 
 
 def collate(items):
-    """(places (B,), images (B, 3, S, S)), or the first UserError among the items."""
+    """(places (B,), channels-last images (B, 3, S, S)), or the first UserError among the items."""
     for item in items:
         if isinstance(item, UserError):
             return item
     places, images = zip(*items, strict=True)
-    return torch.tensor(places), torch.stack(images)
+    # torch's own collating writes straight into the memory that a worker shares.
+    stacked = default_collate([image.permute(1, 2, 0) for image in images])  # (B, S, S, 3)
+    return torch.tensor(places), stacked.permute(0, 3, 1, 2)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -236,18 +294,21 @@ class OrderedBatches:
 
 
 class Stream:
-    """Iterates over the ``Batch``es of a sample set, decoded and augmented in ``workers``.
+    """Iterates over the ``Batch``es of a sample set, loaded and augmented in ``workers``.
+
+    Args:
+        images: of the split: ``DecodedImages`` or ``ImageCache``.
 
     Raises UserError while iterating: an image that cannot be read.
     """
 
     def __init__(
-        self, split, samples, batches, image_size, device, *, augment, seed, name, workers
+        self, images, samples, batches, image_size, device, *, augment, seed, name, workers
     ):
         self.samples = samples
         self.device = device
         self.loader = DataLoader(
-            ImageDataset(split, samples.positions, image_size, augment, seed, name),
+            ImageDataset(images, samples.positions, image_size, augment, seed, name),
             batch_sampler=batches,
             collate_fn=collate,
             num_workers=workers,
