@@ -92,8 +92,19 @@ class Config:
     num_workers: int = _setting(
         min(4, os.cpu_count() or 1),
         DATA,
-        "processes that decode and augment the training images (default: %(default)s here); 0 "
-        "decodes in the main process; the results do not depend on it",
+        "processes that load and augment the training images (default: %(default)s here); 0 does "
+        "it in the main process; the results do not depend on it",
+    )
+    cache: str = _setting(
+        "auto",
+        DATA,
+        "keep the images decoded and resized in a file, which is built once (CUB at 224 pixels: "
+        "3 GB) and makes loading several times faster; auto does so where it can and else warns, "
+        "on insists, off decodes every time; the results do not depend on it",
+        choices=("auto", "on", "off"),
+    )
+    cache_dir: str | None = _setting(
+        None, DATA, "folder of that file (default: cache in --split_dir)", kind=str
     )
 
     corrupted: bool = _setting(
@@ -358,6 +369,7 @@ def resolve(config, split):
         task_num=task_num,
         whether_aux=whether_aux,
         backbone_pretrain=pretrain,
+        cache_dir=config.cache_dir or f"{config.split_dir}/cache",
         neumann_alpha=config.neumann_alpha or config.main_lr,
         exp_name=config.exp_name,
         device=str(choose_device(config.device)),

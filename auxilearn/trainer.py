@@ -14,9 +14,9 @@ import torch
 from tqdm import tqdm
 
 from auxilearn.config import resolve, training_set_name
+from auxilearn.data.cache import open_images
 from auxilearn.data.cub import load_split
 from auxilearn.data.dataset import (
-    DecodedImages,
     EndlessBatches,
     FirstBatch,
     OrderedBatches,
@@ -108,7 +108,9 @@ class Trainer:
 
     def _build_streams(self):
         config = self.config
-        self.images = DecodedImages(self.split, config.image_size)
+        self.images = open_images(
+            self.split, config.image_size, config.cache, config.cache_dir, config.num_workers
+        )
         lower = EndlessBatches(len(self.train_set), config.train_batch_size, config.seed, "lower")
         self.lower_batches = self._stream(self.train_set, lower, "lower", augment=True)
         self.valid_batches = self._evaluation_stream("valid")

@@ -1,0 +1,338 @@
+"""Decoding once: the images of a split, resized and kept in one memory-mapped file.
+
+DIRECTORY/images-SIDE-KEY.cache holds, for the images of all sets in the order of their paths,
+
+    index    a .npy array with a row for each: height, width, and of the file it was decoded from
+             the modification time and a digest
+    pixels   uint8 (height, width, 3) of one after the other, without gaps
+
+KEY is a hash of the images' paths and byte sizes and of the decoder's versions, so that a cache
+holds exactly the pixels that decoding gives now. The modification times are compared as well, when
+the cache is opened: an image whose time differs is read again and compared by its digest, and if
+any has changed the cache is built anew.
+
+A builder holds DIRECTORY/.lock, writes aside and renames at the end. Whoever comes second waits for
+it; what a killed builder leaves is never taken for a cache, and the next one removes it. A cache
+may be deleted at any time: a run that has it open keeps it, the next one builds it again.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import sys
+import warnings
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import numpy as np
+import PIL
+import torch
+import torchvision
+from PIL import features
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from auxilearn.data.cub import hash_file
+from auxilearn.data.dataset import (
+    DecodedImages,
+    load_resized,
+    opened,
+    resized_shape,
+    resized_side,
+)
+from auxilearn.errors import UserError
+from auxilearn.record import write_aside
+
+LAYOUT = 1  # to be raised with every change of the file's content
+INDEX = np.dtype([("height", "<i4"), ("width", "<i4"), ("mtime_ns", "<i8"), ("digest", "<u8")])
+FILLED = 0.9  # of the free space, at most: the runs themselves need some
+
+
+class CacheError(UserError):
+    """There can be no cache here. The images may be fine all the same."""
+
+
+def open_images(split, image_size, cache, directory, workers):
+    """What loads the images of a split, resized for crops of ``image_size`` pixels.
+
+    Args:
+        cache: "on" for an ``ImageCache``, "off" for ``DecodedImages``, "auto" for the former and,
+            with a warning, the latter where no cache can be kept.
+        directory: of the cache; made if need be.
+        workers: processes that build it, where it is not there yet.
+
+    Raises UserError: an image that cannot be read, or with "on" no place for a cache.
+    """
+    if cache != "off":
+        try:
+            return open_cache(split, image_size, directory, workers)
+        except CacheError as error:
+            if cache == "on":
+                raise UserError(
+                    f"{error}; choose another place with --cache_dir, or --cache off to decode the "
+                    "images every time"
+                ) from None
+            print(
+                f"warning: {error}; without a cache the images are decoded every time, as with "
+                "--cache off; --cache_dir names another place for it",
+                file=sys.stderr,
+                flush=True,
+            )
+    return DecodedImages(split, image_size)
+
+
+def open_cache(split, image_size, directory, workers):
+    """The ``ImageCache`` of a split's images in ``directory``, built by ``workers`` if need be.
+
+    Raises UserError for an image that cannot be read, CacheError where no cache can be kept.
+    """
+    files = ImageFiles(split, resized_side(image_size))
+    path = Path(directory) / f"images-{files.side}-{files.key()}.cache"
+    content = _read_current(path, files)
+    if content is None:
+        with _alone_in(path.parent):
+            content = _read_current(path, files)  # by now another process may have built it
+            if content is None:
+                _build(path, files, workers)
+                content = _read_current(path, files)
+    if content is None:
+        raise UserError(f"the images in {split.data_root} change while they are being read")
+    return ImageCache(path, files.rows, *content)
+
+
+class ImageCache:
+    """The images of a split, decoded and resized before: ``DecodedImages`` without the work.
+
+    The pixels stay in the file, mapped into memory that all processes share.
+
+    Args:
+        path: of the cache.
+        rows: {position in the split: row of the index}.
+        index, pixels: its content.
+    """
+
+    def __init__(self, path, rows, index, pixels):
+        self.path = path
+        self.rows = rows
+        self.index = index
+        self.pixels = pixels
+        self.shapes = list(zip(index["height"].tolist(), index["width"].tolist(), strict=True))
+        self.ends = np.cumsum(_byte_counts(index)).tolist()
+
+    def __reduce__(self):
+        # For workers that are not forked: they map the file themselves.
+        return _reopen, (self.path, self.rows, self.index)
+
+    def load(self, position):
+        """The image at ``position`` in the split: uint8 (3, H, W), to be read only."""
+        row = self.rows[int(position)]
+        height, width = self.shapes[row]
+        end = self.ends[row]
+        image = self.pixels[end - 3 * height * width : end].view(height, width, 3)
+        return image.permute(2, 0, 1)
+
+
+def _reopen(path, rows, index):
+    content = _read(path)
+    if content is None or not np.array_equal(content[0], index):
+        raise UserError(f"{path} was replaced or removed while a run used it; start the run again")
+    return ImageCache(path, rows, *content)
+
+
+# --------------------------------------------------------------------------------------------------
+# What a cache is made from
+# --------------------------------------------------------------------------------------------------
+
+
+class ImageFiles:
+    """The image files of all sets of a split, n in the order of their paths, as they are now.
+
+    Raises UserError for a file that is not there.
+    """
+
+    def __init__(self, split, side):
+        positions = np.unique(np.concatenate(list(split.indices.values()))).tolist()
+        self.side = side
+        self.names = sorted({split.paths[position] for position in positions})
+        self.paths = [split.data_root / "images" / name for name in self.names]
+        row = {name: i for i, name in enumerate(self.names)}
+        self.rows = {position: row[split.paths[position]] for position in positions}
+        status = [self._status(path) for path in self.paths]
+        self.byte_sizes = [s.st_size for s in status]
+        self.mtimes = np.array([s.st_mtime_ns for s in status])  # (n,)
+
+    @staticmethod
+    def _status(path):
+        try:
+            return path.stat()
+        except OSError as error:
+            raise UserError(f"{path}: the image cannot be read ({error.strerror})") from None
+
+    def key(self):
+        """A hash of which images these are and of what decodes them."""
+        parts = [LAYOUT, _decoder_versions(), self.names, self.byte_sizes]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+    def differ_from(self, index):
+        """Whether any file is no longer the one that ``index`` was written from."""
+        suspects = np.flatnonzero(index["mtime_ns"] != self.mtimes)
+        return any(_digest(self.paths[i]) != index["digest"][i] for i in suspects)
+
+
+def _decoder_versions():
+    codecs = {name: features.version(name) for name in ("jpg", "libjpeg_turbo", "webp")}
+    resizer = torchvision.__version__.split("+")[0]  # builds for CPU and GPU resize alike
+    return {"pillow": PIL.__version__, "torchvision": resizer, **codecs}
+
+
+def _digest(path):
+    return int(hash_file(path)[:16], 16)
+
+
+# --------------------------------------------------------------------------------------------------
+# Reading
+# --------------------------------------------------------------------------------------------------
+
+
+def _read(path):
+    """(index (n,), pixels) of the cache at ``path``, or None if there is no complete one."""
+    try:
+        with open(path, "rb") as file:
+            index = np.lib.format.read_array(file)
+            start = file.tell()
+            size = os.fstat(file.fileno()).st_size
+            if index.dtype != INDEX or size != start + _byte_counts(index).sum():
+                return None
+            pixels = np.memmap(file, np.uint8, "r", offset=start)
+    except (FileNotFoundError, ValueError, EOFError):
+        return None
+    except OSError as error:
+        raise CacheError(f"the image cache {path} cannot be read ({error.strerror})") from None
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        return index, torch.from_numpy(pixels)
+
+
+def _read_current(path, files):
+    """(index, pixels) of the cache at ``path`` if it holds ``files`` as they are now, else None."""
+    content = _read(path)
+    if content is None or len(content[0]) != len(files.paths) or files.differ_from(content[0]):
+        return None
+    return content
+
+
+def _byte_counts(index):
+    return 3 * index["height"].astype(np.int64) * index["width"]
+
+
+# --------------------------------------------------------------------------------------------------
+# Building
+# --------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _alone_in(directory):
+    """Hold the lock of a cache directory, which is made if need be and cleared of leftovers."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = open(directory / ".lock", "w")  # noqa: SIM115
+    except OSError as error:
+        raise CacheError(
+            f"no image cache can be written to {directory} ({error.strerror})"
+        ) from None
+    with lock:
+        try:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(
+                    f"waiting for another process, which builds an image cache in {directory}",
+                    flush=True,
+                )
+                fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as error:
+            raise CacheError(
+                f"{directory} is on a file system without locks ({error.strerror})"
+            ) from None
+        try:
+            for leftover in directory.glob(".images-*.cache.*"):
+                with suppress(OSError):
+                    leftover.unlink()
+            yield
+        finally:
+            fcntl.flock(lock, fcntl.LOCK_UN)
+
+
+def _build(path, files, workers):
+    """Decode ``files`` into a new cache at ``path``, after saying how large it will be."""
+    index = np.zeros(len(files.paths), INDEX)
+    index["mtime_ns"] = files.mtimes
+    for row, image_path in enumerate(_progress(files.paths, "measuring images")):
+        with opened(image_path) as image:
+            shape = resized_shape(image.height, image.width, files.side)
+        index["height"][row], index["width"][row] = shape
+    size = INDEX.itemsize * len(index) + int(_byte_counts(index).sum())
+    free = shutil.disk_usage(path.parent).free
+    if size > FILLED * free:
+        raise CacheError(
+            f"the image cache takes {_readable(size)}, but {path.parent} has {_readable(free)} free"
+        )
+    print(
+        f"image cache: writing {len(index):,} images, shorter side {files.side} pixels, "
+        f"{_readable(size)}, to {path.parent} (once; --cache off decodes them every time instead)",
+        flush=True,
+    )
+    try:
+        write_aside(path, lambda file: _write(file, index, files, workers))
+    except OSError as error:
+        raise CacheError(
+            f"the image cache cannot be written to {path.parent} ({error.strerror})"
+        ) from None
+
+
+def _write(file, index, files, workers):
+    np.lib.format.write_array(file, index)  # to be overwritten: it lacks the digests
+    decoded = DataLoader(
+        _FilesToDecode(files),
+        batch_size=None,
+        num_workers=workers,
+        prefetch_factor=8 if workers else None,
+        generator=torch.Generator(),  # so that it draws nothing from the global one
+    )
+    for row, item in enumerate(_progress(decoded, "decoding images")):
+        if isinstance(item, UserError):
+            raise item
+        index["digest"][row], image = item
+        if image.shape[1:] != (index["height"][row], index["width"][row]):
+            raise UserError(f"{files.paths[row]}: the image changed while it was read")
+        file.write(image.permute(1, 2, 0).contiguous().numpy())
+    file.seek(0)
+    np.lib.format.write_array(file, index)
+
+
+class _FilesToDecode(Dataset):
+    def __init__(self, files):
+        self.paths, self.side = files.paths, files.side
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, row):
+        """(digest, image (3, H, W)), or the UserError that says why there is none."""
+        try:
+            # In this order a file that is replaced in between leaves a digest that is not its own.
+            return _digest(self.paths[row]), load_resized(self.paths[row], self.side)
+        except UserError as error:
+            return error
+
+
+def _progress(items, what):
+    return tqdm(
+        items, what, unit="image", dynamic_ncols=True, disable=not sys.stderr.isatty(), leave=False
+    )
+
+
+def _readable(size):
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
