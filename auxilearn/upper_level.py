@@ -24,6 +24,7 @@ import torch
 from torch.autograd import forward_ad
 from torch.func import functional_call, jvp, vjp
 
+from auxilearn.batch_norm import FastBatchNorm
 from auxilearn.hypernet import masked_column_means
 from auxilearn.implicit_diff import double_backward_operators, gradients, hypergradient
 
@@ -163,7 +164,8 @@ class ForwardModeOperators:
                 # torch.func.grad would also record a graph of the backward pass, and keep it.
                 return pullback(torch.ones_like(loss), retain_graph=False, create_graph=False)[0]
 
-            _, derivative = jvp(gradient, (problem.theta,), (problem.named(u),))
+            with FastBatchNorm():
+                _, derivative = jvp(gradient, (problem.theta,), (problem.named(u),))
             return list(derivative.values())
 
         with _frozen(problem.phi):
@@ -178,7 +180,7 @@ class ForwardModeOperators:
             return outputs.pop("losses"), {k: v for k, v in outputs.items() if v is not None}
 
         def product(batch):
-            with torch.no_grad():
+            with torch.no_grad(), FastBatchNorm():
                 losses, derivative, rest = jvp(
                     lambda theta: losses_and_rest(theta, batch),
                     (problem.theta,),

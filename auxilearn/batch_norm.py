@@ -1,0 +1,116 @@
+"""Batch normalisation with a cheap second order.
+
+PyTorch differentiates batch norm twice through a long chain of element-wise passes, which is where
+most of a Hessian-vector product's time and memory goes on a CPU. The closed form needs few: with
+per-channel statistics mean and s = 1/std, x_hat = s (x - mean), means E over batch and positions,
+and P(a) = a - E[a] - x_hat E[a x_hat],
+
+    y    = weight x_hat + bias
+    y'   = weight s P(x') + weight' x_hat + bias'                            (tangent)
+    g_x  = weight s P(g),   g_weight = sum g x_hat,   g_bias = sum g         (backward)
+
+The Jacobian in x is symmetric, so the fused backward kernel computes the tangent as well. The
+tangent of the backward pass follows from s' = -s^2 E[x_hat x'] and x_hat' = s P(x').
+"""
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+
+def _backward_kernel(grad, x, weight, mean, invstd):
+    """(weight s P(grad), sum grad x_hat, sum grad), by PyTorch's fused kernel."""
+    return torch.ops.aten.native_batch_norm_backward(
+        grad, x, weight, None, None, mean, invstd, True, 0.0, [True, True, True]
+    )
+
+
+def _per_channel(values, like):
+    return values.reshape(1, -1, *[1] * (like.dim() - 2))
+
+
+def _add_scaled(total, *terms):
+    """total + sum of tensor * per-channel coefficient, in place in ``total``."""
+    for coefficient, tensor in terms:
+        total.addcmul_(tensor, _per_channel(coefficient, tensor))
+    return total
+
+
+class _BatchNorm(torch.autograd.Function):
+    """x, weight, bias -> y, mean, invstd; the statistics are outputs only to be saved."""
+
+    @staticmethod
+    def forward(x, weight, bias, eps):
+        return torch.ops.aten.native_batch_norm(x, weight, bias, None, None, True, 0.0, eps)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, weight, _, _ = inputs
+        _, mean, invstd = output
+        ctx.mark_non_differentiable(mean, invstd)
+        ctx.save_for_backward(x, weight, mean, invstd)
+        ctx.save_for_forward(x, weight, mean, invstd)
+
+    @staticmethod
+    def jvp(ctx, x_t, weight_t, bias_t, _):
+        x, weight, mean, invstd = ctx.saved_tensors
+        y_t, _, _ = _backward_kernel(x_t, x, weight, mean, invstd)
+        scale = weight_t * invstd
+        y_t = _add_scaled(y_t, (scale, x)).add_(_per_channel(bias_t - scale * mean, x))
+        return y_t, None, None
+
+    @staticmethod
+    def backward(ctx, grad, _mean, _invstd):
+        x, weight, mean, invstd = ctx.saved_tensors
+        return *_BatchNormBackward.apply(grad, x, weight, mean, invstd), None
+
+
+class _BatchNormBackward(torch.autograd.Function):
+    """grad, x, weight -> gradients of x, weight and bias. ``mean`` and ``invstd`` follow from x."""
+
+    @staticmethod
+    def forward(grad, x, weight, mean, invstd):
+        return _backward_kernel(grad, x, weight, mean, invstd)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_forward(*inputs, output[1], output[2])
+
+    @staticmethod
+    def jvp(ctx, grad_t, x_t, weight_t, _mean, _invstd):
+        grad, x, weight, mean, s, grad_weight, grad_bias = ctx.saved_tensors
+        count = x.numel() // x.shape[1]
+        others = [d for d in range(x.dim()) if d != 1]
+        e_g, e_g_xhat = grad_bias / count, grad_weight / count  # E[g], E[g x_hat]
+        # weight s P(g'), sum g' x_hat, sum g'
+        grad_x_t, sum_gt_xhat, sum_gt = _backward_kernel(grad_t, x, weight, mean, s)
+        # E[x'], E[x_hat x'], E[g x']
+        e_xt = x_t.mean(dim=others)
+        e_xhat_xt = s * ((x * x_t).mean(dim=others) - mean * e_xt)
+        e_g_xt = (grad * x_t).mean(dim=others)
+        e_g_xhat_t = s * (e_g_xt - e_g * e_xt - e_g_xhat * e_xhat_xt)  # E[g x_hat']
+        # The rest of (weight s P(g))' is a sum of g, x, x' and a constant, channel by channel:
+        #   (weight s)' (g - E[g] - x_hat E[g x_hat])
+        #   - weight s (x_hat' E[g x_hat] + x_hat E[g x_hat'])
+        # with x_hat' = s (x' - E[x'] - x_hat E[x_hat x']).
+        scale_t = weight_t * s - weight * s * s * e_xhat_xt
+        on_xt = -weight * s * s * e_g_xhat
+        on_xhat = -scale_t * e_g_xhat - on_xt * e_xhat_xt - weight * s * e_g_xhat_t
+        constant = -scale_t * e_g - on_xt * e_xt - on_xhat * s * mean
+        _add_scaled(grad_x_t, (scale_t, grad), (on_xt, x_t), (on_xhat * s, x))
+        grad_x_t.add_(_per_channel(constant, x))
+        return grad_x_t, sum_gt_xhat + count * e_g_xhat_t, sum_gt
+
+
+class FastBatchNorm(TorchFunctionMode):
+    """While active, batch norms in train mode (of any module) use the functions above.
+
+    Running statistics are not updated. Batch norms without weight and bias, in evaluation mode, or
+    in another precision than their input are left to PyTorch.
+    """
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is torch.batch_norm and not kwargs:
+            x, weight, bias, _, _, training, _, eps, _ = args
+            if training and weight is not None and bias is not None and x.dtype == weight.dtype:
+                return _BatchNorm.apply(x, weight, bias, eps)[0]
+        return function(*args, **(kwargs or {}))
