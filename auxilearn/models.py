@@ -102,31 +102,33 @@ class TaskModel(nn.Module):
 
 
 class ConvNet(nn.Module):
-    """A small backbone for images of 24 to 96 pixels: three 3x3 convolutions and one 1x1."""
+    """A small backbone for images of 24 to 96 pixels: three 3x3 convolutions and one 1x1.
+
+    The side of the image is halved three times before the pooling over all positions.
+    """
 
     def __init__(self, feature_dim, widths=(32, 64, 128)):
         super().__init__()
         layers = []
         channels = 3
         for width in widths:
-            layers += [
-                nn.Conv2d(channels, width, 3, padding=1, bias=False),
-                nn.BatchNorm2d(width),
-                nn.ReLU(inplace=True),
-                nn.MaxPool2d(2),
-            ]
+            stem = channels == 3
+            layers += _convolution(channels, width, kernel=3, stride=2 if stem else 1)
+            layers += [] if stem else [nn.MaxPool2d(2)]
             channels = width
-        layers += [
-            nn.Conv2d(channels, feature_dim, 1, bias=False),
-            nn.BatchNorm2d(feature_dim),
-            nn.ReLU(inplace=True),
-            nn.AdaptiveAvgPool2d(1),
-            nn.Flatten(),
-        ]
-        self.layers = nn.Sequential(*layers)
+        layers += _convolution(channels, feature_dim, kernel=1)
+        self.layers = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
     def forward(self, images):
         return self.layers(images)
+
+
+def _convolution(channels, width, kernel, stride=1):
+    return [
+        nn.Conv2d(channels, width, kernel, stride, padding=kernel // 2, bias=False),
+        nn.BatchNorm2d(width),
+        nn.ReLU(inplace=True),
+    ]
 
 
 RESNET18_DIM = 512

@@ -7,7 +7,6 @@ epoch        accuracy on the validation set; the best checkpoint is kept, and te
 
 import dataclasses
 import math
-import sys
 import time
 
 import torch
@@ -374,4 +373,4 @@ def build_solver(config):
 
 def _progress_bar(steps):
     """A bar on a terminal; nothing where stderr is a file, whose lines ``_say`` writes."""
-    return tqdm(total=steps, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty())
+    return tqdm(total=steps, unit="step", dynamic_ncols=True, disable=None)

@@ -329,9 +329,7 @@ class _FilesToDecode(Dataset):
 
 
 def _progress(items, what):
-    return tqdm(
-        items, what, unit="image", dynamic_ncols=True, disable=not sys.stderr.isatty(), leave=False
-    )
+    return tqdm(items, what, unit="image", dynamic_ncols=True, disable=None, leave=False)
 
 
 def _readable(size):

@@ -382,7 +382,9 @@ def _image_size(root, path, where=""):
 def check_images(annotations, progress=True):
     """Decode every image in full. Raises ``UserError`` naming those that cannot be read."""
     bad = []
-    for path in tqdm(annotations.paths, "decoding images", unit="image", disable=not progress):
+    for path in tqdm(
+        annotations.paths, "decoding images", unit="image", disable=not progress or None
+    ):
         file = annotations.root / "images" / path
         try:
             with Image.open(file) as image:

@@ -156,7 +156,9 @@ def _write(root, scans, digits, seed, image_size, progress):
         (root / "images" / folder).mkdir(parents=True)
     paths, counts = [], [0] * len(CLASSES)
     for scan, digit in zip(
-        tqdm(scans, "writing digits", unit="image", disable=not progress), digits, strict=True
+        tqdm(scans, "writing digits", unit="image", disable=not progress or None),
+        digits,
+        strict=True,
     ):
         counts[digit] += 1
         paths.append(f"{folders[digit]}/{CLASSES[digit]}_{counts[digit]:04d}.png")

@@ -69,7 +69,11 @@ def fetch(url, path, md5, progress=True, *, attempts=4, pause=1.0, timeout=30.0)
         raise UserError(f"cannot write to {path.parent}: {error.strerror}") from None
     try:
         with tqdm(
-            desc=path.name, unit="B", unit_scale=True, unit_divisor=1024, disable=not progress
+            desc=path.name,
+            unit="B",
+            unit_scale=True,
+            unit_divisor=1024,
+            disable=not progress or None,
         ) as bar:
             _download(url, part, bar, attempts, pause, timeout, by_hand=path)
     finally:
@@ -225,7 +229,7 @@ def _extract(archive, aside, progress):
             unit="B",
             unit_scale=True,
             unit_divisor=1024,
-            disable=not progress,
+            disable=not progress or None,
         ) as bar,
         tarfile.open(fileobj=file, mode="r:*") as tar,
     ):

@@ -595,7 +595,9 @@ def _write(root, seed, image_size, classes, train_per_class, test_per_class, pro
     names = list(SPECIES)[:classes]
     tables = {key: [] for key in ("images", "image_class_labels", "train_test_split")}
     rows, image_id, each = [], 0, train_per_class + test_per_class
-    bar = tqdm(total=classes * each, desc="drawing birds", unit="bird", disable=not progress)
+    bar = tqdm(
+        total=classes * each, desc="drawing birds", unit="bird", disable=not progress or None
+    )
     for species, name in enumerate(names):
         folder = f"{species + 1:03d}.{name}"
         (root / "images" / folder).mkdir(parents=True)
