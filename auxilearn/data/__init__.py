@@ -1,0 +1,1 @@
+"""From image files and annotations to batches; and the two data sets that come with the code."""
