@@ -13,7 +13,10 @@ The Jacobian in x is symmetric, so the fused backward kernel computes the tangen
 tangent of the backward pass follows from s' = -s^2 E[x_hat x'] and x_hat' = s P(x').
 """
 
+import inspect
+
 import torch
+import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 
@@ -109,8 +112,24 @@ class FastBatchNorm(TorchFunctionMode):
     """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is torch.batch_norm and not kwargs:
-            x, weight, bias, _, _, training, _, eps, _ = args
-            if training and weight is not None and bias is not None and x.dtype == weight.dtype:
-                return _BatchNorm.apply(x, weight, bias, eps)[0]
-        return function(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if function in (torch.batch_norm, F.batch_norm):
+            call = _SIGNATURES[function].bind(*args, **kwargs).arguments
+            x, weight, bias = call["input"], call.get("weight"), call.get("bias")
+            if (
+                call.get("training")
+                and weight is not None
+                and bias is not None
+                and x.dtype == weight.dtype
+            ):
+                return _BatchNorm.apply(x, weight, bias, call.get("eps", 1e-5))[0]
+        return function(*args, **kwargs)
+
+
+# Python knows the one's signature; the other is built in, and called with all its arguments.
+_SIGNATURES = {
+    F.batch_norm: inspect.signature(F.batch_norm),
+    torch.batch_norm: inspect.signature(
+        lambda input, weight, bias, running_mean, running_var, training, momentum, eps, cudnn: None
+    ),
+}

@@ -1,0 +1,102 @@
+"""The closed-form second order of batch norm against PyTorch's own double backward, in float64."""
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call, jvp, vjp
+
+from auxilearn import batch_norm
+from auxilearn.batch_norm import FastBatchNorm
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(0)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+LAYERS = {
+    "1d": (lambda: nn.BatchNorm1d(3), (9, 3)),
+    "1d sequence": (lambda: nn.BatchNorm1d(3), (5, 3, 4)),
+    "2d": (lambda: nn.BatchNorm2d(3), (5, 3, 4, 2)),
+    "3d": (lambda: nn.BatchNorm3d(3, eps=0.1), (3, 3, 2, 2, 2)),
+    "2d without statistics": (lambda: nn.BatchNorm2d(3, track_running_stats=False), (5, 3, 4, 2)),
+}
+
+
+def layer_and_arguments(name, zero_weight=False):
+    make, shape = LAYERS[name]
+    layer = make()
+    parameters = {"weight": torch.randn(3), "bias": torch.randn(3)}
+    if zero_weight:  # as residual blocks are often initialised
+        parameters["weight"][1] = 0.0
+    arguments = {"x": torch.randn(shape), **parameters}
+    return layer, arguments, {key: torch.randn_like(value) for key, value in arguments.items()}
+
+
+def objective(layer, arguments):
+    x, parameters = arguments["x"], {k: arguments[k] for k in ("weight", "bias")}
+    buffers = {name: buffer.clone() for name, buffer in layer.named_buffers()}
+    y = functional_call(layer, parameters | buffers, (x,))
+    return (y.sin() * torch.linspace(0.5, 2.0, y.numel()).reshape(y.shape)).sum()
+
+
+def fast_product(layer, arguments, direction):
+    """Value's derivative, gradient and Hessian-vector product with the mode on."""
+
+    def gradient(arguments):
+        value, pullback = vjp(lambda a: objective(layer, a), arguments)
+        return pullback(torch.ones_like(value), retain_graph=False, create_graph=False)[0]
+
+    with FastBatchNorm():
+        _, slope = jvp(lambda a: objective(layer, a), (arguments,), (direction,))
+        grad, product = jvp(gradient, (arguments,), (direction,))
+    return slope, grad, product
+
+
+@pytest.mark.parametrize("zero_weight", [False, True])
+@pytest.mark.parametrize("name", LAYERS)
+def test_first_and_second_order_equal_double_backward(name, zero_weight):
+    layer, arguments, direction = layer_and_arguments(name, zero_weight)
+    slope, grad, product = fast_product(layer, arguments, direction)
+    leaves = {k: v.clone().requires_grad_() for k, v in arguments.items()}
+    g = torch.autograd.grad(objective(layer, leaves), list(leaves.values()), create_graph=True)
+    h = torch.autograd.grad(g, list(leaves.values()), list(direction.values()))
+    torch.testing.assert_close(
+        slope, sum((a * b).sum() for a, b in zip(g, direction.values(), strict=True))
+    )
+    for key, plain_g, plain_h in zip(leaves, g, h, strict=True):
+        torch.testing.assert_close(grad[key], plain_g, rtol=1e-11, atol=1e-12)
+        torch.testing.assert_close(product[key], plain_h, rtol=1e-10, atol=1e-11)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Counts the batch norms that take the fast path."""
+    counted = []
+    original = batch_norm._BatchNorm.apply
+    monkeypatch.setattr(
+        batch_norm._BatchNorm, "apply", lambda *a: counted.append(1) or original(*a)
+    )
+    return counted
+
+
+def test_the_mode_is_what_computes(calls):
+    layer, arguments, direction = layer_and_arguments("2d")
+    fast_product(layer, arguments, direction)
+    assert len(calls) == 2
+    layer(arguments["x"])
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.BatchNorm2d(3).eval(), nn.BatchNorm2d(3, affine=False), nn.InstanceNorm2d(3)]
+)
+def test_what_the_mode_does_not_know_is_left_to_pytorch(layer, calls):
+    x = torch.randn(5, 3, 4, 4)
+    expected = layer(x)
+    with FastBatchNorm():
+        assert torch.equal(layer(x), expected)
+    assert not calls
