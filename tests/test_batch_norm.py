@@ -86,16 +86,22 @@ def calls(monkeypatch):
 def test_the_mode_is_what_computes(calls):
     layer, arguments, direction = layer_and_arguments("2d")
     fast_product(layer, arguments, direction)
-    assert len(calls) == 2
+    assert calls
+    calls.clear()
     layer(arguments["x"])
-    assert len(calls) == 2
+    assert not calls
 
 
 @pytest.mark.parametrize(
-    "layer", [nn.BatchNorm2d(3).eval(), nn.BatchNorm2d(3, affine=False), nn.InstanceNorm2d(3)]
+    "make",
+    [
+        lambda: nn.BatchNorm2d(3).eval(),
+        lambda: nn.BatchNorm2d(3, affine=False),
+        lambda: nn.InstanceNorm2d(3),
+    ],
 )
-def test_what_the_mode_does_not_know_is_left_to_pytorch(layer, calls):
-    x = torch.randn(5, 3, 4, 4)
+def test_what_the_mode_does_not_know_is_left_to_pytorch(make, calls):
+    layer, x = make(), torch.randn(5, 3, 4, 4)
     expected = layer(x)
     with FastBatchNorm():
         assert torch.equal(layer(x), expected)
