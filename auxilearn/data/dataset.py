@@ -89,12 +89,14 @@ def training_set(split, name, tasks, seed, corrupted_rate=0.0, labeled_per_class
         labels[rest] = corrupt(
             labels[rest], corrupted_rate, classes, derived_generator(seed, "corruption")
         )
-        samples = samples._replace(targets=torch.from_numpy(labels[samples.positions]))
+        targets = torch.from_numpy(labels[samples.positions])
+        # _replace() counts a named tuple's fields with len(), which here counts samples.
+        samples = SampleSet(samples.positions, targets, samples.attributes)
     if labeled_per_class:
         generator = derived_generator(seed, "labeled")
         chosen = choose_labeled(split, rest, labeled_per_class, generator)
         labeled = np.isin(samples.positions, chosen) | ~in_rest
-        samples = samples._replace(labeled=torch.from_numpy(labeled))
+        samples = SampleSet(*samples[:3], torch.from_numpy(labeled))
     return samples
 
 
