@@ -107,8 +107,8 @@ class _BatchNormBackward(torch.autograd.Function):
 class FastBatchNorm(TorchFunctionMode):
     """While active, batch norms in train mode (of any module) use the functions above.
 
-    Running statistics are not updated. Batch norms without weight and bias, in evaluation mode, or
-    in another precision than their input are left to PyTorch.
+    Running statistics are not updated. Batch norms without weight and bias or in evaluation mode
+    are left to PyTorch.
     """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
@@ -120,7 +120,7 @@ class FastBatchNorm(TorchFunctionMode):
                 call.get("training")
                 and weight is not None
                 and bias is not None
-                and x.dtype == weight.dtype
+                and (x.dtype == weight.dtype or weight.dtype == torch.float32)
             ):
                 return _BatchNorm.apply(x, weight, bias, call.get("eps", 1e-5))[0]
         return function(*args, **kwargs)

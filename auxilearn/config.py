@@ -191,6 +191,13 @@ class Config:
     )
     damping: float = _setting(1.0, UPPER, "added to the Hessian by cg and exact")
     cg_iterations: int = _setting(10, UPPER, "most Hessian-vector products of cg")
+    reduction: str = _setting(
+        "exact",
+        UPPER,
+        "under torchrun: exact averages the development gradient and every Hessian-vector product "
+        "over the processes; final averages their finished hypergradients only, which is cheaper",
+        choices=("exact", "final"),
+    )
     max_grad_norm: float = _setting(10.0, UPPER, "the hypergradient is clipped to this norm")
 
     exp_name: str | None = _setting(
@@ -213,6 +220,17 @@ class Config:
         "cpu, cuda or cuda:N (default: the first GPU that CUDA_VISIBLE_DEVICES shows, else cpu)",
         kind=str,
     )
+    amp: str = _setting(
+        "off",
+        RUN,
+        "bf16 runs the backbone in bfloat16, in both levels; losses, schedule and parameters stay "
+        "in float32",
+        choices=("off", "bf16"),
+    )
+    compile: bool = _setting(
+        False, RUN, "1 compiles the lower level's model with torch.compile; minutes at the start"
+    )
+    tf32: bool = _setting(False, RUN, "1 lets GPUs round float32 products to TF32")
     log_every: int = _setting(10, RUN, "lower steps between two rows of metrics.jsonl")
 
     @property

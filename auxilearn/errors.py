@@ -11,20 +11,24 @@ class UserError(Exception):
     """
 
 
-class DivergenceError(Exception):
-    """Training left the finite numbers. The message says what, where, and what is left on disk."""
+class RunError(Exception):
+    """A run cannot go on. The message says why, and what is left on disk."""
+
+
+class DivergenceError(RunError):
+    """Training left the finite numbers."""
 
 
 def run_script(main):
     """Run a script's ``main()`` and turn its errors into one line on stderr and an exit code.
 
-    ``UserError`` exits with 2, ``DivergenceError`` with 1, Ctrl-C with 130.
+    ``UserError`` exits with 2, ``RunError`` with 1, Ctrl-C with 130.
     """
     try:
         main()
     except UserError as error:
         sys.exit(_say(error, 2))
-    except DivergenceError as error:
+    except RunError as error:
         sys.exit(_say(error, 1))
     except KeyboardInterrupt:
         sys.exit(_say("interrupted", 130))

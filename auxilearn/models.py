@@ -6,10 +6,12 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
+from torch.func import functional_call
 
 from auxilearn.errors import UserError
 from auxilearn.upper_level import TaskLosses
 
+NORMALISATIONS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -72,11 +74,21 @@ class TaskHeads(nn.Module):
 
 
 class TaskModel(nn.Module):
-    """A backbone and its heads: ``model(batch)`` is the ``TaskLosses`` of a ``Batch``."""
+    """A backbone and its heads: ``model(batch)`` is the ``TaskLosses`` of a ``Batch``.
 
-    def __init__(self, backbone, feature_dim, class_counts, aux_weight=1.0):
+    With ``amp`` the backbone computes in bfloat16; features, heads and losses are float32.
+    """
+
+    def __init__(self, backbone, feature_dim, class_counts, aux_weight=1.0, amp=False):
         super().__init__()
         self.backbone = backbone
+        self.amp = amp
+        self.cast_by_amp = {
+            f"{prefix}.{name}" if prefix else name
+            for prefix, module in backbone.named_modules()
+            if not isinstance(module, NORMALISATIONS)  # these keep their parameters in float32
+            for name, _ in module.named_parameters(recurse=False)
+        }
         self.heads = TaskHeads(feature_dim, class_counts, aux_weight)
         for name, values in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)):
             scaled = 255 * torch.tensor(values).reshape(1, 3, 1, 1)
@@ -84,7 +96,15 @@ class TaskModel(nn.Module):
 
     def features(self, images):
         """Features F (B, d) of uint8 images (B, 3, H, W); normalised here, on the device."""
-        return self.backbone((images - self.pixel_mean) / self.pixel_std)
+        images = (images - self.pixel_mean) / self.pixel_std
+        if not self.amp:
+            return self.backbone(images)
+        # torch.autocast does not see through torch.func, so the weights are cast by hand.
+        weights = {
+            name: weight.bfloat16() if name in self.cast_by_amp else weight
+            for name, weight in self.backbone.named_parameters()
+        }
+        return functional_call(self.backbone, weights, (images.bfloat16(),)).float()
 
     def forward(self, batch):
         features = self.features(batch.images)

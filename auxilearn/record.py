@@ -76,6 +76,17 @@ class RunRecord:
         self._log.close()
 
 
+class NoRecord:
+    """Stands in for ``RunRecord`` where nothing is to be written."""
+
+    directory = None
+
+    def ignore(self, *args, **kwargs):
+        """Does nothing."""
+
+    metrics = log = save_best = summarise = close = ignore
+
+
 def free_name(directory, name):
     """``name``, or the first of name_2, name_3, ... that ``directory`` does not hold yet."""
     candidate, number = name, 1

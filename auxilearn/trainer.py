@@ -19,17 +19,19 @@ from auxilearn.data.dataset import (
     EndlessBatches,
     FirstBatch,
     OrderedBatches,
+    Shard,
     Stream,
     sample_set,
     training_set,
 )
+from auxilearn.distributed import Ranks, joined
 from auxilearn.errors import DivergenceError
 from auxilearn.implicit_diff import conjugate_gradient, exact, identity, neumann
 from auxilearn.methods import METHODS, Problem
 from auxilearn.models import TaskModel, build_backbone
 from auxilearn.optim import apply_hypergradient
 from auxilearn.randomness import derived_seed
-from auxilearn.record import RunRecord, environment, free_name
+from auxilearn.record import NoRecord, RunRecord, environment, free_name
 from auxilearn.upper_level import UpperLevel, scheduled_loss
 
 
@@ -39,31 +41,41 @@ def train(config):
     Everything is checked and built before the run's directory is made, so bad input (UserError)
     leaves nothing behind. Raises DivergenceError where the numbers stop being finite.
     """
-    split = load_split(config.split_dir, config.data_root)
-    config = resolve(config, split)
-    trainer = Trainer(config, split)
+    with joined(config.device) as ranks:
+        if ranks.size > 1:
+            config = dataclasses.replace(config, device=str(ranks.device))
+        split = load_split(config.split_dir, config.data_root)
+        trainer = Trainer(resolve(config, split), split, ranks)
+        record = _open_record(trainer) if ranks.first else NoRecord()
+        try:
+            return trainer.fit(record)
+        finally:
+            record.close()
+
+
+def _open_record(trainer):
+    """The directory of the run; where the configuration names none, a new one is chosen."""
+    config = trainer.config
     directory = f"{config.record_dir}/{config.setting}"
     if config.exp_name is None:
         name = free_name(directory, f"train_{config.method}_seed{config.seed}")
         config = trainer.config = dataclasses.replace(config, exp_name=name)
-    record = RunRecord(
+    return RunRecord(
         f"{directory}/{config.exp_name}", trainer.description(), overwrite=config.overwrite
     )
-    try:
-        return trainer.fit(record)
-    finally:
-        record.close()
 
 
 class Trainer:
     """One run: task model, scheduler, their optimisers and their streams of batches.
 
-    Args: a resolved ``Config`` and the ``Split`` it was resolved against.
+    Args: a resolved ``Config``, the ``Split`` it was resolved against, and the ``Ranks`` that share
+    the run (by default this process alone).
     """
 
-    def __init__(self, config, split):
+    def __init__(self, config, split, ranks=None):
         self.config = config
         self.split = split
+        self.ranks = ranks or Ranks()
         self.method = METHODS[config.method]
         self.device = torch.device(config.device)
         self.train_set = training_set(
@@ -88,8 +100,12 @@ class Trainer:
             config.backbone, config.in_dim, config.backbone_pretrain, config.backbone_weights
         )
         class_counts = [len(self.split.class_names)] + [2] * (config.task_num - 1)
-        model = TaskModel(backbone, config.in_dim, class_counts, config.aux_weight)
+        amp = config.amp == "bf16"
+        model = TaskModel(backbone, config.in_dim, class_counts, config.aux_weight, amp)
         self.model = model.to(self.device, memory_format=torch.channels_last)
+        self.lower_model = torch.compile(self.model) if config.compile else self.model
+        torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
+        torch.backends.cudnn.allow_tf32 = config.tf32
         self.theta = list(self.model.parameters())
         self.lower_optimizer = torch.optim.Adam(
             self.theta, lr=config.main_lr, weight_decay=config.w_decay
@@ -103,7 +119,16 @@ class Trainer:
             self.upper_optimizer = torch.optim.SGD(
                 self.phi, lr=config.aux_lr, momentum=0.9, weight_decay=config.auxw_decay
             )
-            self.upper_level = UpperLevel(self.model, self.scheduler, build_solver(config))
+            exact = config.reduction == "exact"
+            self.upper_level = UpperLevel(
+                self.model,
+                self.scheduler,
+                build_solver(config),
+                average=self._average if exact else None,
+            )
+
+    def _average(self, tensors, batches):
+        return self.ranks.average(tensors, sum(len(batch.sample_id) for batch in batches))
 
     def _build_streams(self):
         config = self.config
@@ -127,6 +152,8 @@ class Trainer:
     def _stream(self, samples, batches, name, *, augment, workers=None):
         config = self.config
         limit = config.num_workers if workers is None else min(workers, config.num_workers)
+        if self.ranks.size > 1 and not isinstance(batches, OrderedBatches):
+            batches = Shard(batches, self.ranks.rank, self.ranks.size)
         return Stream(
             self.images,
             samples,
@@ -141,7 +168,8 @@ class Trainer:
 
     def _evaluation_stream(self, name):
         samples = sample_set(self.split, name, self.config.task_num)
-        batches = OrderedBatches(len(samples), self.config.test_batch_size)
+        ranks = self.ranks
+        batches = OrderedBatches(len(samples), self.config.test_batch_size, ranks.rank, ranks.size)
         return self._stream(samples, batches, name, augment=False)
 
     def description(self):
@@ -172,23 +200,24 @@ class Trainer:
         self._say(
             f"{config.method} ({self.method.title}), {config.setting} setting, "
             f"{len(self.train_set)} images, {config.task_num} tasks, on {self.device}"
+            + (f" and {self.ranks.size - 1} more" if self.ranks.size > 1 else "")
         )
         self._say(f"recording in {record.directory}")
-        torch.manual_seed(derived_seed(config.seed, "training"))
+        torch.manual_seed(derived_seed(config.seed, "training", self.ranks.rank))
         self.best = {"valid_accuracy": -1.0}
         lower_batches = iter(self.lower_batches)
         if self.method.bilevel:
             self.upper_iterator = iter(self.upper_batches)
             self.dev_iterator = iter(self.dev_batches)
         window = _Window()
-        with _progress_bar(self.total_steps) as bar:
+        with self._progress_bar() as bar:
             for step in range(1, self.total_steps + 1):
                 clock = time.perf_counter()
                 batch = next(lower_batches)
                 window.data_seconds += time.perf_counter() - clock
                 self._lower_step(step, batch, window)
                 if step == 1 or step % config.log_every == 0 or step == self.total_steps:
-                    row = window.close(step)
+                    row = window.close(step, self.ranks)
                     record.metrics("step", epoch=self._epoch(step), **row)
                     bar.set_postfix(loss=f"{row['loss']:.3f}", accuracy=f"{row['accuracy']:.3f}")
                 if self.method.bilevel and step % config.hyperstep == 0:
@@ -204,13 +233,14 @@ class Trainer:
     def _lower_step(self, step, batch, window):
         clock = time.perf_counter()
         self.model.train()
-        outputs = self.model(batch)
+        outputs = self.lower_model(batch)
         loss = scheduled_loss(self.scheduler, outputs)
         value = loss.item()
         if not math.isfinite(value):
             self._diverged(step, f"the scheduled training loss is {value}")
         self.lower_optimizer.zero_grad()
         loss.backward(inputs=self.theta)
+        self.ranks.average_gradients(self.theta, len(batch.sample_id))
         self.lower_optimizer.step()
         window.add(value, outputs, batch)
         with torch.no_grad():
@@ -227,6 +257,11 @@ class Trainer:
         train_batches = [next(self.upper_iterator) for _ in range(config.n_meta_train_loss_accum)]
         dev_batches = [next(self.dev_iterator) for _ in range(config.n_meta_loss_accum)]
         hypergrads, solution, dev_loss = self.upper_level.hypergradient(train_batches, dev_batches)
+        if config.reduction == "final":
+            dev_loss, *hypergrads = self._average(
+                [torch.tensor(dev_loss, device=self.device), *hypergrads], train_batches
+            )
+            dev_loss = dev_loss.item()
         if not all(torch.isfinite(h).all() for h in hypergrads):
             self._diverged(
                 step,
@@ -249,7 +284,8 @@ class Trainer:
 
     def _finish_epoch(self, step, bar):
         clock = time.perf_counter()
-        accuracy = evaluate(self.model, self.valid_batches)
+        self.ranks.same_as_first(list(self.model.buffers()))  # batch norm's statistics differ
+        accuracy = evaluate(self.model, self.valid_batches, self.ranks)
         epoch = self._epoch(step)
         self.record.metrics(
             "epoch",
@@ -271,8 +307,10 @@ class Trainer:
         self._say(f"epoch {epoch}, step {step}: validation accuracy {accuracy:.4f}", bar)
 
     def _finish(self, seconds):
-        self.model.load_state_dict(self.record.load_best()["model"])
-        test_accuracy = evaluate(self.model, self._evaluation_stream("test"))
+        if self.ranks.first:
+            self.model.load_state_dict(self.record.load_best()["model"])
+        self.ranks.same_as_first([p.data for p in self.theta] + list(self.model.buffers()))
+        test_accuracy = evaluate(self.model, self._evaluation_stream("test"), self.ranks)
         config = self.config
         summary = {
             "test_accuracy": test_accuracy,
@@ -307,8 +345,15 @@ class Trainer:
         self.record.log(message)
         raise DivergenceError(message)
 
+    def _progress_bar(self):
+        """A bar on a terminal; nothing where stderr is a file, whose lines ``_say`` writes."""
+        hidden = None if self.ranks.first else True
+        return tqdm(total=self.total_steps, unit="step", dynamic_ncols=True, disable=hidden)
+
     def _say(self, text, bar=None):
         """A line for the person, without breaking the progress bar, and for log.txt."""
+        if not self.ranks.first:
+            return
         self.record.log(text)
         if bar is None or bar.disable:
             print(text, flush=True)
@@ -333,15 +378,21 @@ class _Window:
         self.target_loss += target.mean().item() if len(target) else 0.0
         self.aux_loss += losses[:, 1:].mean().item() if losses.shape[1] > 1 else 0.0
 
-    def close(self, step):
-        """The row of the steps up to ``step``; starts over. Losses and seconds are per step."""
+    def close(self, step, ranks):
+        """The row of the steps up to ``step``; starts over.
+
+        Losses and seconds are per step; over several ranks, losses are the mean of theirs.
+        """
         steps = step - self.start
+        loss, target_loss, aux_loss, hits, known = ranks.total(
+            self.loss, self.target_loss, self.aux_loss, self.hits, self.known
+        )
         row = {
             "step": step,
-            "loss": self.loss / steps,
-            "target_loss": self.target_loss / steps,
-            "aux_loss": self.aux_loss / steps,
-            "accuracy": self.hits / max(1, self.known),
+            "loss": loss / steps / ranks.size,
+            "target_loss": target_loss / steps / ranks.size,
+            "aux_loss": aux_loss / steps / ranks.size,
+            "accuracy": hits / max(1, known),
             "data_seconds": self.data_seconds / steps,
             "lower_seconds": self.lower_seconds / steps,
         }
@@ -350,13 +401,14 @@ class _Window:
 
 
 @torch.inference_mode()
-def evaluate(model, batches):
-    """Share of images whose target class is predicted, over a stream with its own labels."""
+def evaluate(model, batches, ranks):
+    """Share of images whose target class is predicted, over the ranks' streams of batches."""
     model.eval()
     hits = images = 0
     for batch in batches:
         hits += (model.predict(batch.images).argmax(dim=1) == batch.labels[:, 0]).sum().item()
         images += len(batch.images)
+    hits, images = ranks.total(hits, images)
     return hits / images
 
 
@@ -369,8 +421,3 @@ def build_solver(config):
     if config.solver == "cg":
         return conjugate_gradient(config.damping, config.cg_iterations)
     return exact(config.damping)
-
-
-def _progress_bar(steps):
-    """A bar on a terminal; nothing where stderr is a file, whose lines ``_say`` writes."""
-    return tqdm(total=steps, unit="step", dynamic_ncols=True, disable=None)

@@ -55,16 +55,20 @@ class UpperLevel:
         scheduler: a ``HyperNet``.
         solver: one of ``auxilearn.implicit_diff``.
         main_task: the column of the target task.
+        average: callable (list of tensors, batches) -> their mean over the processes of a
+            distributed run. Applied to the development gradient and to every product, it gives the
+            hypergradient of the whole batch.
 
     A model with an operator that has no forward-mode derivative falls back to double backward, with
     one warning that names the operator.
     """
 
-    def __init__(self, model, scheduler, solver, main_task=0):
+    def __init__(self, model, scheduler, solver, main_task=0, average=None):
         self.model = model
         self.scheduler = scheduler
         self.solver = solver
         self.main_task = main_task
+        self.average = average or (lambda tensors, batches: tensors)
         self._operators = ForwardModeOperators
 
     def hypergradient(self, train_batches, dev_batches):
@@ -75,7 +79,7 @@ class UpperLevel:
         ``Solution``, and the development loss (a float).
         """
         seed = int(torch.randint(2**31, ()))
-        problem = _Problem(self.model, self.scheduler, train_batches, seed)
+        problem = _Problem(self.model, self.scheduler, train_batches, seed, self.average)
         dev_loss, v = self._development_gradient(problem, dev_batches)
         try:
             operators = self._operators(problem)
@@ -102,18 +106,19 @@ class UpperLevel:
             loss = masked_column_means(outputs.losses, outputs.mask)[self.main_task]
             return [loss.detach(), *gradients(loss, list(theta.values()))]
 
-        loss, *v = problem.mean_over(dev_batches, loss_and_gradient)
+        loss, *v = self.average(problem.mean_over(dev_batches, loss_and_gradient), dev_batches)
         return loss.item(), v
 
 
 class _Problem:
     """What stays fixed in one upper step, and the model as a function of theta."""
 
-    def __init__(self, model, scheduler, train_batches, seed):
+    def __init__(self, model, scheduler, train_batches, seed, average):
         self.model = model
         self.scheduler = scheduler
         self.train_batches = train_batches
         self.seed = seed
+        self.average = average
         self.theta = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
         self.phi = list(scheduler.parameters())
 
@@ -129,6 +134,10 @@ class _Problem:
         # tensors that come from outside it.
         buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
         return functional_call(self.model, theta | buffers, (batch,))
+
+    def training_mean(self, function):
+        """Mean of ``function`` over the training batches of all processes."""
+        return self.average(self.mean_over(self.train_batches, function), self.train_batches)
 
     def mean_over(self, batches, function):
         """Mean over batches of a function that gives a list of tensors, under fixed randomness."""
@@ -169,7 +178,7 @@ class ForwardModeOperators:
             return list(derivative.values())
 
         with _frozen(problem.phi):
-            return problem.mean_over(problem.train_batches, product)
+            return problem.training_mean(product)
 
     def mixed(self, p):
         """d/dphi <df/dtheta, p>, a list shaped like phi."""
@@ -192,7 +201,7 @@ class ForwardModeOperators:
             (slope,) = gradients(loss, [losses], create_graph=True)  # dS/dL (phi), (B, K)
             return gradients(torch.sum(slope * derivative), problem.phi)
 
-        return problem.mean_over(problem.train_batches, product)
+        return problem.training_mean(product)
 
 
 class DoubleBackwardOperators:
@@ -211,7 +220,7 @@ class DoubleBackwardOperators:
             g = gradients(loss, theta, create_graph=True)
             return double_backward_operators(g, theta, problem.phi)[which](vector)
 
-        return problem.mean_over(problem.train_batches, product)
+        return problem.training_mean(product)
 
     def hvp(self, u):
         return self._product(u, 0)

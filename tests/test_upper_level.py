@@ -271,7 +271,7 @@ def test_memory_of_graphs_is_not_kept_between_batches():
 def test_problem_sees_only_trainable_parameters():
     model, scheduler = SmallResNet(), SCHEDULERS["joint"]()
     model.stem[0].weight.requires_grad_(False)
-    problem = _Problem(model, scheduler, [batch()], 0)
+    problem = _Problem(model, scheduler, [batch()], 0, None)
     assert "stem.0.weight" not in problem.theta
     found, *_ = UpperLevel(model, scheduler, neumann(0.05, 2)).hypergradient([batch()], [batch(5)])
     assert all(torch.isfinite(t).all() for t in found)

@@ -281,18 +281,31 @@ class FirstBatch:
 
 
 class OrderedBatches:
-    """One pass in file order."""
+    """One pass in file order; of several ranks, each takes every ``size``-th batch."""
 
-    def __init__(self, samples, batch_size):
+    def __init__(self, samples, batch_size, rank=0, size=1):
         self.samples, self.batch_size = samples, batch_size
+        self.rank, self.size = rank, size
 
     def __iter__(self):
-        for start in range(0, self.samples, self.batch_size):
+        step = self.batch_size * self.size
+        for start in range(self.rank * self.batch_size, self.samples, step):
             end = min(start + self.batch_size, self.samples)
             yield [(place, 0) for place in range(start, end)]
 
-    def __len__(self):
-        return -(-self.samples // self.batch_size)
+
+class Shard:
+    """One rank's share of batches: every ``size``-th key, starting with the ``rank``-th.
+
+    Of a batch with fewer keys than ranks, every rank takes all.
+    """
+
+    def __init__(self, batches, rank, size):
+        self.batches, self.rank, self.size = batches, rank, size
+
+    def __iter__(self):
+        for keys in self.batches:
+            yield keys[self.rank :: self.size] if len(keys) >= self.size else keys
 
 
 class Stream:

@@ -1,0 +1,121 @@
+"""Several processes, one run: averages over ranks, under torchrun or alone.
+
+    torchrun --nproc_per_node 2 train_bilevel.py ...
+
+Each rank takes every N-th sample of a batch. What is averaged over ranks is weighted by their
+numbers of samples, so that gradients are those of the whole batch wherever the loss is a mean over
+samples. Batch norm's statistics and the standardised losses of a schedule are each rank's own.
+"""
+
+import os
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from auxilearn.errors import RunError, UserError
+
+TIMEOUT = timedelta(minutes=10)  # for a rank that is silent; one that ends is noticed at once
+
+
+class RankError(RunError):
+    """Another process of the run has ended or fallen silent."""
+
+
+class Ranks:
+    """The processes of a run. Alone (size 1), everything here does nothing.
+
+    Args: ``rank`` and ``size`` as torchrun numbers them; ``device`` as tensors are on.
+    """
+
+    def __init__(self, rank=0, size=1, device="cpu"):
+        self.rank, self.size, self.device = rank, size, torch.device(device)
+
+    @property
+    def first(self):
+        """Whether this is the rank that writes."""
+        return self.rank == 0
+
+    def average(self, tensors, weight):
+        """Mean of a list of tensors over the ranks, each weighted by its ``weight`` (samples)."""
+        if self.size == 1:
+            return tensors
+        flat = torch.cat([t.reshape(-1) for t in tensors] + [tensors[0].new_ones(1)]) * weight
+        with _rank_errors():
+            dist.all_reduce(flat)
+        flat = flat[:-1] / flat[-1]
+        pieces = flat.split([t.numel() for t in tensors])
+        return [piece.reshape(t.shape) for piece, t in zip(pieces, tensors, strict=True)]
+
+    def average_gradients(self, parameters, weight):
+        """Replace the gradients of ``parameters`` by their weighted mean over the ranks."""
+        if self.size > 1:
+            means = self.average([p.grad for p in parameters], weight)
+            for parameter, mean in zip(parameters, means, strict=True):
+                parameter.grad.copy_(mean)
+
+    def total(self, *numbers):
+        """Sums of numbers over the ranks."""
+        if self.size == 1:
+            return numbers
+        sums = torch.tensor(numbers, dtype=torch.float64 if self.device.type == "cpu" else None)
+        sums = sums.to(self.device)
+        with _rank_errors():
+            dist.all_reduce(sums)
+        return sums.tolist()
+
+    def same_as_first(self, tensors):
+        """Overwrite ``tensors`` by those of the first rank."""
+        if self.size > 1:
+            with _rank_errors():
+                for tensor in tensors:
+                    dist.broadcast(tensor, 0)
+
+    def from_first(self, value):
+        """The first rank's ``value`` (anything that pickles), on every rank."""
+        if self.size == 1:
+            return value
+        box = [value]
+        with _rank_errors():
+            dist.broadcast_object_list(box, 0, device=self.device)
+        return box[0]
+
+
+@contextmanager
+def joined(device=None):
+    """The ``Ranks`` that torchrun started, joined for the block; alone without torchrun.
+
+    ``device`` as for ``--device``: by default each rank takes the GPU of its local number.
+    Raises UserError: fewer GPUs than ranks.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield Ranks()
+        return
+    rank, local = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
+    on_gpu = torch.cuda.is_available() if device is None else device.startswith("cuda")
+    if on_gpu and local >= torch.cuda.device_count():
+        raise UserError(
+            f"torchrun starts more processes than there are GPUs ({torch.cuda.device_count()}): "
+            "lower --nproc_per_node, or train on the CPU with --device cpu"
+        )
+    place = f"cuda:{local}" if on_gpu else "cpu"
+    if on_gpu:
+        torch.cuda.set_device(local)
+    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT)
+    try:
+        yield Ranks(rank, size, place)
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def _rank_errors():
+    try:
+        yield
+    except RuntimeError as error:
+        first_line = str(error).strip().split("\n")[0]
+        raise RankError(
+            f"another process of this run has ended or does not answer ({first_line})"
+        ) from None
