@@ -1,0 +1,206 @@
+"""Two processes against one: the same run, where a batch is a mean over its samples."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+
+from auxilearn.distributed import Ranks
+from auxilearn.hypernet import MonoJoint, MonoLinearHyperNet, Naive_hyper
+from auxilearn.implicit_diff import conjugate_gradient, neumann
+from auxilearn.upper_level import TaskLosses, UpperLevel, scheduled_loss
+
+ROOT = Path(__file__).resolve().parent.parent
+SAMPLES, TASKS = 10, 3
+
+
+class Model(nn.Module):
+    """No statistics over the batch: the one kind of model that sharding cannot change."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(4, 6), nn.Tanh())
+        self.head = nn.Linear(6, TASKS)
+
+    def forward(self, batch):
+        inputs, targets, sample_id = batch
+        features = self.body(inputs)
+        return TaskLosses((self.head(features) - targets).square(), features, sample_id)
+
+
+def problem(method):
+    """Model, scheduler, a training and a development batch; the same in every process."""
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float64)
+    model = Model()
+    scheduler = {
+        "naive": lambda: Naive_hyper(SAMPLES, TASKS),
+        "linear": lambda: MonoLinearHyperNet(0, TASKS),
+        "joint": lambda: MonoJoint(0, TASKS, 6),
+    }[method]()
+    # 10 and 7 samples: the two ranks' shares of the second differ in size.
+    batches = [(torch.randn(n, 4), torch.randn(n, TASKS), torch.arange(n)) for n in (10, 7)]
+    return model, scheduler, *batches
+
+
+def shard(batch, rank, size):
+    return tuple(t[rank::size] for t in batch)
+
+
+def one_step(method, reduction, ranks):
+    """Lower gradient and hypergradient, as a flat vector each."""
+    model, scheduler, train, dev = problem(method)
+    train, dev = (shard(b, ranks.rank, ranks.size) for b in (train, dev))
+    theta = list(model.parameters())
+    scheduled_loss(scheduler, model(train)).backward(inputs=theta)
+    ranks.average_gradients(theta, len(train[2]))
+
+    def average(tensors, batches):
+        return ranks.average(tensors, sum(len(b[2]) for b in batches))
+
+    exact = reduction == "exact"
+    solver = neumann(0.05, 3) if reduction != "cg" else conjugate_gradient(1.0, 20)
+    upper = UpperLevel(model, scheduler, solver, average=average if exact else None)
+    if reduction == "cg":
+        upper.average = average
+    hypergrads, _, dev_loss = upper.hypergradient([train], [dev])
+    if reduction == "final":
+        hypergrads = average(hypergrads, [train])
+    flat = torch.cat([h.flatten() for h in hypergrads])
+    return torch.cat([p.grad.flatten() for p in theta]), flat, dev_loss
+
+
+def worker(rank, method, reduction, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    result = one_step(method, reduction, Ranks(rank, 2))
+    torch.save(result, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def two_processes(method, reduction, folder):
+    mp.spawn(worker, (method, reduction, str(folder)), nprocs=2)
+    results = [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
+    torch.set_default_dtype(torch.float64)
+    for ours, theirs in zip(results[0][:2], results[1][:2], strict=True):
+        assert torch.equal(ours, theirs)  # every rank takes the same step
+    return results[0]
+
+
+@pytest.fixture(autouse=True)
+def default_dtype():
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def error(found, expected):
+    return ((found - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize(("method", "reduction"), [("naive", "exact"), ("linear", "cg")])
+def test_two_processes_equal_the_full_batch(method, reduction, tmp_path):
+    gradient, hypergradient, dev_loss = two_processes(method, reduction, tmp_path)
+    alone = one_step(method, reduction, Ranks())
+    assert error(gradient, alone[0]) < 1e-12
+    assert error(hypergradient, alone[1]) < 1e-10
+    assert dev_loss == pytest.approx(alone[2], rel=1e-12)
+
+
+def test_final_reduction_is_cheaper_and_not_the_same(tmp_path):
+    gradient, hypergradient, _ = two_processes("naive", "final", tmp_path)
+    alone = one_step("naive", "exact", Ranks())
+    assert error(gradient, alone[0]) < 1e-12
+    assert 1e-6 < error(hypergradient, alone[1]) < 1
+
+
+def test_standardised_losses_are_each_ranks_own(tmp_path):
+    """Where batch statistics do not allow equality: joint's loss factor sees its shard alone."""
+    gradient, hypergradient, _ = two_processes("joint", "exact", tmp_path)
+    alone = one_step("joint", "exact", Ranks())
+    assert 1e-6 < error(gradient, alone[0]) < 0.1
+    assert 1e-6 < error(hypergradient, alone[1]) < 0.5
+
+
+# --------------------------------------------------------------------------------------------------
+# The command
+# --------------------------------------------------------------------------------------------------
+
+
+def torchrun(split_dir, record_dir, *flags):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    command += [str(ROOT / "train_bilevel.py"), "--split_dir", str(split_dir)]
+    command += ["--record_dir", str(record_dir), "--backbone", "convnet", "--image_size", "16"]
+    command += [
+        "--in_dim",
+        "8",
+        "--train_batch_size",
+        "4",
+        "--hyperstep",
+        "2",
+        "--num_workers",
+        "0",
+    ]
+    return subprocess.Popen(
+        [*command, "--device", "cpu", "--cache", "off", *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+@pytest.fixture(scope="module")
+def split_dir(tmp_path_factory):
+    from auxilearn.data import cub
+    from tests.cub_shape import write_cub_shape
+
+    folder = tmp_path_factory.mktemp("distributed")
+    root = write_cub_shape(folder / "data", classes=3, train_per_class=5, test_per_class=4)
+    cub.write_split(folder / "split", cub.read_annotations(root))
+    return folder / "split"
+
+
+@pytest.mark.parametrize("reduction", ["exact", "final"])
+def test_torchrun_trains_and_one_rank_writes(split_dir, tmp_path, reduction):
+    process = torchrun(split_dir, tmp_path, "--epochs", "2", "--reduction", reduction)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    (run,) = (tmp_path / "full").iterdir()
+    summary = json.loads((run / "summary.json").read_text())
+    assert out.strip().splitlines()[-1] == f"test accuracy: {summary['test_accuracy']:.4f}"
+    assert out.count("test accuracy") == 1
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = [row["step"] for row in rows if row["kind"] == "step"]
+    assert len(steps) == len(set(steps))
+    assert [row["epoch"] for row in rows if row["kind"] == "epoch"] == [1, 2]
+
+
+def test_a_rank_that_dies_ends_the_run(split_dir, tmp_path):
+    process = torchrun(split_dir, tmp_path, "--epochs", "100000")
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    deadline = time.monotonic() + 90
+    while not list(tmp_path.glob("full/*/metrics.jsonl")) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    time.sleep(1)
+    if not children.exists():
+        process.kill()
+        pytest.skip("the kernel does not list children")
+    ranks = [int(pid) for pid in children.read_text().split()]
+    dead = next(pid for pid in ranks if b"RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes())
+    os.kill(dead, signal.SIGKILL)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert (
+        "another process of this run has ended" in err
+        or f"Signal 9 (SIGKILL) received by PID {dead}" in err
+    )
+    assert "test accuracy" not in out
