@@ -32,6 +32,7 @@ from auxilearn.models import TaskModel, build_backbone
 from auxilearn.optim import apply_hypergradient
 from auxilearn.randomness import derived_seed
 from auxilearn.record import NoRecord, RunRecord, environment, free_name
+from auxilearn.report.history import ScheduleHistory
 from auxilearn.upper_level import UpperLevel, scheduled_loss
 
 
@@ -197,6 +198,7 @@ class Trainer:
         start = time.perf_counter()
         config = self.config
         self.record = record
+        self.history = self._open_history()
         self._say(
             f"{config.method} ({self.method.title}), {config.setting} setting, "
             f"{len(self.train_set)} images, {config.task_num} tasks, on {self.device}"
@@ -221,11 +223,20 @@ class Trainer:
                     record.metrics("step", epoch=self._epoch(step), **row)
                     bar.set_postfix(loss=f"{row['loss']:.3f}", accuracy=f"{row['accuracy']:.3f}")
                 if self.method.bilevel and step % config.hyperstep == 0:
+                    if self.history:
+                        self.history.write(step)
                     self._upper_step(step)
                 bar.update()
                 if step % self.steps_per_epoch == 0 or step == self.total_steps:
                     self._finish_epoch(step, bar)
         return self._finish(time.perf_counter() - start)
+
+    def _open_history(self):
+        """What writes schedule.jsonl; None on other ranks than the first, or without a schedule."""
+        if not (self.method.bilevel and self.ranks.first):
+            return None
+        corrupted = self.config.effective_corrupted_rate > 0
+        return ScheduleHistory.of_run(self.record.directory, self.split, self.train_set, corrupted)
 
     def _epoch(self, step):
         return (step - 1) // self.steps_per_epoch + 1
@@ -239,6 +250,8 @@ class Trainer:
         if not math.isfinite(value):
             self._diverged(step, f"the scheduled training loss is {value}")
         self.lower_optimizer.zero_grad()
+        if self.history:
+            self.history.watch(outputs)
         loss.backward(inputs=self.theta)
         self.ranks.average_gradients(self.theta, len(batch.sample_id))
         self.lower_optimizer.step()

@@ -1,0 +1,131 @@
+"""schedule.jsonl: how the schedule moved during training, a row per upper step.
+
+    {"kind": "tasks", "names": ["target", "has_bill_shape::cone", ...]}
+    {"kind": "schedule", "step": 20, "samples": 640, "mean_weight": [...],
+     "target_weight": {"all": [...], "clean": [...], "corrupted": [...]}}
+
+A row is about the lower steps since the row before it: ``mean_weight`` the mean weight of every
+task over their samples, ``target_weight`` the quantiles ``QUANTILES`` of the target weights, of all
+samples and, where labels were corrupted, of those whose label is right and of those whose label is
+wrong. The weights are those the training step itself used, read off its backward pass: nothing is
+computed twice.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from auxilearn.report.weights import samples_with_loss
+
+SCHEDULE_FILE = "schedule.jsonl"
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+
+
+class ScheduleHistory:
+    """Writes schedule.jsonl.
+
+    Args:
+        path: of the file, a Path; appended to.
+        names: of the K tasks, the target first.
+        corrupted: (n,) bool, whose target label is wrong, by place in the training set; or None.
+
+    ``watch`` every lower step before its backward pass, ``write`` at every upper step.
+    """
+
+    def __init__(self, path, names, corrupted=None):
+        self.path = path
+        self.corrupted = corrupted
+        self._start()
+        if not path.exists():
+            self._append({"kind": "tasks", "names": names})
+
+    @classmethod
+    def of_run(cls, directory, split, samples, corrupted):
+        """The history of a run in ``directory`` that trains on ``samples``, a ``SampleSet``.
+
+        ``corrupted`` says whether its labels were.
+        """
+        names = ["target", *split.attribute_names[: samples.attributes.shape[1]]]
+        wrong = samples.targets.numpy() != split.labels[samples.positions]
+        return cls(Path(directory) / SCHEDULE_FILE, names, wrong if corrupted else None)
+
+    def _start(self):
+        self.total = self.count = 0
+        self.target = []
+
+    def watch(self, outputs):
+        """Take down the weights of ``TaskLosses`` when the backward pass comes through them."""
+        count = samples_with_loss(outputs)
+        labeled = None if outputs.mask is None else outputs.mask[:, 0]
+
+        def take_down(slope):
+            weights = slope * count  # (B, K)
+            self.total = self.total + weights.sum(dim=0)
+            self.count = self.count + count
+            self.target.append((weights[:, 0], outputs.sample_id, labeled))
+
+        outputs.losses.register_hook(take_down)
+
+    def write(self, step):
+        """Append the row of the steps since the last one."""
+        if not self.target:
+            return
+        weights, places = self._target_weights()
+        groups = {"all": weights}
+        if self.corrupted is not None:
+            wrong = self.corrupted[places]
+            groups |= {"clean": weights[~wrong], "corrupted": weights[wrong]}
+        count = self.count.clamp(min=1) if isinstance(self.count, torch.Tensor) else self.count
+        self._append(
+            {
+                "kind": "schedule",
+                "step": step,
+                "samples": sum(len(weights) for weights, _, _ in self.target),
+                "mean_weight": _short((self.total / count).tolist()),
+                "target_weight": {
+                    name: _short(np.quantile(values, QUANTILES).tolist())
+                    for name, values in groups.items()
+                    if len(values)
+                },
+            }
+        )
+        self._start()
+
+    def _target_weights(self):
+        """(weights, places in the training set) of the samples that have a target label."""
+        weights, places, labeled = zip(*self.target, strict=True)
+        weights, places = torch.cat(weights), torch.cat(places)
+        if labeled[0] is not None:
+            kept = torch.cat(labeled)
+            weights, places = weights[kept], places[kept]
+        return weights.float().cpu().numpy(), places.cpu().numpy()
+
+    def _append(self, row):
+        with open(self.path, "a", encoding="utf-8") as file:
+            print(json.dumps(row), file=file)
+
+
+def _short(values):
+    return [float(f"{value:.5g}") for value in values]
+
+
+def read_rows(path):
+    """The rows of a .jsonl file, one dict each; [] where there is none.
+
+    A line that is being written, or that a crash cut off, is left out.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError):
+        return []
+    rows = []
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
+    return rows
