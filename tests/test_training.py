@@ -1,0 +1,652 @@
+"""Training end to end: what a run leaves, reproducibility, the steps themselves, failing."""
+
+import copy
+import hashlib
+import math
+import multiprocessing
+import os
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import train_bilevel
+from auxilearn.config import Config, resolve
+from auxilearn.data.cub import load_split
+from auxilearn.errors import DivergenceError, UserError
+from auxilearn.methods import METHODS
+from auxilearn.models import IMAGENET_MEAN, IMAGENET_STD
+from auxilearn.record import RunRecord
+from auxilearn.trainer import Trainer
+from auxilearn.upper_level import UpperLevel
+from tests.conftest import Run, assert_one_error_line, assert_same_run, prepare, tiny_flags
+
+REPOSITORY = Path(__file__).parents[1]
+BILEVEL = [name for name, method in METHODS.items() if method.bilevel]
+FILES = {"config.json", "metrics.jsonl", "log.txt", "best.pt", "summary.json"}
+
+
+def trainer_of(config):
+    split = load_split(config.split_dir, config.data_root)
+    return Trainer(resolve(config, split), split)
+
+
+def fit(trainer, directory):
+    """Train, record in ``directory``, return the ``Run``."""
+    record = RunRecord(directory, trainer.description())
+    try:
+        trainer.fit(record)
+    finally:
+        record.close()
+    return Run(directory)
+
+
+# --------------------------------------------------------------------------------------------------
+# What a run leaves
+# --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_a_run_leaves(method, tiny_run, capfd):
+    run = tiny_run(method=method, exp_name="mine", seed=3)
+    assert run.directory.parts[-2:] == ("full", "mine")
+    assert {path.name for path in run.directory.iterdir()} == FILES
+
+    summary = run.summary
+    said = capfd.readouterr()
+    last_line = said.out.splitlines()[-1]
+    assert last_line == f"test accuracy: {summary['test_accuracy']:.4f}"
+    assert said.err == ""
+    assert summary["method"] == method
+    assert summary["setting"] == "full"
+    assert summary["corrupted_rate"] == 0
+    assert summary["seed"] == 3
+    assert 0 < summary["seconds"] < 60
+
+    epochs = run.rows_of("epoch")
+    accuracies = [row["valid_accuracy"] for row in epochs]
+    assert [row["epoch"] for row in epochs] == [1, 2]
+    assert summary["valid_accuracy"] == max(accuracies)
+    assert summary["best_epoch"] == 1 + accuracies.index(max(accuracies))
+    assert run.checkpoint["epoch"] == summary["best_epoch"]
+
+    steps_per_epoch = 3 if METHODS[method].bilevel else 4  # 16 or 20 images, 6 at a time
+    steps = run.rows_of("step")
+    numbers = [row["step"] for row in steps]
+    assert numbers == [1, *range(2, 2 * steps_per_epoch + 1, 2)]  # --log_every 2
+    for row in steps:
+        assert row["epoch"] == math.ceil(row["step"] / steps_per_epoch)
+        assert 0 < row["loss"] < 100
+        assert row["target_loss"] > 0
+        assert (row["aux_loss"] > 0) == (method != "single")
+        assert 0 <= row["accuracy"] <= 1
+        assert 0 < row["data_seconds"] < 10
+        assert 0 < row["lower_seconds"] < 10
+
+    uppers = run.rows_of("upper")
+    assert [row["step"] for row in uppers] == ([2, 4, 6] if METHODS[method].bilevel else [])
+    for row in uppers:
+        assert row["dev_loss"] > 0
+        assert row["hypergradient_norm"] > 0
+        assert row["residual"] > 0
+        assert 0 < row["upper_seconds"] < 60
+    assert {row["kind"] for row in run.rows} <= {"step", "upper", "epoch"}
+
+    log = (run.directory / "log.txt").read_text().splitlines()
+    assert log[-1] == last_line
+    assert log == said.out.splitlines()
+
+
+def test_the_first_row_comes_at_once_however_rare_the_others_are(tiny_run):
+    run = tiny_run(method="common", log_every=1000, max_steps=6, epochs=5)
+    assert [row["step"] for row in run.rows_of("step")] == [1, 6]
+
+
+def test_losses_and_accuracy_of_a_row_are_means_since_the_last_row(tiny_run):
+    every = tiny_run(method="joint", log_every=1).rows_of("step")
+    some = tiny_run(method="joint", log_every=3).rows_of("step")
+    assert [row["step"] for row in some] == [1, 3, 6]
+    for name in ("loss", "target_loss", "aux_loss"):
+        for row, first in zip(some, (0, 1, 3), strict=True):
+            window = [step[name] for step in every[first : row["step"]]]
+            assert row[name] == pytest.approx(sum(window) / len(window))
+
+
+def test_config_json_determines_the_run(tiny_run):
+    run = tiny_run(method="joint", exp_name="first", aux_lr=0.5, corrupted=True, seed=11)
+    recorded = run.read("config.json")
+    settings = recorded["config"]
+    assert settings.keys() == {field.name for field in fields(Config)}
+    assert settings["task_num"] == 5  # what was left open is filled in
+    assert settings["whether_aux"] is True
+    assert settings["device"] == "cpu"
+    assert settings["neumann_alpha"] == settings["main_lr"]
+    assert recorded["setting"] == "noisy"
+    assert recorded["data"]["fingerprint"] == run.summary["fingerprint"]
+    assert recorded["data"]["split_seed"] == 5
+    assert recorded["data"]["trained_on"] == "rest_train"
+    assert torch.__version__.startswith(recorded["environment"]["packages"]["torch"])
+    again = tiny_run(**{**settings, "exp_name": "second"})
+    assert_same_run(run, again)
+
+
+def test_the_tested_checkpoint_is_the_one_of_best_validation(tiny_config, tmp_path):
+    trainer = trainer_of(tiny_config(method="common", epochs=6, main_lr=0.01, train_batch_size=20))
+    run = fit(trainer, tmp_path / "run")
+    summary = run.summary
+    accuracies = [row["valid_accuracy"] for row in run.rows_of("epoch")]
+    assert summary["best_epoch"] < 6, "this test needs a run that is not best at its end"
+    assert summary["valid_accuracy"] == max(accuracies) == accuracies[summary["best_epoch"] - 1]
+    for name, tensor in trainer.model.state_dict().items():
+        assert torch.equal(tensor, run.checkpoint["model"][name])
+
+
+# --------------------------------------------------------------------------------------------------
+# Names
+# --------------------------------------------------------------------------------------------------
+
+
+def contents(directory):
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in directory.iterdir()
+    }
+
+
+def test_a_taken_name_is_refused_with_the_way_out(tiny_run, tiny_split, tmp_path, command):
+    run = tiny_run(method="common", exp_name="mine", max_steps=1)
+    before = contents(run.directory)
+    flags = tiny_flags(split_dir=tiny_split, record_dir=tmp_path / "record", method="common")
+    flags += ["--exp_name", "mine", "--max_steps", "2"]
+    code, out, err = command(train_bilevel.main, *flags)
+    assert code == 2
+    assert out == ""
+    assert_one_error_line(err, run.directory, "--exp_name", "--overwrite")
+    assert contents(run.directory) == before
+
+    code, out, err = command(train_bilevel.main, *flags, "--overwrite", "1")
+    assert (code, err) == (0, "")
+    assert out.splitlines()[-1] == f"test accuracy: {run.summary['test_accuracy']:.4f}"
+    assert run.summary["steps"] == 2
+    assert {path.name for path in run.directory.iterdir()} == FILES
+    assert [row["step"] for row in run.rows_of("step")] == [1, 2]  # nothing of the first run
+
+
+def test_overwrite_spares_what_is_not_a_run(tiny_run, tiny_config):
+    folder = Path(tiny_config().record_dir) / "full" / "mine"
+    folder.mkdir(parents=True)
+    (folder / "thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match="mine"):
+        tiny_run(method="common", exp_name="mine", max_steps=1, overwrite=True)
+    assert (folder / "thesis.txt").read_text() == "years of work"
+
+
+def test_overwrite_keeps_the_earlier_run_where_the_new_one_cannot_start(tiny_run):
+    run = tiny_run(method="common", exp_name="mine", max_steps=1)
+    before = contents(run.directory)
+    with pytest.raises(UserError):
+        tiny_run(method="common", exp_name="mine", overwrite=True, backbone_weights="nowhere.pt")
+    assert contents(run.directory) == before
+
+
+def test_overwriting_a_linked_run_is_one_line_or_works(tiny_run):
+    run = tiny_run(method="common", exp_name="mine", max_steps=1)
+    link = run.directory.parent / "link"
+    link.symlink_to(run.directory, target_is_directory=True)
+    before = contents(run.directory)
+    try:
+        tiny_run(method="common", exp_name="link", max_steps=1, overwrite=True)
+    except UserError as error:
+        assert str(link) in str(error)
+        assert contents(run.directory) == before
+
+
+def test_without_a_name_every_run_gets_a_new_one(tiny_run):
+    runs = [tiny_run(method="common", max_steps=1, overwrite=True) for _ in range(3)]
+    names = [run.directory.name for run in runs]
+    assert names == ["train_common_seed5", "train_common_seed5_2", "train_common_seed5_3"]
+    for run in runs:
+        assert run.summary["exp_name"] == run.directory.name
+        assert run.read("config.json")["config"]["exp_name"] == run.directory.name
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/tmp/x", "a\0b"])
+def test_a_name_that_is_a_path_is_refused(name, tiny_run, tiny_config):
+    with pytest.raises(UserError, match="--exp_name"):
+        tiny_run(method="common", max_steps=1, exp_name=name)
+    assert not Path(tiny_config().record_dir).exists()
+
+
+# --------------------------------------------------------------------------------------------------
+# Reproducibility
+# --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_same_settings_give_the_same_run_bit_for_bit(method, tiny_run):
+    first = tiny_run(method=method, aux_lr=0.1)
+    torch.manual_seed(99)  # the state of the global generator is no setting
+    assert_same_run(first, tiny_run(method=method, aux_lr=0.1))
+
+
+def test_the_number_of_workers_changes_nothing(tiny_run):
+    settings = {"method": "joint", "epochs": 3, "aux_lr": 0.1, "n_meta_train_loss_accum": 2}
+    assert_same_run(tiny_run(**settings), tiny_run(**settings, num_workers=2))
+
+
+def test_the_cache_of_images_changes_nothing(tiny_run, tmp_path):
+    places = {"cache": "on", "cache_dir": str(tmp_path / "cache")}
+    assert_same_run(tiny_run(method="joint"), tiny_run(method="joint", **places))
+
+
+@pytest.mark.parametrize("method", ["joint", "single"])
+def test_another_seed_gives_another_run(method, tiny_run):
+    one, other = (tiny_run(method=method, seed=seed, exp_name=str(seed)) for seed in (5, 6))
+    assert one.timeless_rows != other.timeless_rows
+    weight = "heads.linear.weight"
+    assert not torch.equal(one.checkpoint["model"][weight], other.checkpoint["model"][weight])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"n_meta_train_loss_accum": 3},
+        {"n_meta_loss_accum": 2},
+        {"aux_batch_size": 2},
+        {"dev_batches": "first"},
+        {"hyperstep": 3},
+        {"solver": "identity"},
+        {"method": "linear"},
+    ],
+)
+def test_settings_of_the_upper_level_do_not_move_the_lower_levels_data(change, tiny_config):
+    """One purpose's randomness never moves another's: initial weights, order and augmentation."""
+    base, changed = trainer_of(tiny_config()), trainer_of(tiny_config(**change))
+    for one, other in zip(base.theta, changed.theta, strict=True):
+        assert torch.equal(one, other)
+    pairs = zip(base.lower_batches, changed.lower_batches, strict=False)
+    for _, (one, other) in zip(range(5), pairs, strict=False):
+        assert torch.equal(one.sample_id, other.sample_id)
+        assert torch.equal(one.images, other.images)
+
+
+def test_augmentation_differs_between_passes_and_between_the_levels(tiny_config):
+    trainer = trainer_of(tiny_config(train_batch_size=16))  # a pass is a batch
+
+    def images_in_order(batch):
+        return batch.images[batch.sample_id.argsort()]
+
+    lower, upper = iter(trainer.lower_batches), iter(trainer.upper_batches)
+    first, second = images_in_order(next(lower)), images_in_order(next(lower))
+    from_upper = images_in_order(next(upper))
+    for one, other in ((first, second), (first, from_upper)):
+        assert not (one == other).flatten(1).all(dim=1).any()
+
+
+# --------------------------------------------------------------------------------------------------
+# The steps themselves
+# --------------------------------------------------------------------------------------------------
+
+
+class PlainTraining:
+    """The method of the paper in plain autograd, float64, from the formulas alone."""
+
+    def __init__(self, trainer):
+        self.config = trainer.config
+        self.backbone = copy.deepcopy(trainer.model.backbone).train()
+        self.head = copy.deepcopy(trainer.model.heads.linear)
+        self.theta = [*self.backbone.parameters(), *self.head.parameters()]
+        self.phi = {n: p.detach().clone() for n, p in trainer.scheduler.named_parameters()}
+        self.classes = len(trainer.split.class_names)
+        labeled = trainer.train_set.labeled
+        self.labeled = None if labeled is None else labeled.clone()
+        self.moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in self.theta]
+        self.momentum = dict.fromkeys(self.phi, 0.0)
+        self.steps = 0
+
+    def losses(self, batch):
+        """Features (B, d) and losses (B, K), one cross entropy at a time."""
+        mean, std = (
+            (255 * torch.tensor(v)).double().reshape(1, 3, 1, 1)
+            for v in (IMAGENET_MEAN, IMAGENET_STD)
+        )
+        features = self.backbone((batch.images.double() - mean) / std)
+        logits = self.head(features)
+        columns = []
+        for task in range(batch.labels.shape[1]):
+            start = 0 if task == 0 else self.classes + 2 * (task - 1)
+            width = self.classes if task == 0 else 2
+            own = logits[:, start : start + width]
+            true = own.gather(1, batch.labels[:, task : task + 1]).squeeze(1)
+            weight = 1.0 if task == 0 else self.config.aux_weight
+            columns.append(weight * (own.logsumexp(dim=1) - true))
+        return features, torch.stack(columns, dim=1)
+
+    def scheduled(self, batch, phi):
+        features, losses = self.losses(batch)
+        keep = torch.ones_like(losses, dtype=torch.bool)
+        if self.labeled is not None:
+            keep[:, 0] = self.labeled[batch.sample_id]
+        total = 0.0
+        for task in range(losses.shape[1]):
+            rows = keep[:, task].nonzero().flatten()
+            own, constant = losses[rows, task], losses[rows, task].detach()
+            if len(rows) == 0:
+                continue
+            z = torch.zeros_like(own)
+            if len(rows) > 1:
+                z = (constant - constant.mean()) / (constant.std() + 1e-6)
+            prototype, bias = phi["feature_sel.weight"][task], phi["feature_sel.bias"][task]
+            weights = F.softplus(features[rows].detach() @ prototype + bias)
+            weights = weights * torch.sigmoid(phi["loss_w"][task] * z + phi["loss_b"][task])
+            weights = weights * F.softplus(phi["task_prior"][task])
+            total = total + (weights * own).mean()
+        return total
+
+    def lower_step(self, batch):
+        loss = self.scheduled(batch, self.phi)
+        gradients = torch.autograd.grad(loss, self.theta)
+        self.steps += 1
+        config = self.config
+        with torch.no_grad():
+            for p, g, (m, v) in zip(self.theta, gradients, self.moments, strict=True):
+                g = g + config.w_decay * p
+                m.mul_(0.9).add_(0.1 * g)
+                v.mul_(0.999).add_(0.001 * g * g)
+                m_hat, v_hat = m / (1 - 0.9**self.steps), v / (1 - 0.999**self.steps)
+                p.sub_(config.main_lr * m_hat / (v_hat.sqrt() + 1e-8))
+        return loss.item()
+
+    def upper_step(self, train_batches, dev_batches):
+        statistics = {name: b.clone() for name, b in self.backbone.named_buffers()}
+        phi = {name: value.clone().requires_grad_() for name, value in self.phi.items()}
+        train_loss = sum(self.scheduled(b, phi) for b in train_batches) / len(train_batches)
+        dev_loss = sum(self.losses(b)[1][:, 0].mean() for b in dev_batches) / len(dev_batches)
+        v = torch.autograd.grad(dev_loss, self.theta)
+        g = torch.autograd.grad(train_loss, self.theta, create_graph=True)
+        p, length = v, norm(v)
+        for _ in range(self.config.neumann_terms):
+            inner = sum((a * b).sum() for a, b in zip(g, v, strict=True))
+            hessian_product = torch.autograd.grad(inner, self.theta, retain_graph=True)
+            alpha = self.config.neumann_alpha
+            v = [a - alpha * h for a, h in zip(v, hessian_product, strict=True)]
+            p = [a + b for a, b in zip(p, v, strict=True)]
+        inner = sum((a * b).sum() for a, b in zip(g, p, strict=True))
+        hypergradient = [-h for h in torch.autograd.grad(inner, list(phi.values()))]
+        size = norm(hypergradient)
+        shrink = min(1.0, self.config.max_grad_norm / (size + 1e-6))
+        for (name, value), h in zip(self.phi.items(), hypergradient, strict=True):
+            step = h * shrink + self.config.auxw_decay * value
+            self.momentum[name] = 0.9 * self.momentum[name] + step
+            self.phi[name] = value - self.config.aux_lr * self.momentum[name]
+        for name, buffer in self.backbone.named_buffers():
+            buffer.copy_(statistics[name])
+        return {
+            "dev_loss": dev_loss.item(),
+            "hypergradient_norm": size,
+            "residual": norm(v) / length,
+            "clipped": size > self.config.max_grad_norm,
+        }
+
+
+def norm(vector):
+    return math.sqrt(sum((t * t).sum().item() for t in vector))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"labeled_per_class": 2},
+        {"labeled_per_class": 1, "train_batch_size": 2},  # batches without a labelled sample
+        {"n_meta_train_loss_accum": 2, "n_meta_loss_accum": 2, "aux_weight": 0.25},
+        {"max_grad_norm": 1e-3, "main_lr": 1e-3, "neumann_alpha": 0.1, "neumann_terms": 1},
+    ],
+    ids=["supervised", "semi-supervised", "hardly any labels", "accumulation", "clipped"],
+)
+def test_training_equals_a_plain_computation_in_float64(change, tiny_config, tmp_path):
+    settings = {"main_lr": 0.01, "aux_lr": 0.1, "hyperstep": 1, "log_every": 1, "max_steps": 2}
+    settings["neumann_terms"] = 3
+    trainer = trainer_of(tiny_config(method="joint", **{**settings, **change}))
+    trainer.model.double()
+    trainer.scheduler.double()
+    plain = PlainTraining(trainer)
+    streams = (trainer.lower_batches, trainer.upper_batches, trainer.dev_batches)
+    lower, upper, dev = (iter(stream) for stream in streams)  # training starts them afresh
+    config = trainer.config
+    losses, uppers = [], []
+    for _ in range(2):
+        losses.append(plain.lower_step(next(lower)))
+        train_batches = [next(upper) for _ in range(config.n_meta_train_loss_accum)]
+        dev_batches = [next(dev) for _ in range(config.n_meta_loss_accum)]
+        uppers.append(plain.upper_step(train_batches, dev_batches))
+
+    run = fit(trainer, tmp_path / "run")
+    assert run.summary["best_step"] == 2  # a single validation, so that the last weights are back
+    assert [row["loss"] for row in run.rows_of("step")] == pytest.approx(losses, rel=1e-9)
+    for row, expected in zip(run.rows_of("upper"), uppers, strict=True):
+        assert {name: row[name] for name in expected} == pytest.approx(expected, rel=1e-8)
+    ours = [*trainer.model.backbone.state_dict().values(), *trainer.model.heads.parameters()]
+    plains = [*plain.backbone.state_dict().values(), *plain.head.parameters()]
+    for one, other in zip(ours, plains, strict=True):
+        # Adam makes steps of up to 1e-7 out of gradients that are rounding errors of zero.
+        torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-7)
+    for name, value in trainer.scheduler.named_parameters():
+        torch.testing.assert_close(value.detach(), plain.phi[name], rtol=1e-8, atol=1e-10)
+
+
+def test_losses_of_a_row_are_plain_means(tiny_config, tmp_path):
+    trainer = trainer_of(tiny_config(method="common", aux_weight=0.5, max_steps=1))
+    trainer.model.double()
+    plain = PlainTraining(trainer)
+    _, losses = plain.losses(next(iter(trainer.lower_batches)))
+    (row,) = fit(trainer, tmp_path / "run").rows_of("step")
+    assert row["loss"] == pytest.approx(losses.sum(dim=1).mean().item())
+    assert row["target_loss"] == pytest.approx(losses[:, 0].mean().item())
+    assert row["aux_loss"] == pytest.approx(losses[:, 1:].mean().item())
+
+
+@pytest.mark.parametrize("method", BILEVEL)
+def test_an_upper_step_moves_the_scheduler_alone(method, tiny_config, tmp_path, monkeypatch):
+    """The batch-norm policy: running statistics belong to the lower level."""
+    trainer = trainer_of(tiny_config(method=method, aux_lr=0.1, n_meta_train_loss_accum=2))
+    compute, calls = UpperLevel.hypergradient, []
+
+    def watched(self, *batches):
+        before = copy.deepcopy(self.model.state_dict())
+        result = compute(self, *batches)
+        after = self.model.state_dict()
+        assert before.keys() == after.keys()
+        for name, tensor in before.items():
+            assert torch.equal(tensor, after[name]), name
+        assert self.model.training
+        assert all(p.grad is None or not p.grad.requires_grad for p in self.model.parameters())
+        calls.append(copy.deepcopy(self.scheduler.state_dict()))
+        return result
+
+    monkeypatch.setattr(UpperLevel, "hypergradient", watched)
+    fit(trainer, tmp_path / "run")
+    assert len(calls) == 3
+    learned = [*calls, trainer.scheduler.state_dict()]
+    for one, other in zip(learned, learned[1:], strict=False):
+        assert any(not torch.equal(one[name], other[name]) for name in one)
+
+
+def test_running_statistics_are_those_of_the_lower_steps_alone(tiny_config, tmp_path):
+    """Upper steps whose learning rate is nothing leave exactly the run without upper steps."""
+    often = trainer_of(tiny_config(method="linear", hyperstep=1, aux_lr=1e-30, auxw_decay=0))
+    never = trainer_of(tiny_config(method="linear", hyperstep=100))
+    fit(often, tmp_path / "often")
+    fit(never, tmp_path / "never")
+    for name, tensor in often.model.state_dict().items():
+        assert torch.equal(tensor, never.model.state_dict()[name]), name
+
+
+@pytest.mark.parametrize(
+    ("hyperstep", "max_steps", "upper_steps"),
+    [(1, 3, [1, 2, 3]), (4, None, [4]), (3, 5, [3]), (7, None, []), (2, 100, [2, 4, 6])],
+)
+def test_hyperstep_and_max_steps_count_lower_steps(hyperstep, max_steps, upper_steps, tiny_run):
+    run = tiny_run(method="linear", hyperstep=hyperstep, max_steps=max_steps)
+    total = min(6, max_steps or 6)
+    assert [row["step"] for row in run.rows_of("upper")] == upper_steps
+    assert run.rows_of("step")[-1]["step"] == run.summary["steps"] == total
+    assert [row["step"] for row in run.rows_of("epoch")] == sorted(
+        {3, total} if total >= 3 else {3}
+    )
+
+
+@pytest.mark.parametrize("solver", ["neumann", "identity", "cg"])
+def test_every_solver_trains(solver, tiny_run):
+    run = tiny_run(method="joint", solver=solver, damping=50.0)
+    products = [row["products"] for row in run.rows_of("upper")]
+    assert len(products) == 3
+    assert all(count == {"neumann": 1, "identity": 0}.get(solver, count) for count in products)
+
+
+def test_an_exact_solver_on_a_large_model_is_refused_at_the_start(tiny_run, tiny_config):
+    with pytest.raises(UserError, match="--solver exact"):
+        tiny_run(method="joint", solver="exact")
+    assert not Path(tiny_config().record_dir).exists()
+
+
+# --------------------------------------------------------------------------------------------------
+# Failing
+# --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def own_data(tmp_path):
+    """The folder of a split whose data may be damaged."""
+    shape = {"classes": 3, "train_per_class": 4, "attributes": 3, "image_size": (24, 20)}
+    return prepare(tmp_path / "data", tmp_path / "split", **shape)
+
+
+def damage(split_dir, name):
+    """Overwrite an image of the set ``name``, at the same size. Returns its path."""
+    split = load_split(split_dir)
+    path = split.image_path(split.indices[name][0])
+    path.write_bytes(b"?" * path.stat().st_size)
+    return path
+
+
+@pytest.mark.parametrize("name", ["rest_train", "dev", "valid", "test"])
+def test_an_unreadable_image_is_named(name, own_data, tiny_run):
+    path = damage(own_data, name)
+    with pytest.raises(UserError) as caught:
+        tiny_run(method="joint", split_dir=str(own_data), hyperstep=1)
+    assert str(path) in str(caught.value)
+
+
+def test_a_finished_run_leaves_no_workers_behind(tiny_run):
+    """They would be waited for, 5 seconds each, whenever the garbage collector comes by."""
+    before = multiprocessing.active_children()
+    tiny_run(method="linear", num_workers=1, max_steps=2)
+    assert set(multiprocessing.active_children()) <= set(before)
+
+
+def test_a_failed_run_leaves_no_workers_behind(own_data, tiny_run):
+    path = damage(own_data, "full_train")
+    before = multiprocessing.active_children()
+    message = ""
+    try:
+        tiny_run(method="common", split_dir=str(own_data), num_workers=1, train_batch_size=12)
+    except UserError as error:
+        message = str(error)
+    assert str(path) in message
+    assert set(multiprocessing.active_children()) <= set(before)
+
+
+def test_an_unreadable_image_is_found_at_the_start_by_the_cache(own_data, tiny_run, tiny_config):
+    path = damage(own_data, "test")
+    with pytest.raises(UserError) as caught:
+        tiny_run(method="joint", split_dir=str(own_data), cache="auto")
+    assert str(path) in str(caught.value)
+    assert not Path(tiny_config().record_dir).exists()
+
+
+def test_divergence_stops_the_run_and_keeps_the_best_checkpoint(tiny_split, tmp_path, command):
+    flags = tiny_flags(split_dir=tiny_split, record_dir=tmp_path, method="joint", exp_name="wild")
+    flags += ["--aux_lr", "1e38", "--hyperstep", "4"]  # an epoch is 3 steps
+    code, out, err = command(train_bilevel.main, *flags)
+    run = Run(tmp_path / "full" / "wild")
+    assert code == 1
+    assert_one_error_line(err, "diverged at step 5", "loss", "epoch 1", run.directory)
+    assert "test accuracy" not in out
+    assert {path.name for path in run.directory.iterdir()} == FILES - {"summary.json"}
+    assert run.checkpoint["epoch"] == 1
+    assert all(torch.isfinite(t).all() for t in run.checkpoint["model"].values())
+    assert "diverged at step 5" in (run.directory / "log.txt").read_text().splitlines()[-1]
+    assert run.rows  # all of it JSON
+
+
+def test_divergence_before_the_first_epoch_says_so(tiny_split, tmp_path, command):
+    flags = tiny_flags(split_dir=tiny_split, record_dir=tmp_path, method="common", exp_name="wild")
+    code, _, err = command(train_bilevel.main, *flags, "--main_lr", "1e30")
+    assert code == 1
+    assert_one_error_line(err, "diverged at step 2", "no epoch was completed")
+    assert not (tmp_path / "full" / "wild" / "best.pt").exists()
+
+
+def test_a_hypergradient_that_is_not_finite_is_divergence(tiny_run):
+    with pytest.raises(DivergenceError, match="hypergradient.*--neumann_alpha"):
+        tiny_run(method="joint", neumann_alpha=1e20, neumann_terms=3)
+
+
+def test_a_model_that_only_its_last_step_ruined_gets_no_accuracy(tiny_run):
+    """After the step the outputs are NaN, of which argmax still makes a prediction."""
+    with pytest.raises(DivergenceError):
+        tiny_run(method="common", main_lr=1e30, max_steps=1)
+
+
+# --------------------------------------------------------------------------------------------------
+# The process
+# --------------------------------------------------------------------------------------------------
+
+
+def script(*flags, **changes):
+    command = [sys.executable, REPOSITORY / "train_bilevel.py", *tiny_flags(**changes), *flags]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    return subprocess.run(
+        [str(part) for part in command],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=environment,
+        cwd="/",  # any folder will do
+    )
+
+
+def test_the_script_ends_with_the_test_accuracy(tiny_split, tmp_path):
+    places = {"split_dir": tiny_split, "record_dir": tmp_path / "with blanks"}
+    result = script(method="joint", num_workers=1, exp_name="mine", **places)
+    assert (result.returncode, result.stderr) == (0, "")
+    run = Run(tmp_path / "with blanks" / "full" / "mine")
+    accuracy = run.summary["test_accuracy"]
+    assert result.stdout.splitlines()[-1] == f"test accuracy: {accuracy:.4f}"
+    assert "\r" not in result.stdout
+
+
+def test_the_script_stops_at_an_unreadable_image_without_a_traceback(own_data, tmp_path):
+    path = damage(own_data, "rest_train")
+    result = script(split_dir=own_data, record_dir=tmp_path / "record", num_workers=2)
+    assert result.returncode == 2
+    assert_one_error_line(result.stderr, path)
+
+
+# --------------------------------------------------------------------------------------------------
+# A checkpoint is of use
+# --------------------------------------------------------------------------------------------------
+
+
+def test_a_runs_best_checkpoint_starts_another_run(tiny_run, tiny_config):
+    first = tiny_run(method="common", max_steps=1)
+    settings = {"method": "joint", "backbone_weights": str(first.directory / "best.pt")}
+    trainer = trainer_of(tiny_config(**settings))
+    for name, tensor in trainer.model.backbone.state_dict().items():
+        assert torch.equal(tensor, first.checkpoint["model"][f"backbone.{name}"])
+    assert trainer.config.backbone_pretrain is False
+    assert tiny_run(**settings, max_steps=1).summary["steps"] == 1
