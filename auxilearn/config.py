@@ -198,6 +198,13 @@ class Config:
         "over the processes; final averages their finished hypergradients only, which is cheaper",
         choices=("exact", "final"),
     )
+    on_nonfinite: str = _setting(
+        "stop",
+        UPPER,
+        "a hypergradient that is not finite ends the run (stop), or that upper step is left out "
+        "and counted (skip)",
+        choices=("stop", "skip"),
+    )
     max_grad_norm: float = _setting(10.0, UPPER, "the hypergradient is clipped to this norm")
 
     exp_name: str | None = _setting(
@@ -209,6 +216,15 @@ class Config:
     )
     record_dir: str = _setting(
         "bird_record", RUN, "runs are kept in RECORD_DIR/<full|semi|noisy>/EXP_NAME"
+    )
+    resume: bool = _setting(
+        False,
+        RUN,
+        "1 continues the run EXP_NAME after its last checkpoint, to the same numbers as without "
+        "the interruption; starts it if it is not there",
+    )
+    save_every: int = _setting(
+        0, RUN, "lower steps between checkpoints to continue from; 0 is one at every epoch's end"
     )
     overwrite: bool = _setting(False, RUN, "1 replaces an earlier run of the same name")
     seed: int = _setting(
@@ -315,7 +331,20 @@ _AT_LEAST = {
     "cg_iterations": 1,
     "seed": 0,
     "log_every": 1,
+    "save_every": 0,
 }
+# No result depends on these: a run may be continued with others.
+NEUTRAL = (
+    "resume",
+    "overwrite",
+    "save_every",
+    "num_workers",
+    "cache",
+    "cache_dir",
+    "split_dir",
+    "data_root",
+    "record_dir",
+)
 _ABOVE_ZERO = ("main_lr", "aux_lr", "neumann_alpha", "max_grad_norm")
 
 
@@ -342,7 +371,11 @@ def check(config):
         raise UserError(
             "--corrupted 1 and --labeled_per_class are two settings of the paper: choose one"
         )
+    if config.resume and config.overwrite:
+        raise UserError("--resume 1 continues a run and --overwrite 1 replaces it: choose one")
     name = config.exp_name
+    if config.resume and name is None:
+        raise UserError("--resume 1 needs the --exp_name of the run to continue")
     if name is not None and (name in ("", ".", "..") or "/" in name or "\0" in name):
         raise UserError(f"--exp_name {name!r} must be a plain name without slashes")
     if config.backbone == "convnet" and config.backbone_pretrain:

@@ -72,6 +72,15 @@ class Ranks:
                 for tensor in tensors:
                     dist.broadcast(tensor, 0)
 
+    def gathered(self, value):
+        """Every rank's ``value`` (anything that pickles), a list in the order of ranks."""
+        if self.size == 1:
+            return [value]
+        values = [None] * self.size
+        with _rank_errors():
+            dist.all_gather_object(values, value)
+        return values
+
     def from_first(self, value):
         """The first rank's ``value`` (anything that pickles), on every rank."""
         if self.size == 1:

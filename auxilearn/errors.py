@@ -15,6 +15,14 @@ class RunError(Exception):
     """A run cannot go on. The message says why, and what is left on disk."""
 
 
+class Interrupted(RunError):
+    """A signal asked the run to end; ``code`` is the exit code by which shells tell which."""
+
+    def __init__(self, message, code):
+        super().__init__(message)
+        self.code = code
+
+
 class DivergenceError(RunError):
     """Training left the finite numbers."""
 
@@ -29,7 +37,7 @@ def run_script(main):
     except UserError as error:
         sys.exit(_say(error, 2))
     except RunError as error:
-        sys.exit(_say(error, 1))
+        sys.exit(_say(error, getattr(error, "code", 1)))
     except KeyboardInterrupt:
         sys.exit(_say("interrupted", 130))
 

@@ -12,7 +12,7 @@ import time
 import torch
 from tqdm import tqdm
 
-from auxilearn.config import resolve, training_set_name
+from auxilearn.config import NEUTRAL, resolve, training_set_name
 from auxilearn.data.cache import open_images
 from auxilearn.data.cub import load_split
 from auxilearn.data.dataset import (
@@ -33,6 +33,7 @@ from auxilearn.optim import apply_hypergradient
 from auxilearn.randomness import derived_seed
 from auxilearn.record import NoRecord, RunRecord, environment, free_name
 from auxilearn.report.history import ScheduleHistory
+from auxilearn.signals import StopRequest
 from auxilearn.upper_level import UpperLevel, scheduled_loss
 
 
@@ -49,7 +50,13 @@ def train(config):
         trainer = Trainer(resolve(config, split), split, ranks)
         record = _open_record(trainer) if ranks.first else NoRecord()
         try:
-            return trainer.fit(record)
+            summary = ranks.from_first(record.finished())
+            if summary is None:
+                return trainer.fit(record)
+            if ranks.first:
+                print(f"{record.directory} was finished before")
+                print(f"test accuracy: {summary['test_accuracy']:.4f}", flush=True)
+            return summary
         finally:
             record.close()
 
@@ -62,7 +69,11 @@ def _open_record(trainer):
         name = free_name(directory, f"train_{config.method}_seed{config.seed}")
         config = trainer.config = dataclasses.replace(config, exp_name=name)
     return RunRecord(
-        f"{directory}/{config.exp_name}", trainer.description(), overwrite=config.overwrite
+        f"{directory}/{config.exp_name}",
+        trainer.description(),
+        overwrite=config.overwrite,
+        resume=config.resume,
+        neutral=NEUTRAL,
     )
 
 
@@ -195,9 +206,10 @@ class Trainer:
 
     def fit(self, record):
         """Train, keep the best checkpoint in ``record``, test it. Returns the summary."""
-        start = time.perf_counter()
         config = self.config
         self.record = record
+        state = record.load_checkpoint() if config.resume else None
+        state = self.ranks.from_first(state)
         self.history = self._open_history()
         self._say(
             f"{config.method} ({self.method.title}), {config.setting} setting, "
@@ -207,13 +219,19 @@ class Trainer:
         self._say(f"recording in {record.directory}")
         torch.manual_seed(derived_seed(config.seed, "training", self.ranks.rank))
         self.best = {"valid_accuracy": -1.0}
-        lower_batches = iter(self.lower_batches)
-        if self.method.bilevel:
-            self.upper_iterator = iter(self.upper_batches)
-            self.dev_iterator = iter(self.dev_batches)
-        window = _Window()
-        with self._progress_bar() as bar:
-            for step in range(1, self.total_steps + 1):
+        self.skipped = 0
+        self.window = window = _Window()
+        self.start = time.perf_counter()
+        done = self._restore(state) if state else 0
+        with StopRequest() as stop, self._progress_bar(done) as bar:
+            lower_batches = self.lower_batches.after(done)
+            if self.method.bilevel:
+                upper = done // config.hyperstep
+                self.upper_iterator = self.upper_batches.after(
+                    upper * config.n_meta_train_loss_accum
+                )
+                self.dev_iterator = self.dev_batches.after(upper * config.n_meta_loss_accum)
+            for step in range(done + 1, self.total_steps + 1):
                 clock = time.perf_counter()
                 batch = next(lower_batches)
                 window.data_seconds += time.perf_counter() - clock
@@ -227,9 +245,52 @@ class Trainer:
                         self.history.write(step)
                     self._upper_step(step)
                 bar.update()
-                if step % self.steps_per_epoch == 0 or step == self.total_steps:
+                epoch_ends = step % self.steps_per_epoch == 0 or step == self.total_steps
+                if epoch_ends:
                     self._finish_epoch(step, bar)
-        return self._finish(time.perf_counter() - start)
+                stopping = self.ranks.total(stop.signal is not None)[0]
+                due = step % config.save_every == 0 if config.save_every else epoch_ends
+                if due or stopping:
+                    self._checkpoint(step)
+                if stopping and step < self.total_steps:
+                    raise stop.interrupted(
+                        f"stopped after step {step} of {self.total_steps} as asked; continue with "
+                        f"--exp_name {config.exp_name} --resume 1"
+                    )
+        return self._finish(time.perf_counter() - self.start)
+
+    def _checkpoint(self, step):
+        """Save all that the steps to come depend on. The streams follow from the step."""
+        state = {
+            "step": step,
+            "model": self.model.state_dict(),
+            "lower_optimizer": self.lower_optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "upper_optimizer": self.upper_optimizer.state_dict() if self.method.bilevel else None,
+            "random": self.ranks.gathered(_random_state(self.device)),
+            "best": self.best,
+            "skipped": self.skipped,
+            "window": vars(self.window),
+            "history": self.history.state() if self.history else None,
+            "seconds": time.perf_counter() - self.start,
+        }
+        self.record.save_checkpoint(step, state)
+
+    def _restore(self, state):
+        """Put back what ``_checkpoint`` saved; the number of steps done."""
+        self.model.load_state_dict(state["model"])
+        self.lower_optimizer.load_state_dict(state["lower_optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        if self.method.bilevel:
+            self.upper_optimizer.load_state_dict(state["upper_optimizer"])
+        self.best, self.skipped = state["best"], state["skipped"]
+        vars(self.window).update(state["window"])
+        if self.history:
+            self.history.restore(state["history"])
+        _set_random_state(state["random"][self.ranks.rank], self.device)
+        self.start -= state["seconds"]
+        self._say(f"continuing after step {state['step']}")
+        return state["step"]
 
     def _open_history(self):
         """What writes schedule.jsonl; None on other ranks than the first, or without a schedule."""
@@ -275,21 +336,29 @@ class Trainer:
                 [torch.tensor(dev_loss, device=self.device), *hypergrads], train_batches
             )
             dev_loss = dev_loss.item()
-        if not all(torch.isfinite(h).all() for h in hypergrads):
+        finite = all(torch.isfinite(h).all() for h in hypergrads)
+        if not finite and config.on_nonfinite == "stop":
             self._diverged(
                 step,
                 f"the hypergradient is not finite (development loss {dev_loss:.4g}, residual of "
                 f"--solver {config.solver} {solution.residual:.4g}); a smaller --neumann_alpha or "
-                "--solver identity may help",
+                "--solver identity may help, --on_nonfinite skip leaves such steps out",
             )
-        norm = apply_hypergradient(self.upper_optimizer, self.phi, hypergrads, config.max_grad_norm)
-        self.scheduler.clamp()
+        norm = None
+        if finite:
+            norm = apply_hypergradient(
+                self.upper_optimizer, self.phi, hypergrads, config.max_grad_norm
+            )
+            self.scheduler.clamp()
+        else:
+            self.skipped += 1
         self.record.metrics(
             "upper",
             step=step,
             dev_loss=dev_loss,
             hypergradient_norm=norm,
-            clipped=norm > config.max_grad_norm,
+            clipped=finite and norm > config.max_grad_norm,
+            skipped=not finite,
             residual=solution.residual,
             products=solution.products,
             upper_seconds=time.perf_counter() - clock,
@@ -331,6 +400,7 @@ class Trainer:
             "best_epoch": self.best["epoch"],
             "best_step": self.best["step"],
             "steps": self.total_steps,
+            "skipped_upper_steps": self.skipped,
             "seconds": seconds,
             "method": config.method,
             "setting": config.setting,
@@ -358,10 +428,16 @@ class Trainer:
         self.record.log(message)
         raise DivergenceError(message)
 
-    def _progress_bar(self):
+    def _progress_bar(self, done):
         """A bar on a terminal; nothing where stderr is a file, whose lines ``_say`` writes."""
         hidden = None if self.ranks.first else True
-        return tqdm(total=self.total_steps, unit="step", dynamic_ncols=True, disable=hidden)
+        return tqdm(
+            total=self.total_steps,
+            initial=done,
+            unit="step",
+            dynamic_ncols=True,
+            disable=hidden,
+        )
 
     def _say(self, text, bar=None):
         """A line for the person, without breaking the progress bar, and for log.txt."""
@@ -411,6 +487,17 @@ class _Window:
         }
         self.__init__(step)
         return row
+
+
+def _random_state(device):
+    on_gpu = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    return {"cpu": torch.get_rng_state(), "gpu": on_gpu}
+
+
+def _set_random_state(state, device):
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state["gpu"], device)
 
 
 @torch.inference_mode()

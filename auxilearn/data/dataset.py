@@ -4,6 +4,7 @@ A run is reproducible whatever the number of workers: the order of a pass depend
 pass) alone, the augmentation of an image on (seed, stream, pass, sample) alone.
 """
 
+import math
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -254,19 +255,23 @@ def collate(items):
 
 
 class EndlessBatches:
-    """Keys of batch after batch, pass after pass, each pass in a fresh random order."""
+    """Keys of batch after batch, pass after pass, each pass in a fresh random order.
+
+    ``skip`` is the number of batches that an interrupted run has taken already.
+    """
 
     def __init__(self, samples, batch_size, seed, stream):
         self.samples, self.batch_size, self.seed, self.stream = samples, batch_size, seed, stream
+        self.skip = 0
 
     def __iter__(self):
-        number = 0
+        number, taken = divmod(self.skip, math.ceil(self.samples / self.batch_size))
         while True:
             order = derived_generator(self.seed, f"{self.stream} order", number)
             places = order.permutation(self.samples).tolist()
-            for start in range(0, self.samples, self.batch_size):
+            for start in range(taken * self.batch_size, self.samples, self.batch_size):
                 yield [(place, number) for place in places[start : start + self.batch_size]]
-            number += 1
+            number, taken = number + 1, 0
 
 
 class FirstBatch:
@@ -274,6 +279,7 @@ class FirstBatch:
 
     def __init__(self, samples, batch_size):
         self.size = min(samples, batch_size)
+        self.skip = 0  # as in EndlessBatches; every batch is the same
 
     def __iter__(self):
         while True:
@@ -303,6 +309,14 @@ class Shard:
     def __init__(self, batches, rank, size):
         self.batches, self.rank, self.size = batches, rank, size
 
+    @property
+    def skip(self):
+        return self.batches.skip
+
+    @skip.setter
+    def skip(self, batches):
+        self.batches.skip = batches
+
     def __iter__(self):
         for keys in self.batches:
             yield keys[self.rank :: self.size] if len(keys) >= self.size else keys
@@ -321,6 +335,7 @@ class Stream:
         self, images, samples, batches, image_size, device, *, augment, seed, name, workers
     ):
         self.samples = samples
+        self.batches = batches
         self.device = device
         self.loader = DataLoader(
             ImageDataset(images, samples.positions, image_size, augment, seed, name),
@@ -331,6 +346,11 @@ class Stream:
             pin_memory=device.type == "cuda",
             generator=torch.Generator(),  # so that it draws nothing from the global one
         )
+
+    def after(self, batches):
+        """An iterator that leaves out the first ``batches`` batches, without loading them."""
+        self.batches.skip = batches
+        return iter(self)
 
     def __iter__(self):
         for item in self.loader:

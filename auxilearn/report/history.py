@@ -38,7 +38,7 @@ class ScheduleHistory:
         self.path = path
         self.corrupted = corrupted
         self._start()
-        if not path.exists():
+        if not path.exists() or path.stat().st_size == 0:
             self._append({"kind": "tasks", "names": names})
 
     @classmethod
@@ -54,6 +54,14 @@ class ScheduleHistory:
     def _start(self):
         self.total = self.count = 0
         self.target = []
+
+    def state(self):
+        """What is taken down since the last row, for a checkpoint."""
+        return {"total": self.total, "count": self.count, "target": self.target}
+
+    def restore(self, state):
+        """Go on from ``state()``."""
+        vars(self).update(state)
 
     def watch(self, outputs):
         """Take down the weights of ``TaskLosses`` when the backward pass comes through them."""
