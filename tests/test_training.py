@@ -31,10 +31,8 @@ FILES = {"config.json", "metrics.jsonl", "log.txt", "best.pt", "summary.json"}
 
 
 def files_of(run):
-    """Names of a run's files, without the one that only methods with a schedule write."""
-    names = {path.name for path in run.directory.iterdir()}
-    method = run.read("config.json")["config"]["method"]
-    return names - {"schedule.jsonl"} if METHODS[method].bilevel else names
+    """Which of ``FILES`` a run has; others, such as what it would be resumed from, are its own."""
+    return FILES & {path.name for path in run.directory.iterdir()}
 
 
 def trainer_of(config):
