@@ -1,0 +1,417 @@
+"""What side_by_side.py measures: the two implementations on one workload, each in a process.
+
+``Plain`` and ``Package`` start from the same random weights and the same images and offer the same
+actions. ``Convolutions`` does a ResNet-18's forward convolutions and nothing else. ``Worker`` puts
+any of them into a process of its own.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import functools
+import itertools
+import multiprocessing
+import os
+import resource
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from auxilearn import config as settings  # noqa: E402
+from auxilearn.data.dataset import OrderedBatches, Stream, sample_set  # noqa: E402
+from auxilearn.optim import apply_hypergradient  # noqa: E402
+from auxilearn.trainer import Trainer, build_solver  # noqa: E402
+from auxilearn.upper_level import scheduled_loss  # noqa: E402
+from benchmarks import plain  # noqa: E402
+from benchmarks.input_pipeline import as_split, write_images  # noqa: E402
+
+SOLVERS = ("neumann", "identity", "cg")
+TERMS = {"neumann": 3, "identity": 0}  # products of a Neumann series; plain has no cg
+FORMATS = {"contiguous": torch.contiguous_format, "channels-last": torch.channels_last}
+FEATURES = 512
+MAIN_LR = ALPHA = 1e-4
+WEIGHT_DECAY = 5e-4
+AUX_LR, AUX_DECAY, MAX_NORM = 1e-2, 5e-5, 10.0
+TRAIN_BATCHES = 4  # in the generated training set
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """What is computed, and where. ``package_flags`` are further flags of train_bilevel.py."""
+
+    root: Path
+    batch: int = 64
+    dev_batch: int = 50
+    image_size: int = 224
+    tasks: int = 313
+    classes: int = 200
+    threads: int | None = None
+    device: str = "cpu"
+    tf32: bool = False
+    package_flags: tuple = ()
+
+    def write(self):
+        """Write the images: a few training batches and one development batch."""
+        write_images(self.root, TRAIN_BATCHES * self.batch + self.dev_batch)
+
+    def split(self):
+        """The images that ``write`` has written, with random labels and attributes."""
+        names = sorted(path.name for path in (self.root / "images").iterdir())
+        rng = np.random.default_rng(0)
+        places = np.arange(len(names))
+        train, dev = np.split(places, [TRAIN_BATCHES * self.batch])
+        return dataclasses.replace(
+            as_split(self.root, names),
+            labels=rng.integers(self.classes, size=len(names)),
+            attributes=rng.integers(2, size=(len(names), self.tasks - 1), dtype=np.uint8),
+            indices={"full_train": places, "rest_train": train, "dev": dev, "valid": dev},
+            class_names=[f"class_{number}" for number in range(self.classes)],
+            attribute_names=[f"attribute_{number}" for number in range(self.tasks - 1)],
+        )
+
+    def initial_models(self):
+        """The task model and the scheduler that both sides start from, as plain modules."""
+        torch.manual_seed(0)
+        counts = [self.classes] + [2] * (self.tasks - 1)
+        model = plain.PlainModel(plain.resnet18_backbone(), FEATURES, counts)
+        return model, plain.PlainScheduler(self.tasks, FEATURES)
+
+
+# --------------------------------------------------------------------------------------------------
+# The two sides, and the convolutions alone
+# --------------------------------------------------------------------------------------------------
+
+
+class Side:
+    """Something to measure. ``actions``: {quantity: function that does it once}."""
+
+    def __init__(self, workload):
+        self.workload = workload
+        self.device = torch.device(workload.device)
+        self.actions = {}
+        torch.backends.cudnn.allow_tf32 = workload.tf32
+        torch.set_float32_matmul_precision("high" if workload.tf32 else "highest")
+
+    def measure(self, quantity):
+        """Do it once: the seconds it took."""
+        self._wait()
+        start = time.perf_counter()
+        self.actions[quantity]()
+        self._wait()
+        return time.perf_counter() - start
+
+    def _wait(self):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def peak(self):
+        """The most memory so far, bytes: of this process, or on the GPU what its tensors took."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class Plain(Side):
+    """benchmarks/plain.py. ``dtype`` and ``memory_format`` are other than its own for controls."""
+
+    def __init__(self, workload, dtype=torch.float32, memory_format="contiguous"):
+        super().__init__(workload)
+        self.options = {"dtype": dtype, "memory_format": FORMATS[memory_format]}
+        model, scheduler = workload.initial_models()
+        self.initial_scheduler = copy.deepcopy(scheduler.state_dict())
+        self.model = model.to(self.device, **self.options).train()
+        self.scheduler = scheduler.to(self.device, dtype)
+        self.lower_optimizer = torch.optim.Adam(
+            self.model.parameters(), lr=MAIN_LR, weight_decay=WEIGHT_DECAY
+        )
+        self.upper_optimizer = torch.optim.SGD(
+            self.scheduler.parameters(), lr=AUX_LR, momentum=0.9, weight_decay=AUX_DECAY
+        )
+        split = workload.split()
+        train, dev = split.indices["rest_train"], split.indices["dev"]
+        self.train_batch = self._views(split, train[: workload.batch])
+        self.dev_batch = self._views(split, dev)
+        loader = DataLoader(self._dataset(split, train, True), workload.batch, shuffle=True)
+        self.batches = itertools.chain.from_iterable(itertools.repeat(loader))
+        self.actions = {"data": self.load, "lower": self.lower}
+        for solver, terms in TERMS.items():
+            self.actions[solver] = functools.partial(self.upper, terms)
+
+    def _dataset(self, split, positions, train):
+        paths = [split.image_path(position) for position in positions]
+        labels = np.column_stack([split.labels, split.attributes])[positions]
+        return plain.PlainDataset(paths, labels, train, self.workload.image_size)
+
+    def _views(self, split, positions):
+        """The centre crops at ``positions`` and their labels, as one batch."""
+        dataset = self._dataset(split, positions, False)
+        images, labels = next(iter(DataLoader(dataset, len(positions))))
+        return images.to(self.device, **self.options), labels.to(self.device)
+
+    def load(self):
+        images, labels = next(self.batches)
+        return images.to(self.device), labels.to(self.device)
+
+    def lower(self):
+        return plain.lower_step(self.model, self.scheduler, self.lower_optimizer, *self.train_batch)
+
+    def upper(self, terms):
+        images, labels = self.dev_batch
+        hypergradient, _ = plain.upper_step(
+            self.model,
+            self.scheduler,
+            self.upper_optimizer,
+            *self.train_batch,
+            images,
+            labels[:, 0],
+            alpha=ALPHA,
+            terms=terms,
+            max_norm=MAX_NORM,
+        )
+        return hypergradient
+
+    def numbers(self):
+        """{solver: {parameter: hypergradient at the initial weights}, "loss": scheduled loss}."""
+        result = {}
+        for solver, terms in TERMS.items():
+            result[solver] = _by_name(self.scheduler, self.upper(terms))
+            self.scheduler.load_state_dict(self.initial_scheduler)
+        return {**result, "loss": self.lower().item()}
+
+
+class Package(Side):
+    """The package: the models, optimisers, solvers and streams of a ``Trainer``.
+
+    The steps have the parts of plain's, without the training loop's bookkeeping: no count of hits,
+    no record. ``cache`` is the flag.
+    """
+
+    def __init__(self, workload, cache="off"):
+        super().__init__(workload)
+        split = workload.split()
+        flags = {
+            "method": "joint",
+            "task_num": workload.tasks,
+            "image_size": workload.image_size,
+            "num_workers": 0,
+            "cache": cache,
+            "cache_dir": workload.root / "cache",
+            "backbone_pretrain": 0,
+            "train_batch_size": workload.batch,
+            "aux_batch_size": workload.dev_batch,
+            "main_lr": MAIN_LR,
+            "w_decay": WEIGHT_DECAY,
+            "aux_lr": AUX_LR,
+            "auxw_decay": AUX_DECAY,
+            "max_grad_norm": MAX_NORM,
+            "neumann_alpha": ALPHA,
+            "neumann_terms": TERMS["neumann"],
+            "tf32": int(workload.tf32),
+            "device": workload.device,
+        }
+        argv = [text for name, value in flags.items() for text in (f"--{name}", str(value))]
+        config = settings.resolve(settings.parse([*argv, *workload.package_flags]), split)
+        self.trainer = Trainer(config, split)
+        self._copy_weights()
+        self.solvers = {
+            solver: build_solver(dataclasses.replace(config, solver=solver)) for solver in SOLVERS
+        }
+        self.train_batch = self._views(self.trainer.train_set, workload.batch)
+        self.dev_batch = self._views(sample_set(split, "dev", workload.tasks), workload.dev_batch)
+        self.batches = iter(self.trainer.lower_batches)
+        self.actions = {"data": lambda: next(self.batches), "lower": self.lower}
+        for solver in SOLVERS:
+            self.actions[solver] = functools.partial(self.upper, solver)
+
+    def _copy_weights(self):
+        model, scheduler = self.workload.initial_models()
+        ours = self.trainer.model.train()
+        ours.backbone.load_state_dict(model.backbone.state_dict())
+        with torch.no_grad():
+            ours.heads.linear.weight.copy_(torch.cat([head.weight for head in model.heads]))
+            ours.heads.linear.bias.copy_(torch.cat([head.bias for head in model.heads]))
+        self.trainer.scheduler.load_state_dict(scheduler.state_dict())
+
+    def _views(self, samples, size):
+        """The centre crops of the first ``size`` samples, as one batch."""
+        images, pixels = self.trainer.images, self.workload.image_size
+        order = OrderedBatches(len(samples), size)
+        options = {"augment": False, "seed": 0, "name": "benchmark", "workers": 0}
+        return next(iter(Stream(images, samples, order, pixels, self.device, **options)))
+
+    def lower(self):
+        trainer = self.trainer
+        loss = scheduled_loss(trainer.scheduler, trainer.lower_model(self.train_batch))
+        trainer.lower_optimizer.zero_grad()
+        loss.backward(inputs=trainer.theta)
+        trainer.lower_optimizer.step()
+        return loss.detach()
+
+    def upper(self, solver):
+        trainer = self.trainer
+        hypergradient = self._hypergradient(solver)
+        apply_hypergradient(trainer.upper_optimizer, trainer.phi, hypergradient, MAX_NORM)
+        trainer.scheduler.clamp()
+
+    def _hypergradient(self, solver):
+        upper_level = self.trainer.upper_level
+        upper_level.solver = self.solvers[solver]
+        hypergradient, self.solution, _ = upper_level.hypergradient(
+            [self.train_batch], [self.dev_batch]
+        )
+        return hypergradient
+
+    def products(self):
+        """Hessian-vector products of the last upper step."""
+        return self.solution.products
+
+    def numbers(self):
+        """As ``Plain.numbers``."""
+        scheduler = self.trainer.scheduler
+        result = {solver: _by_name(scheduler, self._hypergradient(solver)) for solver in TERMS}
+        return {**result, "loss": self.lower().item()}
+
+
+class Convolutions(Side):
+    """The forward convolutions of a ResNet-18. Quantities: (images, memory format)."""
+
+    def __init__(self, workload):
+        super().__init__(workload)
+        self.convolutions = []  # (shape of an input, module)
+        backbone = plain.resnet18_backbone().eval()
+        for module in backbone.modules():
+            if isinstance(module, nn.Conv2d):
+                module.register_forward_hook(self._note)
+        with torch.inference_mode():
+            backbone(torch.zeros(1, 3, workload.image_size, workload.image_size))
+        for images, name in self.quantities(workload):
+            self.actions[images, name] = functools.partial(self.run, images, name)
+        self.inputs = {}
+
+    @staticmethod
+    def quantities(workload):
+        return list(itertools.product({workload.batch: 0, workload.dev_batch: 0}, FORMATS))
+
+    def _note(self, module, inputs, output):
+        self.convolutions.append((inputs[0].shape[1:], module))
+
+    @torch.inference_mode()
+    def run(self, images, name):
+        if (images, name) not in self.inputs:  # made in the untimed turn
+            placed = functools.partial(
+                torch.Tensor.to, device=self.device, memory_format=FORMATS[name]
+            )
+            self.inputs[images, name] = [
+                (placed(torch.randn(images, *shape)), placed(module.weight), module)
+                for shape, module in self.convolutions
+            ]
+        for values, weight, module in self.inputs[images, name]:
+            F.conv2d(values, weight, None, module.stride, module.padding)
+
+
+def _by_name(scheduler, tensors):
+    names = [name for name, _ in scheduler.named_parameters()]
+    return {n: t.detach().cpu().double().numpy() for n, t in zip(names, tensors, strict=True)}
+
+
+# --------------------------------------------------------------------------------------------------
+# Processes
+# --------------------------------------------------------------------------------------------------
+
+
+class Worker:
+    """A ``Side`` in a process of its own, for a with block; ``call(method, ...)`` calls it.
+
+    Args: ``kind``, the class, and its arguments. RuntimeError where a call fails or the process
+    ends.
+    """
+
+    # Forked from a process that has done its imports and nothing else: seconds faster to start.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torchvision.transforms.v2", "benchmarks.sides"])
+
+    def __init__(self, kind, workload, **options):
+        self.name = kind.__name__
+        self.pipe, theirs = self.context.Pipe()
+        arguments = (theirs, kind, workload, options)
+        self.process = self.context.Process(target=_serve, args=arguments, daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def wait(self):
+        """Wait until it is built: to be called once, before any call."""
+        return self._receive()
+
+    def call(self, method, *arguments):
+        self.pipe.send((method, arguments))
+        return self._receive()
+
+    def _receive(self):
+        try:
+            error, result = self.pipe.recv()
+        except EOFError:
+            self.process.join()
+            raise RuntimeError(
+                f"the process of {self.name} ended with exit code {self.process.exitcode} (-9: "
+                "killed, as a rule for want of memory)"
+            ) from None
+        if error:
+            raise RuntimeError(f"in the process of {self.name}:\n{error}")
+        return result
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.pipe.close()
+        self.process.join(10)
+        self.process.terminate()
+
+
+def _serve(pipe, kind, workload, options):
+    """The body of a worker: build the side, then answer calls until the pipe is closed."""
+
+    def build():
+        nonlocal side
+        if workload.threads:
+            torch.set_num_threads(workload.threads)
+        side = kind(workload, **options)
+
+    side = None
+    os.dup2(2, 1)  # stdout is for the tables
+    with contextlib.suppress(EOFError, BrokenPipeError):
+        _answer(pipe, build)
+        while True:
+            method, arguments = pipe.recv()
+            _answer(pipe, getattr(side, method), *arguments)
+
+
+def _answer(pipe, function, *arguments):
+    """Send (error or None, result)."""
+    try:
+        answer = None, function(*arguments)
+    except Exception:
+        answer = traceback.format_exc(), None
+    pipe.send(answer)
+
+
+@contextlib.contextmanager
+def running(workload, **sides):
+    """{name: ``Worker``}, built, for a block; ``sides`` = {name: (class, its options)}."""
+    with contextlib.ExitStack() as stack:
+        workers = {
+            name: stack.enter_context(Worker(kind, workload, **options))
+            for name, (kind, options) in sides.items()
+        }
+        for worker in workers.values():
+            worker.wait()
+        yield workers

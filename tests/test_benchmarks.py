@@ -1,0 +1,165 @@
+"""The benchmark that sets the package beside a plain implementation, on a tiny workload."""
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import side_by_side
+from benchmarks.side_by_side import Measured, compare_numbers
+from benchmarks.sides import Package, Plain, Workload
+
+TINY = {"batch": 4, "dev_batch": 3, "image_size": 40, "tasks": 5, "classes": 6, "threads": 1}
+
+
+@pytest.fixture(scope="module")
+def workload(tmp_path_factory):
+    result = Workload(tmp_path_factory.mktemp("workload"), **TINY)
+    result.write()
+    return result
+
+
+def test_both_compute_the_same_numbers(workload):
+    plain, package = Plain(workload, torch.float64), Package(workload)
+    model = package.trainer.model.double()
+    package.trainer.scheduler.double()
+    for name in ("train_batch", "dev_batch"):
+        images, labels = getattr(plain, name)
+        ours = getattr(package, name)
+        exact = (ours.images - model.pixel_mean) / model.pixel_std
+        torch.testing.assert_close(images, exact, rtol=0, atol=1e-5)
+        assert torch.equal(labels, ours.labels)
+        setattr(plain, name, (exact, labels))  # plain has them rounded to float32
+    compared = compare_numbers(package.numbers(), plain.numbers())
+    assert set(compared) == {"neumann", "identity", "loss"}
+    for quantity, (cosine, error) in compared.items():
+        assert error < 1e-8, quantity
+        assert cosine is None or cosine > 1 - 1e-12
+
+
+def test_a_single_task(workload):
+    single = Workload(workload.root, **{**TINY, "tasks": 1})
+    losses = [side(single).lower().item() for side in (Plain, Package)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_a_wrong_hypergradient_is_noticed(capsys):
+    numbers = {"neumann": {"a": np.ones(3)}, "identity": {"a": np.ones(3)}, "loss": 2.0}
+    assert side_by_side.print_verdict(compare_numbers(numbers, numbers)) == 0
+    wrong = {**numbers, "neumann": {"a": np.array([1.0, 1.0, 1.3])}}
+    assert side_by_side.print_verdict(compare_numbers(wrong, numbers)) == 1
+    assert "disagree" in capsys.readouterr().out
+
+
+def run_script(monkeypatch, *flags):
+    """The exit code of the script on the tiny workload."""
+    argv = [text for name, value in TINY.items() for text in (f"--{name}", str(value))]
+    monkeypatch.setattr("sys.argv", ["side_by_side.py", *argv, "--repeats", "1", *flags])
+    return side_by_side.main()
+
+
+def test_the_script_prints_its_tables(monkeypatch, capfd):
+    assert run_script(monkeypatch, "--only", "exactness,data,lower,identity,floor") == 0
+    text = capfd.readouterr().out
+    assert "- process settings, of both: 1 threads; `" in text
+    assert "The two agree up to rounding." in text
+    assert "image cache" not in text  # what the package says goes to stderr
+    tables = read_tables(text)
+    assert list(tables) == ["Exactness", "Time", "Arithmetic floor"]
+    time = tables["Time"]
+    plain, package, ratio = (float(cell) for cell in time["lower step"])
+    assert ratio == pytest.approx(plain / package, rel=0.02)
+    assert {"data, one batch", "20 lower + 1 upper (identity), computed"} < time.keys()
+    title = "upper step, identity"
+    floor, *fractions = tables["Arithmetic floor"][title][1:]
+    for seconds, fraction in zip(time[title], fractions, strict=False):
+        assert float(fraction) == pytest.approx(float(seconds) / float(floor), rel=0.02)
+
+
+def read_tables(text):
+    """{heading up to its colon: {first cell: the other cells}}."""
+    tables = {}
+    for line in text.splitlines():
+        if line.startswith("### "):
+            rows = tables[line[4:].partition(":")[0]] = {}
+        elif line.startswith("| ") and not line.startswith("| ---"):
+            first, *others = (cell.strip() for cell in line[1:-1].split("|"))
+            rows[first] = others
+    return tables
+
+
+def measured(plain, package, products=None):
+    seconds = {"plain": plain, "package": package}
+    sizes = {"plain": 2**30, "package": 2**29}
+    return Measured(seconds, sizes, sizes, products)
+
+
+def test_computed_rows(capsys):
+    results = {
+        "data": measured([0.4, 0.4, 0.6], [0.1, 0.1, 0.1]),
+        "lower": measured([4.0, 5.0, 9.0], [2.0, 2.0, 3.0]),
+        "neumann": measured([90.0, 88.0, 92.0], [30.0, 30.0, 29.0], 3),
+        "identity": measured([20.0], [6.0], 0),
+    }
+    side_by_side.print_times(results, Workload(None))
+    time = read_tables(capsys.readouterr().out)["Time"]
+    assert time["lower step"] == ["5 (4 to 9)", "2 (2 to 3)", "2.50"]
+    assert time["20 lower + 1 upper (neumann), computed"] == ["190", "70", "2.71"]
+    # Plain with the first solver, the package with the second.
+    assert time["upper step (neumann; identity), computed"] == ["90", "6", "15.00"]
+    assert time["20 lower + 1 upper (neumann; identity), computed"] == ["190", "46", "4.13"]
+    # 5,794 / 64 / 20 = 4.527 rounds of 20 lower steps, an upper step and 21 + 50 / 64 batches.
+    epoch = time["epoch of 5,794 images (neumann), computed"]
+    assert epoch == ["899", "327", "2.75"]
+
+
+def test_floor(capsys):
+    names = ("contiguous", "channels-last")
+    convolutions = {(64, names[0]): 9.0, (50, names[0]): 9.0, (64, names[1]): 1.0}
+    convolutions[50, names[1]] = 0.8
+    results = {"cg": measured([], [66.8], 10)}
+    del results["cg"].seconds["plain"]
+    side_by_side.print_floor(convolutions, results, Workload(None))
+    floor = read_tables(capsys.readouterr().out)["Arithmetic floor"]
+    assert [floor[name][1] for name in ("lower step", "upper step, neumann, J = 3")] == [
+        "3",
+        "25.4",
+    ]
+    assert floor["upper step, identity"][1] == "5.4"
+    assert floor["upper step, cg"][1:] == ["67.4", "", "0.99"]
+
+
+def test_memory(capsys):
+    side_by_side.print_memory({"lower": measured([], []), "neumann": measured([], [], 3)}, "cpu")
+    memory = read_tables(capsys.readouterr().out)["Memory"]
+    assert memory["before the first step"] == ["1.00", "0.50", ""]
+    assert memory["upper step, neumann, J = 3"] == ["1.00", "0.50", "0.50"]
+
+
+def test_growth_with_tasks(capsys):
+    by_tasks = {1: measured([1.0], [1.0]), 2000: measured([4.0], [1.1])}
+    side_by_side.print_tasks(by_tasks)
+    rows = read_tables(capsys.readouterr().out)["Lower step against the number of tasks"]
+    assert rows["2,000"] == ["4", "1.1", "3.64", "4.00", "1.10"]
+
+
+def test_arguments():
+    args = side_by_side.parse_arguments(["--only", "lower,floor"])
+    assert args.parts == ["lower", "floor"]
+    args = side_by_side.parse_arguments(["--amp", "bf16", "--package_flags=--compile 1"])
+    assert args.package_flags == ["--compile", "1", "--amp", "bf16"]
+    for wrong in (["--only", "lowre"], ["--package_flags=--no_such_flag 1"], ["--batch", "1"]):
+        with pytest.raises(SystemExit):
+            side_by_side.parse_arguments(wrong)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_a_gpu_it_says_so(monkeypatch, capsys):
+    assert run_script(monkeypatch, "--device", "cuda") == 0
+    assert capsys.readouterr().out.startswith("Skipped: ")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+def test_on_a_gpu(monkeypatch, capfd):
+    parts = "exactness,data,lower,memory,floor"
+    assert run_script(monkeypatch, "--device", "cuda", "--only", parts) == 0
+    assert "memory of tensors on the GPU" in capfd.readouterr().out
