@@ -28,8 +28,9 @@ auxw_decay=5e-5
 hyperstep=20
 n_meta_train_loss_accum=1
 
-# The miniature: a small network from random weights, so a larger step and fewer epochs.
+# The miniature: a small network from random weights, so other steps.
 mini_epochs=40
+mini_train_batch_size=32
 mini_main_lr=1e-3
 mini_aux_lr=1e-3
 
@@ -83,7 +84,7 @@ else
     "$python" "$here/data_preprocess.py" --generate mini \
         --data_root "$data_root" --out_dir "$split_dir"
     set -- --record_dir "$here/miniature/bird_record" --backbone convnet --image_size 64 \
-        --num_workers 1 --epochs "$mini_epochs" --train_batch_size "$train_batch_size" \
+        --num_workers 1 --epochs "$mini_epochs" --train_batch_size "$mini_train_batch_size" \
         --main_lr "$mini_main_lr" --aux_lr "$mini_aux_lr" --aux_batch_size 20 "$@"
 fi
 

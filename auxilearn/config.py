@@ -205,6 +205,14 @@ class Config:
         "and counted (skip)",
         choices=("stop", "skip"),
     )
+    on_divergence: str = _setting(
+        "warn",
+        UPPER,
+        "a Neumann series whose terms grow is used as it is, as the released code does (warn), or "
+        "v_0 is used in its place in that upper step (identity); either way it is reported, with "
+        "the largest stable alpha",
+        choices=("warn", "identity"),
+    )
     max_grad_norm: float = _setting(10.0, UPPER, "the hypergradient is clipped to this norm")
 
     exp_name: str | None = _setting(
@@ -444,7 +452,7 @@ def choose_device(name):
 
 def _check_batch_norm(config, split):
     """A batch of one image has one value per channel where the backbone has shrunk it to 1 x 1."""
-    smallest = {"resnet18": 33, "convnet": 16}[config.backbone]
+    smallest = {"resnet18": 33, "convnet": 9}[config.backbone]
     if config.image_size >= smallest:
         return
     sizes = {"--train_batch_size": (config.train_batch_size, training_set_name(config))}

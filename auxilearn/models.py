@@ -122,9 +122,9 @@ class TaskModel(nn.Module):
 
 
 class ConvNet(nn.Module):
-    """A small backbone for images of 24 to 96 pixels: three 3x3 convolutions and one 1x1.
+    """A small backbone for images of 24 to 96 pixels: three strided 3x3 convolutions and one 1x1.
 
-    The side of the image is halved three times before the pooling over all positions.
+    Each 3x3 convolution halves the side of the image; the last features are averaged over positions.
     """
 
     def __init__(self, feature_dim, widths=(32, 64, 128)):
@@ -132,18 +132,16 @@ class ConvNet(nn.Module):
         layers = []
         channels = 3
         for width in widths:
-            stem = channels == 3
-            layers += _convolution(channels, width, kernel=3, stride=2 if stem else 1)
-            layers += [] if stem else [nn.MaxPool2d(2)]
+            layers += _convolution(channels, width, kernel=3, stride=2)
             channels = width
-        layers += _convolution(channels, feature_dim, kernel=1)
+        layers += _convolution(channels, feature_dim, kernel=1, stride=1)
         self.layers = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
     def forward(self, images):
         return self.layers(images)
 
 
-def _convolution(channels, width, kernel, stride=1):
+def _convolution(channels, width, kernel, stride):
     return [
         nn.Conv2d(channels, width, kernel, stride, padding=kernel // 2, bias=False),
         nn.BatchNorm2d(width),
