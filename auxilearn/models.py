@@ -124,7 +124,7 @@ class TaskModel(nn.Module):
 class ConvNet(nn.Module):
     """A small backbone for images of 24 to 96 pixels: three strided 3x3 convolutions and one 1x1.
 
-    Each 3x3 convolution halves the side of the image; the last features are averaged over positions.
+    Each 3x3 convolution halves the side of the image; the features are averaged over positions.
     """
 
     def __init__(self, feature_dim, widths=(32, 64, 128)):
