@@ -1,0 +1,11 @@
+"""Names as people read them."""
+
+
+def readable(name):
+    """An attribute's name for people: upperparts color: brown."""
+    return name.removeprefix("has_").replace("::", ": ").replace("_", " ")
+
+
+def shortened(text, length=30):
+    """``text``, or as much of it as ``length`` holds, with an ellipsis."""
+    return text if len(text) <= length else text[: length - 1].rstrip() + "\u2026"

@@ -1,0 +1,90 @@
+"""RUN_DIR/report: the page, its figures and its tables."""
+
+from pathlib import Path
+
+from auxilearn.errors import UserError
+from auxilearn.record import write_aside
+from auxilearn.report.brief import statements
+from auxilearn.report.findings import find
+from auxilearn.report.page import build_page
+from auxilearn.report.run import BEST_FILE, evaluate_run, read_run
+from auxilearn.report.tables import TABLE_FILES, write_tables
+
+PAGE_FILE, FIGURES = "index.html", "figures"
+
+
+def write_report(run_dir, out=None, *, rank_by="weight", sheets=(), **places):
+    """Write the report of the run in ``run_dir`` to ``out``, by default its folder ``report``.
+
+    Args: ``rank_by`` weight or loss orders clean_labels.csv; ``sheets`` names of tasks that get a
+    contact sheet in any case; ``places`` as ``evaluate_run`` takes them.
+
+    Returns (path of the page, ``Statement``s on it). Raises UserError: there is no run; or, after
+    all that can be shown has been written, the run has no schedule, or its data or checkpoint
+    cannot be used. Of a run that has completed no epoch so far, its curves are shown.
+    """
+    draw_charts = _charts()
+    run = read_run(run_dir)
+    out = Path(out) if out is not None else run.directory / "report"
+    evaluation, missing, error = None, [], None
+    if (run.directory / BEST_FILE).is_file():
+        try:
+            evaluation = evaluate_run(run, **places)
+        except UserError as problem:
+            error = str(problem)
+            missing.append(f"Weights of samples, tables and pictures: {error}.")
+    else:
+        missing.append("Weights of samples, tables and pictures: no epoch is completed yet.")
+    if not run.method.bilevel:
+        error = error or (
+            f"{run.directory} has no schedule to show: --method {run.config.method} "
+            f"({run.method.title}) learns none"
+        )
+        missing.append(
+            f"A schedule: method {run.config.method} ({run.method.title}) learns none. The samples "
+            "are ranked by their loss."
+        )
+    elif not run.schedule:
+        missing.append("How the schedule moved during training: schedule.jsonl has no row.")
+    findings = find(run, evaluation, missing)
+    wanted = _task_numbers(findings, sheets)
+    page = out / PAGE_FILE
+    try:
+        out.mkdir(exist_ok=True, parents=True)
+        for name in (PAGE_FILE, *TABLE_FILES):  # of an earlier report, which may have had more
+            (out / name).unlink(missing_ok=True)
+        charts = draw_charts(findings, out / FIGURES)
+        write_tables(out, findings, "loss" if findings.tasks is None else rank_by)
+        html = build_page(findings, charts, wanted)
+        write_aside(page, lambda file: file.write(html.encode()))
+    except OSError as problem:
+        raise UserError(
+            f"{problem.filename or out} cannot be written ({problem.strerror}); --out names "
+            "another folder"
+        ) from None
+    if error:
+        raise UserError(f"{error}; what can still be shown is in {page}")
+    return page, statements(findings)
+
+
+def _charts():
+    try:
+        from auxilearn.report.figures import draw_charts
+    except ModuleNotFoundError as error:
+        if error.name.split(".")[0] != "matplotlib":
+            raise
+        raise UserError(
+            "the report needs matplotlib: python -m pip install -r requirements-report.txt"
+        ) from None
+    return draw_charts
+
+
+def _task_numbers(findings, names):
+    """The numbers of the tasks called ``names``."""
+    known = findings.tasks.names if findings.tasks is not None else list(names)
+    for name in names:
+        if name not in known:
+            raise UserError(
+                f"--sheets {name}: no such task; expected names as in tasks.csv, as {known[-1]}"
+            )
+    return [known.index(name) for name in names]

@@ -1,0 +1,59 @@
+"""Look at what the scheduler of a training run learned.
+
+  python inspect_schedule.py bird_record/noisy/train_joint_seed5
+
+writes RUN_DIR/report: index.html, one page that can be read offline and sent around, its figures as
+PNG and SVG, samples.csv, tasks.csv, clean_labels.csv, classes.csv and weights.npz, the table of all
+weights. The run may still be training: the best checkpoint so far is shown. It takes one pass over
+the training images, and matplotlib (python -m pip install -r requirements-report.txt).
+"""
+
+import argparse
+
+from auxilearn.errors import run_script
+from auxilearn.report.write import write_report
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("run_dir", metavar="RUN_DIR", help="folder of the run, RECORD_DIR/<full|semi|noisy>/NAME")
+    add("--out", metavar="DIR", help="where the report goes (default: RUN_DIR/report)")
+    add(
+        "--rank_by",
+        choices=("weight", "loss"),
+        default="weight",
+        help="what clean_labels.csv ranks labels by: low target weight or, plainly, high "
+        "target loss (default: %(default)s)",
+    )
+    add(
+        "--sheets",
+        metavar="NAME",
+        nargs="+",
+        default=(),
+        help="tasks that get a contact sheet in any case, named as in tasks.csv (default: as many "
+        "as the page holds, from both ends of the ranking)",
+    )
+    add("--split_dir", metavar="DIR", help="the split, if it was moved since")
+    add("--data_root", metavar="DIR", help="the data, if they were moved since")
+    add("--device", metavar="NAME", help="cpu, cuda or cuda:N (default: the first GPU, else cpu)")
+    add(
+        "--num_workers",
+        metavar="N",
+        type=int,
+        help="processes that load images (default: the run's)",
+    )
+    return parser.parse_args()
+
+
+def main():
+    page, statements = write_report(**vars(parse_arguments()))
+    for statement in statements:
+        print(f"{statement.topic}: {statement.text}")
+    print(f"written to {page}")
+
+
+if __name__ == "__main__":
+    run_script(main)
