@@ -46,38 +46,73 @@ class Solution:
     vector: p, a list of tensors shaped like theta.
     residual: relative size of what is left of the equation; 0 is solved, growth means divergence.
     products: how many Hessian-vector products were spent.
+    growth: of a series' last term over the one before it, with the sign of their inner product; or
+        None.
     """
 
     vector: list
     residual: float
     products: int
+    growth: float | None = None
+
+    @property
+    def diverging(self):
+        """Whether the residual is above 1 (or not a number): v itself would be the better guess.
+
+        One percent is allowed: a small alpha along slight negative curvature does no harm.
+        """
+        return not self.residual <= 1.01
 
 
-def neumann(alpha, terms=3, scale="released"):
+def neumann(alpha, terms=3, scale="released", on_divergence="warn"):
     """The truncated Neumann series p = v_0 + ... + v_J, v_{j+1} = v_j - alpha H v_j, J = ``terms``.
 
     ``scale="released"`` leaves the sum as it is; ``scale="alpha"`` multiplies it by alpha, so that
     it tends to H^-1 v (Lorraine et al. 2020, Algorithm 3). The residual is |v_J| / |v_0|, which is
     the relative residual of alpha (v_0 + ... + v_{J-1}) as a solution of H x = v: below 1 and
     falling with J where the series converges, above 1 where alpha is too large for it.
+
+    ``on_divergence="identity"`` answers v_0 in place of a series whose residual is above 1;
+    ``"warn"`` leaves the answer to the caller, who is told in either case.
     """
     if scale not in ("released", "alpha"):
         raise ValueError(f"scale must be 'released' or 'alpha', not {scale!r}")
     if terms < 0:
         raise ValueError(f"terms must be 0 or more, not {terms}")
+    if on_divergence not in ("warn", "identity"):
+        raise ValueError(f"on_divergence must be 'warn' or 'identity', not {on_divergence!r}")
 
     def solve(hvp, v):
-        term = v
+        term, before = v, None
         total = [t.clone() for t in v]
         for _ in range(terms):
-            product = hvp(term)
-            term = [t - alpha * h for t, h in zip(term, product, strict=True)]
+            before, product = term, hvp(term)
+            term = [t - alpha * h for t, h in zip(before, product, strict=True)]
             total = [s + t for s, t in zip(total, term, strict=True)]
+        growth = None
+        if before is not None:
+            growth = math.copysign(_ratio(_norm(term), _norm(before)), _dot(term, before))
+        solution = Solution(total, _ratio(_norm(term), _norm(v)), terms, growth)
+        if on_divergence == "identity" and solution.diverging:
+            solution.vector = [t.clone() for t in v]
         if scale == "alpha":
-            total = [alpha * s for s in total]
-        return Solution(total, _ratio(_norm(term), _norm(v)), terms)
+            solution.vector = [alpha * s for s in solution.vector]
+        return solution
 
     return solve
+
+
+def stable_alpha(alpha, growth):
+    """The largest alpha for which a series that grew by ``growth`` at ``alpha`` converges, or None.
+
+    v_{j+1} = (I - alpha H) v_j is a power iteration: its terms turn towards the eigenvector of H
+    with the largest |1 - alpha lambda|, and grow by that factor in the end. Where they change sign
+    from one to the next, 1 - alpha lambda = -|growth|, so lambda = (1 + |growth|) / alpha, and the
+    series converges for alpha < 2 / lambda = 2 alpha / (1 + |growth|). After few terms the growth
+    is still below its limit, and the estimate too large. Where they grow without changing sign,
+    lambda is negative, and no alpha makes the series converge: None.
+    """
+    return 2 * alpha / (1 - growth) if growth < 0 else None
 
 
 def identity(scale=1.0):

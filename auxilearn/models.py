@@ -213,9 +213,13 @@ def _load_backbone(backbone, path, name):
     state = load_file(path)
     if not isinstance(state, dict):
         raise UserError(f"{path}: expected a state dict, found {type(state).__name__}")
-    if isinstance(state.get("model"), dict):  # a checkpoint of this project
+    ours = isinstance(state.get("model"), dict)  # a checkpoint of this project
+    state = state["model"] if ours else state
+    if not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items()):
+        raise UserError(f"{path}: expected a state dict, that is, tensors by name")
+    if ours:
         prefix = "backbone."
-        state = {k[len(prefix) :]: v for k, v in state["model"].items() if k.startswith(prefix)}
+        state = {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
     state = _without_classifier(state)
     expected = backbone.state_dict()
     if isinstance(backbone, nn.Sequential) and set(state) <= set(backbone[0].state_dict()):

@@ -5,8 +5,10 @@ upper step   every ``hyperstep`` lower steps: SGD on phi with the hypergradient
 epoch        accuracy on the validation set; the best checkpoint is kept, and tested at the end
 """
 
+import contextlib
 import dataclasses
 import math
+import signal
 import time
 
 import torch
@@ -25,8 +27,8 @@ from auxilearn.data.dataset import (
     training_set,
 )
 from auxilearn.distributed import Ranks, joined
-from auxilearn.errors import DivergenceError
-from auxilearn.implicit_diff import conjugate_gradient, exact, identity, neumann
+from auxilearn.errors import DivergenceError, RunError, UserError
+from auxilearn.implicit_diff import conjugate_gradient, exact, identity, neumann, stable_alpha
 from auxilearn.methods import METHODS, Problem
 from auxilearn.models import TaskModel, build_backbone
 from auxilearn.optim import apply_hypergradient
@@ -36,14 +38,19 @@ from auxilearn.report.history import ScheduleHistory
 from auxilearn.signals import StopRequest
 from auxilearn.upper_level import UpperLevel, scheduled_loss
 
+# Mean weights of a schedule over the samples of the last lower steps, in its collapse:
+VANISHING = 1e-4  # the largest of the tasks' is below
+DOMINATING = 0.99  # the largest has this share of their sum
+
 
 def train(config):
     """Run ``config`` from data to test accuracy. Returns the summary, a dict.
 
     Everything is checked and built before the run's directory is made, so bad input (UserError)
-    leaves nothing behind. Raises DivergenceError where the numbers stop being finite.
+    leaves nothing behind. Raises DivergenceError where the numbers stop being finite, RunError
+    where the disk is full or a worker process dies.
     """
-    with joined(config.device) as ranks:
+    with _machine_faults(config), joined(config.device) as ranks:
         if ranks.size > 1:
             config = dataclasses.replace(config, device=str(ranks.device))
         split = load_split(config.split_dir, config.data_root)
@@ -59,6 +66,28 @@ def train(config):
             return summary
         finally:
             record.close()
+
+
+@contextlib.contextmanager
+def _machine_faults(config):
+    """A full or failing disk and dead worker processes, in one line."""
+    name = config.exp_name or "NAME"
+    advice = f"what was recorded is kept: continue with --exp_name {name} --resume 1"
+    try:
+        yield
+    except OSError as error:
+        place = error.filename or f"the run's folder in {config.record_dir}"
+        raise RunError(f"{place}: {error.strerror or error}; {advice}") from None
+    except RuntimeError as error:
+        if "DataLoader worker (pid" not in str(error):
+            raise
+        # PyTorch's handler would raise the same again at the end of every other worker.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        first_line = str(error).strip().split("\n")[0]
+        raise RunError(
+            f"a process that loads images died ({first_line}), perhaps for want of memory; "
+            f"--num_workers sets their number; {advice}"
+        ) from None
 
 
 def _open_record(trainer):
@@ -220,9 +249,10 @@ class Trainer:
         torch.manual_seed(derived_seed(config.seed, "training", self.ranks.rank))
         self.best = {"valid_accuracy": -1.0}
         self.skipped = 0
+        self.reported = []
         self.window = window = _Window()
         self.start = time.perf_counter()
-        done = self._restore(state) if state else 0
+        done = self._restored(state) if state else 0
         with StopRequest() as stop, self._progress_bar(done) as bar:
             lower_batches = self.lower_batches.after(done)
             if self.method.bilevel:
@@ -242,8 +272,9 @@ class Trainer:
                     bar.set_postfix(loss=f"{row['loss']:.3f}", accuracy=f"{row['accuracy']:.3f}")
                 if self.method.bilevel and step % config.hyperstep == 0:
                     if self.history:
+                        self._report_collapse(step, bar)
                         self.history.write(step)
-                    self._upper_step(step)
+                    self._upper_step(step, bar)
                 bar.update()
                 epoch_ends = step % self.steps_per_epoch == 0 or step == self.total_steps
                 if epoch_ends:
@@ -270,11 +301,23 @@ class Trainer:
             "random": self.ranks.gathered(_random_state(self.device)),
             "best": self.best,
             "skipped": self.skipped,
+            "reported": self.reported,
             "window": vars(self.window),
             "history": self.history.state() if self.history else None,
             "seconds": time.perf_counter() - self.start,
         }
         self.record.save_checkpoint(step, state)
+
+    def _restored(self, state):
+        """``_restore``; UserError where the state is not that of such a run."""
+        try:
+            return self._restore(state)
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            first_line = str(error).strip().split("\n")[0]
+            raise UserError(
+                f"{self.record.directory}: its last checkpoint does not fit the run "
+                f"({type(error).__name__}: {first_line})"
+            ) from None
 
     def _restore(self, state):
         """Put back what ``_checkpoint`` saved; the number of steps done."""
@@ -284,6 +327,7 @@ class Trainer:
         if self.method.bilevel:
             self.upper_optimizer.load_state_dict(state["upper_optimizer"])
         self.best, self.skipped = state["best"], state["skipped"]
+        self.reported = state["reported"]
         vars(self.window).update(state["window"])
         if self.history:
             self.history.restore(state["history"])
@@ -325,7 +369,7 @@ class Trainer:
             window.known += len(hits)
         window.lower_seconds += time.perf_counter() - clock
 
-    def _upper_step(self, step):
+    def _upper_step(self, step, bar):
         clock = time.perf_counter()
         config = self.config
         train_batches = [next(self.upper_iterator) for _ in range(config.n_meta_train_loss_accum)]
@@ -344,6 +388,10 @@ class Trainer:
                 f"--solver {config.solver} {solution.residual:.4g}); a smaller --neumann_alpha or "
                 "--solver identity may help, --on_nonfinite skip leaves such steps out",
             )
+        stable = None
+        if solution.diverging and solution.growth is not None:
+            stable = stable_alpha(config.neumann_alpha, solution.growth)
+            self._report_divergence(step, solution, stable, bar)
         norm = None
         if finite:
             norm = apply_hypergradient(
@@ -361,8 +409,49 @@ class Trainer:
             skipped=not finite,
             residual=solution.residual,
             products=solution.products,
+            diverging=solution.diverging,
+            stable_alpha=stable,
             upper_seconds=time.perf_counter() - clock,
         )
+
+    def _report_divergence(self, step, solution, stable, bar):
+        config = self.config
+        if stable is None:
+            cure = "the terms grow along negative curvature, where no alpha is stable"
+        else:
+            cure = f"the largest stable --neumann_alpha is about {stable:.2g}"
+        then = "v_0 is used" if config.on_divergence == "identity" else "it is used all the same"
+        self._report_once(
+            "divergence",
+            f"step {step}: the Neumann series diverges at alpha {config.neumann_alpha:g} (residual "
+            f"{solution.residual:.3g}): {cure}; {then} (--on_divergence {config.on_divergence})",
+            bar,
+        )
+
+    def _report_collapse(self, step, bar):
+        """Say, once, that the schedule trains nothing any more, or one task alone."""
+        count = torch.as_tensor(self.history.count).clamp(min=1)
+        weights = (torch.as_tensor(self.history.total) / count).reshape(-1).tolist()
+        largest = max(weights)
+        if largest < VANISHING:
+            self._report_once(
+                "vanishing",
+                f"step {step}: the schedule has collapsed to zero (largest mean weight of a task "
+                f"{largest:.2g}); a smaller --aux_lr may help",
+                bar,
+            )
+        elif len(weights) > 1 and largest > DOMINATING * sum(weights):
+            self._report_once(
+                "dominating",
+                f"step {step}: the schedule has collapsed to task {weights.index(largest)} (0 is "
+                f"the target), which has {largest / sum(weights):.1%} of the mean weight",
+                bar,
+            )
+
+    def _report_once(self, what, text, bar):
+        if what not in self.reported:
+            self.reported.append(what)
+            self._say(f"warning: {text}", bar)
 
     def _finish_epoch(self, step, bar):
         clock = time.perf_counter()
@@ -378,7 +467,7 @@ class Trainer:
         )
         if accuracy > self.best["valid_accuracy"]:
             self.best = {"epoch": epoch, "step": step, "valid_accuracy": accuracy}
-            self.record.save_best(
+            file_hash = self.record.save_best(
                 {
                     "model": self.model.state_dict(),
                     "scheduler": self.scheduler.state_dict(),
@@ -386,11 +475,12 @@ class Trainer:
                     **self.best,
                 }
             )
+            self.best["hash"] = file_hash
         self._say(f"epoch {epoch}, step {step}: validation accuracy {accuracy:.4f}", bar)
 
     def _finish(self, seconds):
         if self.ranks.first:
-            self.model.load_state_dict(self.record.load_best()["model"])
+            self.model.load_state_dict(self.record.load_best(self.best["hash"])["model"])
         self.ranks.same_as_first([p.data for p in self.theta] + list(self.model.buffers()))
         test_accuracy = evaluate(self.model, self._evaluation_stream("test"), self.ranks)
         config = self.config
@@ -515,7 +605,9 @@ def evaluate(model, batches, ranks):
 def build_solver(config):
     """The solver that a resolved configuration names."""
     if config.solver == "neumann":
-        return neumann(config.neumann_alpha, config.neumann_terms, config.neumann_scale)
+        return neumann(
+            config.neumann_alpha, config.neumann_terms, config.neumann_scale, config.on_divergence
+        )
     if config.solver == "identity":
         return identity()
     if config.solver == "cg":

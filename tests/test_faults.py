@@ -1,0 +1,473 @@
+"""What a machine does to a run: each fault ends in one line, and the run can go on from it."""
+
+import errno
+import itertools
+import multiprocessing
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import data_preprocess
+import train_bilevel
+from auxilearn import record as record_module
+from auxilearn import trainer as trainer_module
+from auxilearn.data import cub
+from auxilearn.data.cache import open_cache
+from auxilearn.data.dataset import load_resized
+from auxilearn.errors import RunError, UserError
+from auxilearn.implicit_diff import neumann, stable_alpha
+from auxilearn.report.history import ScheduleHistory
+from auxilearn.trainer import Trainer
+from tests.conftest import (
+    Run,
+    assert_one_error_line,
+    assert_same_run,
+    prepare,
+    tiny_flags,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+FLAGS = {"method": "joint", "epochs": 3, "exp_name": "run"}  # 3 steps an epoch
+FULL = os.strerror(errno.ENOSPC)
+
+
+def no_space(*_, **__):
+    raise OSError(errno.ENOSPC, FULL)
+
+
+@pytest.fixture
+def own_split(tmp_path):
+    """The folder of a split whose data may be damaged."""
+    shape = {"classes": 4, "train_per_class": 5, "attributes": 4, "image_size": (24, 20)}
+    return prepare(tmp_path / "data", tmp_path / "split", **shape)
+
+
+@pytest.fixture
+def attempt(tmp_path, command, own_split):
+    """``attempt(folder, **changes)``: (exit code, stderr, ``Run``) of a run as its script does."""
+
+    def run(folder, **changes):
+        places = {"split_dir": own_split, "record_dir": tmp_path / folder}
+        flags = tiny_flags(**{**FLAGS, **places, **changes})
+        code, _, err = command(train_bilevel.main, *flags)
+        return code, err, Run(tmp_path / folder / "full" / "run")
+
+    return run
+
+
+def assert_goes_on(attempt, **changes):
+    """The run in "faulty" continues, and ends like an undisturbed one."""
+    code, err, faulty = attempt("faulty", resume=1, **changes)
+    assert (code, err) == (0, "")
+    code, _, undisturbed = attempt("undisturbed", **changes)
+    assert code == 0
+    assert_same_run(faulty, undisturbed)
+
+
+def checkpoints(run):
+    return sorted(int(path.name[5:13]) for path in run.directory.glob("step-*.pt"))
+
+
+def at_step(monkeypatch, number, action):
+    """Before lower step ``number`` of a run, ``action(trainer)`` is done."""
+    original = Trainer._lower_step
+
+    def step(self, now, *args):
+        if now == number:
+            action(self)
+        return original(self, now, *args)
+
+    monkeypatch.setattr(Trainer, "_lower_step", step)
+
+
+# --------------------------------------------------------------------------------------------------
+# A full disk
+# --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("file", ["_metrics", "_log"])
+def test_disk_full_while_writing_lines(attempt, monkeypatch, file):
+    def fill(trainer):  # the device that refuses every byte, as a full disk does
+        setattr(trainer.record, file, open("/dev/full", "w"))  # noqa: SIM115
+
+    with monkeypatch.context() as patch:
+        at_step(patch, 5, fill)
+        code, err, run = attempt("faulty")
+    assert code == 1
+    assert_one_error_line(err, FULL, "--exp_name run --resume 1")
+    assert checkpoints(run) == [3]
+    assert_goes_on(attempt)
+
+
+def test_disk_full_while_writing_the_schedule(attempt, monkeypatch):
+    with monkeypatch.context() as patch:
+        at_step(patch, 5, lambda _: patch.setattr(ScheduleHistory, "_append", no_space))
+        code, err, run = attempt("faulty")
+    assert code == 1
+    assert_one_error_line(err, FULL, "--resume 1")
+    assert checkpoints(run) == [3]
+    assert_goes_on(attempt)
+
+
+@pytest.mark.parametrize("call", range(2, 9, 2))
+def test_disk_full_while_syncing_checkpoints(attempt, monkeypatch, call):
+    """config.json, best.pt, checkpoints and summary are all synced: each time another one fails."""
+    original, calls = os.fsync, itertools.count(1)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", lambda n: no_space() if next(calls) >= call else original(n))
+        code, err, run = attempt("faulty")
+    assert code == 1
+    assert_one_error_line(err, FULL, "--resume 1")
+    assert not [path for path in run.directory.iterdir() if path.name.startswith(".")]
+    for path in run.directory.glob("*.pt"):
+        torch.load(path, weights_only=True)
+    assert_goes_on(attempt)
+
+
+def test_disk_full_at_the_start(attempt, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", no_space)
+        code, err, run = attempt("faulty")
+    assert code == 2
+    assert_one_error_line(err, FULL, run.directory)
+    assert_goes_on(attempt)
+
+
+def test_disk_full_while_building_the_cache(attempt, monkeypatch, own_split):
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", no_space)
+        code, err, run = attempt("faulty", cache="on")
+    assert code == 2
+    assert_one_error_line(err, "cache", FULL, "--cache off")
+    assert not run.directory.exists()
+    assert [path.name for path in (own_split / "cache").iterdir()] == [".lock"]
+    assert_goes_on(attempt, cache="on")
+
+
+def test_disk_full_while_preprocessing(own_split, command, monkeypatch):
+    before = {path.name: path.read_bytes() for path in own_split.iterdir()}
+    flags = ["--data_root", own_split.parent / "data", "--out_dir", own_split, "--split_seed", "9"]
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", no_space)
+        code, _, err = command(data_preprocess.main, *flags)
+    assert code == 2
+    assert_one_error_line(err, FULL)
+    assert {path.name: path.read_bytes() for path in own_split.iterdir()} == before
+
+
+def test_a_metrics_file_that_lost_rows_is_not_continued(attempt, capfd):
+    """As after a power cut: the checkpoint is there, the rows it counts on are not."""
+    code, _, run = attempt("faulty")
+    assert code == 0
+    (run.directory / "summary.json").unlink()
+    os.truncate(run.directory / "metrics.jsonl", 10)
+    code, err, _ = attempt("faulty", resume=1)
+    assert code == 0
+    assert "counts on more than is left of metrics.jsonl" in err
+    assert_same_run(run, attempt("undisturbed")[2])
+
+
+def test_a_damaged_best_checkpoint_gives_no_accuracy(attempt, monkeypatch):
+    def damage(self, seconds):
+        path = self.record.directory / "best.pt"
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+        return original(self, seconds)
+
+    original = Trainer._finish
+    monkeypatch.setattr(Trainer, "_finish", damage)
+    code, err, run = attempt("faulty")
+    assert code == 1
+    assert_one_error_line(err, run.directory / "best.pt", "--overwrite 1")
+    assert not (run.directory / "summary.json").exists()
+
+
+# --------------------------------------------------------------------------------------------------
+# Workers, images, clocks
+# --------------------------------------------------------------------------------------------------
+
+
+def test_a_killed_worker(attempt, monkeypatch):
+    def kill(_):
+        os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+
+    with monkeypatch.context() as patch:
+        at_step(patch, 5, kill)
+        code, err, run = attempt("faulty", method="common", num_workers=1)
+    assert code == 1
+    assert_one_error_line(err, "a process that loads images died", "--num_workers", "--resume 1")
+    assert checkpoints(run) == [3]
+    assert_goes_on(attempt, method="common", num_workers=1)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_image_that_becomes_unreadable_in_epoch_3(attempt, monkeypatch, own_split, workers):
+    split = cub.load_split(own_split)
+    path = split.image_path(split.indices["valid"][0])
+    content = path.read_bytes()
+    with monkeypatch.context() as patch:
+        at_step(patch, 7, lambda _: path.write_bytes(b"?" * len(content)))
+        code, err, run = attempt("faulty", num_workers=workers)
+    assert code == 2
+    assert_one_error_line(err, path, "not a readable image")
+    assert checkpoints(run) == [3, 6]
+    path.write_bytes(content)
+    assert_goes_on(attempt, num_workers=workers)
+
+
+def test_a_clock_that_goes_backwards(attempt, monkeypatch):
+    ticks = itertools.count(2_000_000_000, -1000)
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "time", lambda: float(next(ticks)))
+        with monkeypatch.context() as full:
+            at_step(full, 8, no_space)
+            code, _, run = attempt("faulty")
+        assert code == 1
+        for age, path in enumerate(sorted(run.directory.glob("step-*.pt"))):
+            os.utime(path, (1e9 - age, 1e9 - age))  # the newer, the older by its date
+        code, err, _ = attempt("faulty", resume=1)
+    assert (code, err) == (0, "")
+    assert "continuing after step 6" in (run.directory / "log.txt").read_text()
+    assert_same_run(run, attempt("undisturbed")[2])
+
+
+def test_a_read_only_data_root(attempt, own_split):
+    """Nothing is written beside the data: its folder is the same afterwards."""
+    data = own_split.parent / "data"
+    before = sorted((p, p.stat().st_mtime_ns) for p in data.rglob("*"))
+    code, _, _ = attempt("run", cache="on")
+    assert code == 0
+    assert sorted((p, p.stat().st_mtime_ns) for p in data.rglob("*")) == before
+
+
+# --------------------------------------------------------------------------------------------------
+# Two at once
+# --------------------------------------------------------------------------------------------------
+
+HOLDER = """
+import sys
+from auxilearn.record import RunRecord
+record = RunRecord(sys.argv[1], {"config": {}, "data": {"fingerprint": ""}})
+record.save_checkpoint(1, {})
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("flag", [{}, {"resume": 1}, {"overwrite": 1}])
+def test_two_runs_under_one_name(attempt, tmp_path, flag):
+    directory = tmp_path / "faulty/full/run"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, directory],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with holder:
+        assert holder.stdout.readline() == "held\n"
+        before = sorted((p, p.stat().st_mtime_ns) for p in directory.iterdir())
+        code, err, _ = attempt("faulty", **flag)
+        assert code == 2
+        assert_one_error_line(err, directory, "--exp_name")
+        assert ("another process" in err) == bool(flag)
+        assert sorted((p, p.stat().st_mtime_ns) for p in directory.iterdir()) == before
+        holder.stdin.close()
+    assert attempt("faulty", overwrite=1)[0] == 0  # the lock went with its holder
+
+
+def test_two_preprocessing_runs_at_once(own_split, tmp_path):
+    """The files are all of one of them, whichever that is."""
+    data, out = own_split.parent / "data", tmp_path / "shared"
+    alone = {}
+    for seed in (1, 2):
+        cub.write_split(tmp_path / str(seed), cub.read_annotations(data), split_seed=seed)
+        folder = tmp_path / str(seed)
+        alone[seed] = {path.name: path.read_bytes() for path in folder.iterdir()}
+    writer = (
+        "import sys\nfrom auxilearn.data import cub\n"
+        "annotations = cub.read_annotations(sys.argv[1])\n"
+        "for _ in range(20):\n    for seed in sys.argv[3:]:\n"
+        "        cub.write_split(sys.argv[2], annotations, split_seed=int(seed))\n"
+        "        cub.load_split(sys.argv[2])\n"
+    )
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", writer, data, out, *seeds],
+            cwd=ROOT,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for seeds in (("1", "2"), ("2", "1"))
+    ]
+    for process in processes:
+        _, err = process.communicate(timeout=120)
+        assert (process.returncode, err) == (0, "")
+    assert {path.name: path.read_bytes() for path in out.iterdir()} in alone.values()
+
+
+# --------------------------------------------------------------------------------------------------
+# Numbers that go wrong
+# --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("top", [30.0, 400.0])
+def test_the_stable_alpha_of_a_quadratic_with_known_spectrum(top):
+    spectrum = torch.tensor([0.5, 3.0, top], dtype=torch.float64)
+    basis = torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64)).Q
+    hessian = basis @ torch.diag(spectrum) @ basis.T
+    v = [basis.sum(dim=1)]
+
+    def hvp(u):
+        return [hessian @ u[0]]
+
+    alpha = 0.1
+    solution = neumann(alpha, terms=20)(hvp, v)
+    assert solution.diverging
+    stable = stable_alpha(alpha, solution.growth)
+    assert stable == pytest.approx(2 / top, rel=1e-6)
+    assert not neumann(0.99 * stable, terms=500)(hvp, v).diverging
+    assert neumann(1.01 * stable, terms=500)(hvp, v).diverging
+    early = neumann(alpha, terms=3)(hvp, v)  # never too small
+    assert stable_alpha(alpha, early.growth) >= 2 / top
+
+
+def test_no_alpha_is_stable_along_negative_curvature():
+    solution = neumann(0.1, terms=5)(lambda u: [-u[0]], [torch.ones(3)])
+    assert solution.diverging
+    assert solution.growth == pytest.approx(1.1)
+    assert stable_alpha(0.1, solution.growth) is None
+
+
+@pytest.mark.parametrize("scale", [("released", 1.0), ("alpha", 0.5)])
+def test_identity_in_place_of_a_diverging_series(scale):
+    name, factor = scale
+    v = [torch.tensor([1.0, 2.0])]
+    solver = neumann(0.5, 3, name, on_divergence="identity")
+    assert torch.equal(solver(lambda u: [10 * u[0]], v).vector[0], factor * v[0])
+    converging = solver(lambda u: [u[0]], v).vector[0]
+    assert torch.equal(converging, neumann(0.5, 3, name)(lambda u: [u[0]], v).vector[0])
+
+
+@pytest.mark.parametrize("policy", ["warn", "identity"])
+def test_a_diverging_series_is_reported_once(tiny_run, policy, capfd):
+    flags = {"method": "joint", "neumann_alpha": 50.0, "neumann_terms": 3, "epochs": 3}
+    run = tiny_run(on_divergence=policy, **flags)
+    rows = run.rows_of("upper")
+    assert sum(row["diverging"] for row in rows) > 1
+    assert all(row["residual"] > 1 for row in rows if row["diverging"])
+    assert all(row["stable_alpha"] is None for row in rows if not row["diverging"])
+    log = (run.directory / "log.txt").read_text()
+    (line,) = re.findall("warning: .*diverges.*", log)
+    assert f"--on_divergence {policy}" in line
+    assert line in capfd.readouterr().out
+
+
+def test_a_calm_series_is_not_reported(tiny_run):
+    run = tiny_run(method="joint", neumann_alpha=1e-6)
+    assert not any(row["diverging"] for row in run.rows_of("upper"))
+    assert "diverges" not in (run.directory / "log.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("task_relation", "message"),
+    [([-30.0] * 5, "collapsed to zero"), ([5.0, -30, -30, -30, -30], "collapsed to task 0")],
+)
+def test_a_collapsed_schedule_is_reported_once(tiny_run, monkeypatch, task_relation, message):
+    original = Trainer._build_models
+
+    def build(self):
+        original(self)
+        with torch.no_grad():
+            self.scheduler.task_prior.copy_(
+                torch.tensor(task_relation).reshape(self.scheduler.task_prior.shape)
+            )
+
+    monkeypatch.setattr(trainer_module.Trainer, "_build_models", build)
+    run = tiny_run(method="joint", aux_lr=1e-9)
+    log = (run.directory / "log.txt").read_text()
+    assert len(re.findall("warning: .*collapsed", log)) == 1
+    assert message in log
+
+
+@pytest.mark.parametrize("policy", ["stop", "skip"])
+def test_a_hypergradient_that_is_not_finite(tiny_run, policy):
+    flags = {"method": "joint", "neumann_alpha": 1e20, "neumann_terms": 3}
+    if policy == "stop":
+        with pytest.raises(RunError, match="hypergradient is not finite.*--on_nonfinite skip"):
+            tiny_run(on_nonfinite=policy, **flags)
+        return
+    run = tiny_run(on_nonfinite=policy, **flags)
+    assert run.summary["skipped_upper_steps"] == len(run.rows_of("upper")) == 3
+
+
+# --------------------------------------------------------------------------------------------------
+# Images that are traps
+# --------------------------------------------------------------------------------------------------
+
+
+def test_decompression_bombs_are_refused(tmp_path, monkeypatch, own_split):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
+    for size in ((150, 100), (1000, 1000), (400, 1)):  # the last one would grow when resized
+        path = tmp_path / "bomb.png"
+        Image.new("L", size).save(path)
+        with pytest.raises(UserError, match=f"{path}: not a readable image"):
+            load_resized(path, 32)
+    split = cub.load_split(own_split)
+    Image.new("L", (400, 1)).save(split.image_path(0), "PNG")
+    with pytest.raises(UserError, match="too long and thin"):
+        open_cache(split, 28, tmp_path / "cache", 0)
+    Image.new("L", (150, 100)).save(split.image_path(0), "PNG")
+    with pytest.raises(UserError, match="1 of .* images cannot be decoded"):
+        cub.check_images(cub.read_annotations(own_split.parent / "data"), progress=False)
+
+
+@pytest.mark.parametrize("level", ["image", "folder"])
+def test_image_links_that_leave_the_folder_are_refused(tmp_path, own_split, level):
+    data = own_split.parent / "data"
+    split = cub.load_split(own_split)
+    path = split.image_path(0) if level == "image" else split.image_path(0).parent
+    path.rename(tmp_path / "elsewhere")
+    path.symlink_to(tmp_path / "elsewhere")
+    for read in (lambda: cub.read_annotations(data), lambda: cub.load_split(own_split)):
+        with pytest.raises(UserError, match="a link that leaves images/"):
+            read()
+
+
+def test_the_images_folder_itself_may_be_a_link(tmp_path, own_split):
+    images = own_split.parent / "data" / "images"
+    images.rename(tmp_path / "elsewhere")
+    images.symlink_to(tmp_path / "elsewhere")
+    cub.load_split(own_split)
+
+
+# --------------------------------------------------------------------------------------------------
+# A file that only looks right
+# --------------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_with_code_is_refused_in_one_line(attempt, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "executed"),)
+
+    run = attempt("faulty")[2]
+    (run.directory / "summary.json").unlink()
+    content = record_module._saved({"state": Evil(), "sizes": {}})
+    path = run.directory / f"step-00000099.{record_module._hash(content)}.pt"
+    path.write_bytes(content)
+    code, err, _ = attempt("faulty", resume=1)
+    assert code == 2
+    assert_one_error_line(err, path, "read safely")
+    assert not (tmp_path / "executed").exists()
+    path.unlink()
+    assert_goes_on(attempt)
