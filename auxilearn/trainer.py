@@ -75,19 +75,28 @@ def _machine_faults(config):
     advice = f"what was recorded is kept: continue with --exp_name {name} --resume 1"
     try:
         yield
-    except OSError as error:
-        place = error.filename or f"the run's folder in {config.record_dir}"
-        raise RunError(f"{place}: {error.strerror or error}; {advice}") from None
-    except RuntimeError as error:
-        if "DataLoader worker (pid" not in str(error):
-            raise
-        # PyTorch's handler would raise the same again at the end of every other worker.
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    except (OSError, EOFError, RuntimeError) as error:
         first_line = str(error).strip().split("\n")[0]
-        raise RunError(
-            f"a process that loads images died ({first_line}), perhaps for want of memory; "
-            f"--num_workers sets their number; {advice}"
-        ) from None
+        if _is_of_a_dead_worker(error):
+            # PyTorch's handler would raise the same again at the end of every other worker.
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            raise RunError(
+                f"a process that loads images died ({first_line}), perhaps for want of memory; "
+                f"--num_workers sets their number; {advice}"
+            ) from None
+        if not isinstance(error, OSError):
+            raise
+        place = error.filename or f"the run's folder in {config.record_dir}"
+        raise RunError(f"{place}: {error.strerror or first_line}; {advice}") from None
+
+
+def _is_of_a_dead_worker(error):
+    """Whether PyTorch raises ``error`` where a worker, or its end of a socket, has gone."""
+    sockets = (ConnectionResetError, ConnectionRefusedError, EOFError)
+    return isinstance(error, sockets) or (
+        isinstance(error, RuntimeError)
+        and any(text in str(error) for text in ("DataLoader worker (pid", "ancillary data"))
+    )
 
 
 def _open_record(trainer):

@@ -205,7 +205,7 @@ def test_a_killed_worker(attempt, monkeypatch):
         code, err, run = attempt("faulty", method="common", num_workers=1)
     assert code == 1
     assert_one_error_line(err, "a process that loads images died", "--num_workers", "--resume 1")
-    assert checkpoints(run) == [3]
+    assert checkpoints(run) == [4]
     assert_goes_on(attempt, method="common", num_workers=1)
 
 
