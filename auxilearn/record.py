@@ -1,6 +1,7 @@
 """What a run leaves on disk: configuration, metrics, log, best checkpoint, summary."""
 
 import contextlib
+import fcntl
 import hashlib
 import io
 import json
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from auxilearn.errors import UserError
+from auxilearn.errors import RunError, UserError
 
 CONFIG_FILE, METRICS_FILE, LOG_FILE = "config.json", "metrics.jsonl", "log.txt"
 BEST_FILE, SUMMARY_FILE = "best.pt", "summary.json"
@@ -37,14 +38,18 @@ class RunRecord:
         self.directory = Path(directory)
         if overwrite:
             self._remove_run()
-        if resume and (self.directory / CONFIG_FILE).exists():
-            self._check_same_run(description, neutral)
-        else:
-            self._create(description, resume)
-        self._metrics = open(self.directory / METRICS_FILE, "a", encoding="utf-8")  # noqa: SIM115
-        self._log = open(self.directory / LOG_FILE, "a", encoding="utf-8")  # noqa: SIM115
+        self._make_directory(resume)
+        try:
+            self._log = self._locked_log()
+            self._metrics = open(self.directory / METRICS_FILE, "a", encoding="utf-8")  # noqa: SIM115
+            if resume and (self.directory / CONFIG_FILE).exists():
+                self._check_same_run(description, neutral)
+            else:
+                write_json(self.directory / CONFIG_FILE, description)
+        except OSError as error:
+            raise UserError(f"{self.directory} cannot be written ({error.strerror})") from None
 
-    def _create(self, description, resume):
+    def _make_directory(self, resume):
         try:
             # A run that was killed at its very start leaves a folder without configuration.
             self.directory.mkdir(parents=True, exist_ok=resume)
@@ -55,13 +60,29 @@ class RunRecord:
             ) from None
         except OSError as error:
             raise UserError(f"{self.directory} cannot be created ({error.strerror})") from None
-        write_json(self.directory / CONFIG_FILE, description)
+
+    def _locked_log(self):
+        """log.txt, held by this process alone for as long as it lives."""
+        log = open(self.directory / LOG_FILE, "a", encoding="utf-8")  # noqa: SIM115
+        try:
+            # Unlike flock, not shared with worker processes, which outlive a killed run a little;
+            # but lost as soon as this process closes any handle of the file.
+            fcntl.lockf(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            log.close()
+            raise UserError(
+                f"{self.directory} is being written by another process: wait for its end, or give "
+                "another --exp_name"
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+        return log
 
     def _check_same_run(self, description, neutral):
         recorded = read_json(self.directory / CONFIG_FILE)
         try:
-            settings, data = recorded["config"], recorded["data"]["fingerprint"]
-        except (KeyError, TypeError):
+            settings, data = dict(recorded["config"]), recorded["data"]["fingerprint"]
+        except (KeyError, TypeError, ValueError):
             raise UserError(f"{self.directory / CONFIG_FILE}: not written by a run") from None
         differences = [
             f"{name} was {settings.get(name)!r} and is {value!r}"
@@ -84,7 +105,13 @@ class RunRecord:
                 f"{self.directory} holds no run ({CONFIG_FILE} is missing), so --overwrite leaves "
                 "it alone: remove it by hand or give another --exp_name"
             )
-        shutil.rmtree(self.directory)
+        try:
+            with self._locked_log():
+                shutil.rmtree(self.directory)
+        except OSError as error:
+            raise UserError(
+                f"{self.directory} cannot be removed ({error.strerror or error})"
+            ) from None
 
     def metrics(self, kind, **values):
         """Append one row to metrics.jsonl; ``kind`` is step, upper or epoch.
@@ -99,17 +126,29 @@ class RunRecord:
         print(text, file=self._log, flush=True)
 
     def save_best(self, checkpoint):
-        write_aside(self.directory / BEST_FILE, lambda file: torch.save(checkpoint, file))
+        """Keep the best checkpoint. Returns the hash of its file."""
+        content = _saved(checkpoint)
+        write_aside(self.directory / BEST_FILE, lambda file: file.write(content))
+        return _hash(content)
 
-    def load_best(self):
-        return torch.load(self.directory / BEST_FILE, map_location="cpu", weights_only=True)
+    def load_best(self, expected):
+        """The best checkpoint, whose file must have the hash that ``save_best`` gave."""
+        path = self.directory / BEST_FILE
+        content = path.read_bytes()
+        if _hash(content) != expected:
+            raise RunError(
+                f"{path} is not the checkpoint that this run wrote, so there is nothing to test: "
+                "put it back, or start the run again with --overwrite 1"
+            )
+        return _loaded(path, content)
 
     def save_checkpoint(self, step, state):
         """Keep ``state`` to continue from, in a file whose name ends in the hash of its content."""
-        buffer = io.BytesIO()
-        files = self._appended_files()
-        torch.save({"state": state, "sizes": {f.name: f.stat().st_size for f in files}}, buffer)
-        content = buffer.getvalue()
+        for path in self.directory.glob("*.jsonl"):  # on disk before a checkpoint counts on them
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        sizes = {file.name: file.stat().st_size for file in self._appended_files()}
+        content = _saved({"state": state, "sizes": sizes})
         path = self.directory / f"step-{step:08d}.{_hash(content)}.pt"
         write_aside(path, lambda file: file.write(content))
         for old in self._checkpoints()[CHECKPOINTS_KEPT:]:
@@ -122,12 +161,22 @@ class RunRecord:
         """
         for path in self._checkpoints():
             content = path.read_bytes()
-            if _hash(content) == path.name.split(".")[1]:
-                saved = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-                for file in self._appended_files():
-                    os.truncate(file, saved["sizes"].get(file.name, 0))
-                return saved["state"]
-            print(f"warning: {path} is damaged, and not used", file=sys.stderr, flush=True)
+            if _hash(content) != path.name.split(".")[1]:
+                problem = "is damaged"
+            else:
+                state, sizes = _checkpoint_parts(path, _loaded(path, content))
+                current = {file.name: file.stat().st_size for file in self._appended_files()}
+                lost = [
+                    name
+                    for name, size in sizes.items()
+                    if name != LOG_FILE and current.get(name, 0) < size
+                ]
+                if not lost:
+                    for name, size in current.items():
+                        os.truncate(self.directory / name, min(size, sizes.get(name, 0)))
+                    return state
+                problem = f"counts on more than is left of {', '.join(lost)}"
+            print(f"warning: {path} {problem}, and is not used", file=sys.stderr, flush=True)
         for file in self._appended_files():
             os.truncate(file, 0)
         return None
@@ -142,14 +191,20 @@ class RunRecord:
     def finished(self):
         """The summary, if the run has come to its end; else None."""
         path = self.directory / SUMMARY_FILE
-        return read_json(path) if path.exists() else None
+        if not path.exists():
+            return None
+        summary = read_json(path)
+        if not isinstance(summary, dict) or not isinstance(summary.get("test_accuracy"), float):
+            raise UserError(f"{path}: not written by a run; remove it to end the run again")
+        return summary
 
     def summarise(self, summary):
         write_json(self.directory / SUMMARY_FILE, summary)
 
     def close(self):
-        self._metrics.close()
-        self._log.close()
+        for file in (self._metrics, self._log):
+            with contextlib.suppress(OSError):  # a line that a full disk refused before
+                file.close()
 
 
 class NoRecord:
@@ -181,6 +236,34 @@ def _finite(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def _saved(value):
+    """What ``torch.save`` writes of ``value``, as bytes: its own writing hides why a disk fails."""
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def _loaded(path, content):
+    """What ``_saved`` was given; no code in ``content`` is executed. UserError names ``path``."""
+    try:
+        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises many kinds on what is not its own
+        first_line = str(error).strip().split("\n")[0]
+        raise UserError(
+            f"{path}: not a checkpoint that can be read safely ({first_line})"
+        ) from None
+
+
+def _checkpoint_parts(path, saved):
+    """(state, {file name: size}) of a checkpoint's content. UserError if it is something else."""
+    match saved:
+        case {"state": dict(state), "sizes": dict(sizes)} if all(
+            isinstance(size, int) and size >= 0 for size in sizes.values()
+        ):
+            return state, sizes
+    raise UserError(f"{path}: not a checkpoint of a run")
+
+
 def _hash(content):
     return hashlib.sha256(content).hexdigest()[:16]
 
@@ -191,7 +274,7 @@ def read_json(path):
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read ({error})") from None
 
 
