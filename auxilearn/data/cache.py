@@ -39,8 +39,8 @@ from auxilearn.data.dataset import (
     DecodedImages,
     load_resized,
     opened,
-    resized_shape,
     resized_side,
+    shape_to_load,
 )
 from auxilearn.errors import UserError
 from auxilearn.record import write_aside
@@ -271,7 +271,7 @@ def _build(path, files, workers):
     index["mtime_ns"] = files.mtimes
     for row, image_path in enumerate(_progress(files.paths, "measuring images")):
         with opened(image_path) as image:
-            shape = resized_shape(image.height, image.width, files.side)
+            shape = shape_to_load(image, files.side)
         index["height"][row], index["width"][row] = shape
     size = INDEX.itemsize * len(index) + int(_byte_counts(index).sum())
     free = shutil.disk_usage(path.parent).free

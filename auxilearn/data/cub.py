@@ -6,6 +6,7 @@ division in ``preprocess_data/``, ``load_split`` gives it to training after chec
 input is still the one that was divided.
 """
 
+import fcntl
 import hashlib
 import json
 import os
@@ -17,7 +18,7 @@ import sys
 import tempfile
 import warnings
 from collections import Counter
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path, PurePosixPath
@@ -376,6 +377,9 @@ def _image_size(root, path, where=""):
     if not stat.S_ISREG(status.st_mode) or status.st_size == 0:
         problem = "is empty" if stat.S_ISREG(status.st_mode) else "is not a file"
         raise UserError(f"{where}image file {file} {problem}; {_REPAIR}")
+    inside = os.path.realpath(root / "images")
+    if os.path.commonpath([inside, os.path.realpath(file)]) != inside:
+        raise UserError(f"{where}image file {file} is a link that leaves images/; {_REPAIR}")
     return status.st_size
 
 
@@ -387,8 +391,10 @@ def check_images(annotations, progress=True):
     ):
         file = annotations.root / "images" / path
         try:
-            with Image.open(file) as image:
-                image.convert("RGB")
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", Image.DecompressionBombWarning)
+                with Image.open(file) as image:
+                    image.convert("RGB")
         except Exception as error:  # Pillow's decoders raise many kinds on damaged files
             bad.append(f"{file} ({error})")
     if bad:
@@ -573,8 +579,9 @@ def write_split(split_dir, annotations, aux_shot=1, split_seed=5):
         if all(_bytes_or_none(split_dir / name) == data for name, data in contents.items()):
             return Written(info, changed=False, kept=[])
         split_dir.mkdir(parents=True, exist_ok=True)
-        kept = _keep_edited(split_dir, contents)
-        _replace_files(split_dir, contents)
+        with _locked(split_dir, fcntl.LOCK_EX):
+            kept = _keep_edited(split_dir, contents)
+            _replace_files(split_dir, contents)
     except OSError as error:
         raise UserError(
             f"cannot write to {error.filename or split_dir}: {error.strerror}; "
@@ -629,6 +636,22 @@ def _keep_edited(split_dir, contents):
         shutil.copy2(split_dir / name, copy)
         kept.append(copy)
     return kept
+
+
+@contextmanager
+def _locked(folder, kind):
+    """Hold a lock on a folder for the block; nothing is done where there is none or no locks."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        yield
+        return
+    try:
+        with suppress(OSError):
+            fcntl.flock(handle, kind)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _replace_files(split_dir, contents):
@@ -695,7 +718,8 @@ def load_split(split_dir, data_root=None):
     files that were edited since are legitimate: they are named in a warning on stderr.
     """
     split_dir = Path(split_dir)
-    values, hashes = _read_split_files(split_dir)
+    with _locked(split_dir, fcntl.LOCK_SH):  # not while somebody replaces them
+        values, hashes = _read_split_files(split_dir)
     info = values[INFO_FILE]
     _check_info(split_dir / INFO_FILE, info)
     dictionary = split_dir / DICTIONARY_FILE
@@ -759,7 +783,7 @@ def _parse_json(path, data=None):
     except json.JSONDecodeError as error:
         where = f"{path}, line {error.lineno}, column {error.colno}"
         problem = f"not valid JSON ({error.msg})"
-    except (UnicodeDecodeError, RecursionError):
+    except (ValueError, RecursionError):  # not text, numbers of thousands of digits, deep nesting
         where, problem = f"{path}, line 1", "not readable as JSON"
     raise UserError(f"{where}: {problem}; mend it or run python data_preprocess.py again")
 
@@ -779,6 +803,8 @@ def _check_info(path, info):
         and isinstance(info["fingerprint"].get("images"), str)
         and names(info.get("class_names"))
         and names(info.get("attribute_names"))
+        and isinstance(info.get("attribute_roles", {}), dict)
+        and {"split_seed", "aux_shot"} <= info.keys()
     )
     if not fine:
         raise UserError(

@@ -5,6 +5,7 @@ pass) alone, the augmentation of an image on (seed, stream, pass, sample) alone.
 """
 
 import math
+import warnings
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -140,11 +141,22 @@ def resized_shape(height, width, side):
     return side, side * width // height
 
 
+def shape_to_load(image, side):
+    """``resized_shape`` of a Pillow image. ValueError: more pixels than Pillow would open."""
+    shape = resized_shape(image.height, image.width, side)
+    if math.prod(shape) > Image.MAX_IMAGE_PIXELS:
+        raise ValueError(f"{image.width} x {image.height} pixels, too long and thin to be resized")
+    return shape
+
+
 @contextmanager
 def opened(path):
     """The image file at ``path``, opened by Pillow; UserError names it if it cannot be read."""
     try:
-        with Image.open(path) as image:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(path)
+        with image:
             yield image
     except FileNotFoundError:
         raise UserError(f"{path}: the image is missing") from None
@@ -158,7 +170,7 @@ def load_resized(path, side):
     Raises UserError naming a file that cannot be read.
     """
     with opened(path) as image:
-        shape = resized_shape(image.height, image.width, side)
+        shape = shape_to_load(image, side)
         return pixels.pil_to_tensor(pixels.resize(image.convert("RGB"), shape))
 
 
