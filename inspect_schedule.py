@@ -45,6 +45,11 @@ def parse_arguments():
         type=int,
         help="processes that load images (default: the run's)",
     )
+    add(
+        "--tensorboard",
+        action="store_true",
+        help="also write the metrics and the schedule's history as events for TensorBoard",
+    )
     return parser.parse_args()
 
 

@@ -7,6 +7,7 @@ import numpy as np
 from auxilearn.report.wording import readable
 
 EQUAL = 0.01  # areas under ROC curves that differ by less are called equal
+CHANCE = 0.05  # and within this of one half, next to chance
 
 
 class Statement(NamedTuple):
@@ -126,6 +127,8 @@ def _roles(findings):
 
 def _compare(weight, loss, chance):
     """Verdict and end of a sentence on a ranking by weight beside one by loss."""
+    if abs(weight - chance) < CHANCE and abs(loss - chance) < CHANCE:
+        return "caution", "neither the schedule nor the plain loss is much better than chance."
     if weight < chance - EQUAL:
         return "caution", "the schedule does worse than chance: it has them the wrong way round."
     if weight < loss - EQUAL:
@@ -179,6 +182,6 @@ def _wrong_labels(findings):
     )
     verdict, end = _compare(weight, loss, 0.5)
     text += f" Finding wrong labels, {end}"
-    if verdict == "caution":
+    if verdict == "caution" and loss > 0.5 + CHANCE:
         text += " Go by the loss instead."
     return Statement(verdict, "Wrong labels", text)

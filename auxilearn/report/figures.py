@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import matplotlib as mpl
 import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
@@ -36,6 +38,7 @@ from auxilearn.report.style import (
 )
 from auxilearn.report.wording import readable, shortened
 
+DPI = 144  # of the PNG files
 BARS = 40  # most bars of a ranking
 
 
@@ -61,9 +64,13 @@ def draw_charts(findings, directory):
             if figure is None:
                 continue
             figure.suptitle(chart.title, x=0.01, ha="left", fontsize=10, fontweight="bold")
-            figure.savefig(directory / f"{chart.name}.png", dpi=144)
+            figure.dpi = DPI
+            # Printed by their canvases: savefig would draw everything twice.
+            FigureCanvasAgg(figure).print_png(directory / f"{chart.name}.png")
+            figure.set_layout_engine("none")  # it has done its work: once is enough
             text = io.StringIO()
-            figure.savefig(text, format="svg", metadata={"Date": None, "Title": chart.title})
+            described = {"Date": None, "Title": chart.title}
+            FigureCanvasSVG(figure).print_svg(text, metadata=described)
             (directory / f"{chart.name}.svg").write_text(text.getvalue(), encoding="utf-8")
             drawn[chart.name] = (chart.title, for_page(text.getvalue(), chart.name, chart.title))
     return drawn

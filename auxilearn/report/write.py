@@ -1,5 +1,6 @@
 """RUN_DIR/report: the page, its figures and its tables."""
 
+from contextlib import contextmanager
 from pathlib import Path
 
 from auxilearn.errors import UserError
@@ -10,20 +11,22 @@ from auxilearn.report.page import build_page
 from auxilearn.report.run import BEST_FILE, evaluate_run, read_run
 from auxilearn.report.tables import TABLE_FILES, write_tables
 
-PAGE_FILE, FIGURES = "index.html", "figures"
+PAGE_FILE, FIGURES, EVENTS = "index.html", "figures", "tensorboard"
 
 
-def write_report(run_dir, out=None, *, rank_by="weight", sheets=(), **places):
+def write_report(run_dir, out=None, *, rank_by="weight", sheets=(), tensorboard=False, **places):
     """Write the report of the run in ``run_dir`` to ``out``, by default its folder ``report``.
 
     Args: ``rank_by`` weight or loss orders clean_labels.csv; ``sheets`` names of tasks that get a
-    contact sheet in any case; ``places`` as ``evaluate_run`` takes them.
+    contact sheet in any case; ``tensorboard`` writes events beside the page; ``places`` as
+    ``evaluate_run`` takes them.
 
     Returns (path of the page, ``Statement``s on it). Raises UserError: there is no run; or, after
     all that can be shown has been written, the run has no schedule, or its data or checkpoint
     cannot be used. Of a run that has completed no epoch so far, its curves are shown.
     """
     draw_charts = _charts()
+    write_events = _events() if tensorboard else None
     run = read_run(run_dir)
     out = Path(out) if out is not None else run.directory / "report"
     evaluation, missing, error = None, [], None
@@ -53,6 +56,8 @@ def write_report(run_dir, out=None, *, rank_by="weight", sheets=(), **places):
         out.mkdir(exist_ok=True, parents=True)
         for name in (PAGE_FILE, *TABLE_FILES):  # of an earlier report, which may have had more
             (out / name).unlink(missing_ok=True)
+        if write_events:
+            write_events(run, out / EVENTS)
         charts = draw_charts(findings, out / FIGURES)
         write_tables(out, findings, "loss" if findings.tasks is None else rank_by)
         html = build_page(findings, charts, wanted)
@@ -68,15 +73,28 @@ def write_report(run_dir, out=None, *, rank_by="weight", sheets=(), **places):
 
 
 def _charts():
-    try:
+    with _needs("matplotlib", "the report"):
         from auxilearn.report.figures import draw_charts
+    return draw_charts
+
+
+def _events():
+    with _needs("tensorboard", "--tensorboard"):
+        from auxilearn.report.tensorboard import write_events
+    return write_events
+
+
+@contextmanager
+def _needs(package, what):
+    """One line where an import fails for want of ``package``."""
+    try:
+        yield
     except ModuleNotFoundError as error:
-        if error.name.split(".")[0] != "matplotlib":
+        if error.name.split(".")[0] != package:
             raise
         raise UserError(
-            "the report needs matplotlib: python -m pip install -r requirements-report.txt"
+            f"{what} needs {package}: python -m pip install -r requirements-report.txt"
         ) from None
-    return draw_charts
 
 
 def _task_numbers(findings, names):

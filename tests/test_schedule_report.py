@@ -1,0 +1,848 @@
+"""The schedule report: its numbers against definitions, its files, its page, bad input."""
+
+import csv
+import dataclasses
+import json
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import average_precision_score, mutual_info_score, roc_auc_score
+from torch import nn
+
+import inspect_schedule
+from auxilearn.config import Config
+from auxilearn.data import cub
+from auxilearn.data.dataset import training_set
+from auxilearn.hypernet import LinearHyperNet, MonoJoint, MonoNonlinearHyperNet, Naive_hyper
+from auxilearn.report import schedule_weights, statistics, write
+from auxilearn.report.history import QUANTILES, ScheduleHistory, read_rows
+from auxilearn.report.weights import sample_weights
+from auxilearn.trainer import Trainer, train
+from auxilearn.upper_level import TaskLosses, scheduled_loss
+from tests.conftest import TINY, assert_one_error_line, assert_same_run
+from tests.cub_shape import write_cub_shape
+
+SAMPLES, TASKS, FEATURES = 12, 3, 5
+
+# --------------------------------------------------------------------------------------------------
+# Statistics
+# --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_areas_are_their_definitions_with_ties(seed):
+    rng = np.random.default_rng(seed)
+    score = rng.integers(0, 2 + seed, size=40).astype(float)
+    positive = rng.random(40) < 0.3
+    positive[:2] = [True, False]
+    pairs = product(score[positive], score[~positive])
+    wins = np.mean([1.0 if p > q else 0.5 if p == q else 0.0 for p, q in pairs])
+    assert statistics.auroc(score, positive) == pytest.approx(wins)
+    x, y = statistics.roc_curve(score, positive)
+    assert np.trapezoid(y, x) == pytest.approx(wins)
+    assert (x[0], y[0], x[-1], y[-1]) == (0, 0, 1, 1)
+
+    precision, recall = 0.0, 0.0
+    for threshold in sorted(set(score), reverse=True):
+        taken = score >= threshold
+        found = np.sum(taken & positive) / positive.sum()
+        precision += (found - recall) * np.sum(taken & positive) / taken.sum()
+        recall = found
+    assert statistics.average_precision(score, positive) == pytest.approx(precision)
+    assert average_precision_score(positive, score) == pytest.approx(precision)
+    assert roc_auc_score(positive, score) == pytest.approx(wins)
+
+
+def test_areas_without_positives_or_negatives_are_nan():
+    score = np.arange(3.0)
+    assert np.isnan(statistics.auroc(score, [True] * 3))
+    assert np.isnan(statistics.auroc(score, [False] * 3))
+    assert np.isnan(statistics.average_precision(score, [False] * 3))
+    assert statistics.average_precision(score, [True] * 3) == 1
+
+
+def test_ranks_share_ties():
+    assert statistics.ranks(np.array([3.0, 1.0, 3.0, 2.0])).tolist() == [3.5, 1.0, 3.5, 2.0]
+
+
+def test_correlation():
+    values = np.array([1.0, 5.0, 2.0, 9.0])
+    assert statistics.correlation(values, np.exp(values)) == pytest.approx(1)
+    assert statistics.correlation(values, -values) == pytest.approx(-1)
+    assert np.isnan(statistics.correlation(values, np.ones(4)))
+
+
+def test_class_information_is_mutual_information_less_its_bias():
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 4, size=4000)
+    attributes = np.stack([labels == 1, rng.random(4000) < 0.3, np.ones(4000)], axis=1).astype(int)
+    information = statistics.class_information(attributes, labels, classes=4)
+    share = np.mean(labels == 1)
+    entropy = -(share * np.log2(share) + (1 - share) * np.log2(1 - share))
+    bias = 3 / (2 * 4000 * np.log(2))
+    assert information[0] == pytest.approx(entropy - bias, abs=1e-9)
+    expected = mutual_info_score(labels, attributes[:, 1]) / np.log(2) - bias
+    assert information[1] == pytest.approx(expected, abs=1e-9)
+    assert abs(information[1]) < 1e-3  # a coin says nothing
+    assert information[2] == 0
+
+
+def test_spread_shares_sum_to_one_and_find_the_factor_that_varies():
+    rng = np.random.default_rng(1)
+    one, other = np.exp(rng.normal(size=(2, 500)))
+    shares = statistics.spread_shares({"one": one, "other": other, "constant": np.full(500, 3.0)})
+    assert sum(shares.values()) == pytest.approx(1)
+    assert shares["constant"] == pytest.approx(0)
+    against = statistics.spread_shares({"one": one, "other": one**-0.5})
+    assert against == pytest.approx({"one": 2, "other": -1})
+    assert statistics.spread_shares({"one": np.ones(5)}) == {}
+
+
+def test_compact_keeps_three_digits():
+    values = np.array([[1.0, 0.123456], [np.nan, 900.0]], dtype=np.float32)
+    assert statistics.compact(values).dtype == np.float16
+    np.testing.assert_allclose(statistics.compact(values).astype(float), values, rtol=1e-3)
+    assert statistics.compact(np.float32([1e5])).dtype == np.float32
+    assert statistics.compact(np.float32([1e-9])).dtype == np.float32
+
+
+# --------------------------------------------------------------------------------------------------
+# The library: model, scheduler, data -> weights
+# --------------------------------------------------------------------------------------------------
+
+
+class Regression(nn.Module):
+    """A model outside this project: a batch is (inputs, targets, places, mask)."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(4, FEATURES), nn.Tanh(), nn.Dropout(0.5))
+        self.heads = nn.Linear(FEATURES, TASKS)
+
+    def forward(self, batch):
+        inputs, targets, places, mask = batch
+        features = self.body(inputs)
+        losses = (self.heads(features) - targets).square()
+        return TaskLosses(losses, features, places, mask)
+
+
+def schedulers():
+    torch.manual_seed(0)
+    network = MonoNonlinearHyperNet(0, TASKS, [4, 4], weight_normalization=False, dropout_rate=0.5)
+    return {
+        "joint": MonoJoint(0, TASKS, FEATURES),
+        "naive": Naive_hyper(SAMPLES, TASKS),
+        "linear": LinearHyperNet(0, TASKS, skip_connection=True, init_value=0.7),
+        "task": network,
+    }
+
+
+def regression_batches(masked, size=5, order=None):
+    generator = torch.Generator().manual_seed(1)
+    inputs = torch.randn(SAMPLES, 4, generator=generator)
+    targets = torch.randn(SAMPLES, TASKS, generator=generator)
+    mask = torch.ones(SAMPLES, TASKS, dtype=torch.bool)
+    mask[:, 0] = torch.arange(SAMPLES) % 3 > 0
+    places = torch.arange(SAMPLES) if order is None else order
+    return [
+        (inputs[p], targets[p], p, mask[p] if masked else None) for p in torch.split(places, size)
+    ]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("name", ["joint", "naive", "linear", "task"])
+def test_weights_make_the_gradient_of_the_training_step(name, masked):
+    """sum_ik W_ik / N_k dL_ik/dtheta is the gradient of the scheduled loss, for every scheduler."""
+    model, scheduler = Regression().eval(), schedulers()[name].eval()
+    (batch,) = regression_batches(masked, size=SAMPLES)
+    table = schedule_weights(model, scheduler, [batch])
+    theta = list(model.parameters())
+    expected = torch.autograd.grad(scheduled_loss(scheduler, model(batch)), theta)
+    losses, mask = model(batch).losses, batch[3]
+    count = torch.full((TASKS,), SAMPLES) if mask is None else mask.sum(dim=0)
+    weights = torch.nan_to_num(torch.from_numpy(table.weights))
+    gradient = torch.autograd.grad(torch.sum(weights / count * losses), theta)
+    for one, other in zip(gradient, expected, strict=True):
+        torch.testing.assert_close(one, other)
+    outside = np.zeros((SAMPLES, TASKS), dtype=bool) if mask is None else ~mask.numpy()
+    assert np.array_equal(np.isnan(table.weights), outside)
+    assert np.array_equal(np.isnan(table.losses), outside)
+
+
+def test_joint_weights_are_the_schedule_over_all_samples():
+    model, scheduler = Regression().eval(), schedulers()["joint"]
+    table = schedule_weights(model, scheduler, regression_batches(masked=False))
+    outputs = model(regression_batches(masked=False, size=SAMPLES)[0])
+    schedule = scheduler.schedule(outputs.features, outputs.losses).detach()
+    np.testing.assert_allclose(table.weights, schedule, rtol=1e-5)
+    made = table.factors["feature"] * table.factors["loss"] * table.factors["task"]
+    np.testing.assert_allclose(made, table.weights, rtol=1e-5)
+
+
+def test_weights_do_not_depend_on_batches_and_order():
+    model, scheduler = Regression(), schedulers()["joint"]
+    table = schedule_weights(model, scheduler, regression_batches(masked=True))
+    order = torch.randperm(SAMPLES, generator=torch.Generator().manual_seed(3))
+    other = schedule_weights(model, scheduler, regression_batches(True, size=4, order=order))
+    assert np.array_equal(other.sample_id, order.numpy())
+    np.testing.assert_allclose(other.weights, table.weights[order.numpy()], rtol=1e-5)
+
+
+def test_other_schedules_are_what_they_hold():
+    model, nets = Regression(), schedulers()
+    table = schedule_weights(model, nets["naive"], regression_batches(masked=False))
+    expected = nets["naive"].schedule(torch.arange(SAMPLES)).detach()
+    np.testing.assert_allclose(table.weights, expected, rtol=1e-5)
+    assert table.factors == {}
+    table = schedule_weights(model, nets["linear"], regression_batches(masked=True))
+    expected = nets["linear"].get_weights().detach().numpy() + [1, 0, 0]  # the skip connection
+    known = ~np.isnan(table.weights)
+    everywhere = np.broadcast_to(expected, table.weights.shape)
+    np.testing.assert_allclose(table.weights[known], everywhere[known], rtol=1e-5)
+
+
+def test_weights_leave_model_and_scheduler_as_they_were():
+    model, scheduler = Regression().train(), schedulers()["task"].train()
+    model.heads.eval()
+    before = [m.training for m in (*model.modules(), *scheduler.modules())]
+    schedule_weights(model, scheduler, regression_batches(masked=False))
+    assert [m.training for m in (*model.modules(), *scheduler.modules())] == before
+    assert all(p.grad is None for p in (*model.parameters(), *scheduler.parameters()))
+
+
+def test_predictions_and_missing_parts():
+    class LossesOnly(Regression):
+        def forward(self, batch):
+            return TaskLosses(super().forward(batch).losses)
+
+    batches = regression_batches(masked=False)
+    predict = lambda batch, outputs: outputs.losses.argmin(dim=1)  # noqa: E731
+    table = schedule_weights(LossesOnly(), schedulers()["linear"], batches, predict)
+    assert np.array_equal(table.prediction, table.losses.argmin(axis=1))
+    assert np.array_equal(table.sample_id, np.arange(SAMPLES))
+    with pytest.raises(ValueError, match="batches is empty"):
+        schedule_weights(Regression(), schedulers()["joint"], [])
+
+
+# --------------------------------------------------------------------------------------------------
+# History
+# --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_history_holds_the_weights_of_the_training_steps(tmp_path, masked):
+    model, scheduler = Regression().eval(), schedulers()["joint"]
+    wrong = np.arange(SAMPLES) % 2 == 0
+    history = ScheduleHistory(tmp_path / "schedule.jsonl", ["target", "a", "b"], wrong)
+    batches = regression_batches(masked)
+    expected = []
+    for batch in batches:
+        outputs = model(batch)
+        expected.append(sample_weights(scheduler, outputs))
+        history.watch(outputs)
+        scheduled_loss(scheduler, outputs).backward(inputs=list(model.parameters()))
+    history.write(step=3)
+    history.write(step=4)  # nothing new: no row
+    names, row = read_rows(tmp_path / "schedule.jsonl")
+    assert names == {"kind": "tasks", "names": ["target", "a", "b"]}
+    mask = torch.cat([b[3] for b in batches]) if masked else torch.ones(SAMPLES, TASKS).bool()
+    weights = torch.cat(expected)
+    mean = weights.sum(dim=0) / mask.sum(dim=0)
+    assert row["mean_weight"] == pytest.approx(mean.tolist(), rel=1e-4)
+    assert (row["kind"], row["step"], row["samples"]) == ("schedule", 3, SAMPLES)
+    known = mask[:, 0].numpy()
+    groups = {"all": known, "clean": known & ~wrong, "corrupted": known & wrong}
+    for name, members in groups.items():
+        quantiles = np.quantile(weights[:, 0].numpy()[members], QUANTILES)
+        assert row["target_weight"][name] == pytest.approx(quantiles.tolist(), rel=1e-4)
+
+
+def test_history_changes_nothing_in_a_run(tiny_run, monkeypatch):
+    watched = tiny_run(exp_name="watched", corrupted=True)
+    monkeypatch.setattr(Trainer, "_open_history", lambda self: None)
+    unwatched = tiny_run(exp_name="unwatched", corrupted=True)
+    assert (watched.directory / "schedule.jsonl").exists()
+    assert not (unwatched.directory / "schedule.jsonl").exists()
+    assert_same_run(watched, unwatched)
+
+
+def test_rows_that_a_crash_cut_off_are_left_out(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"step": 1}\n\n3\n{"step": 2}\n{"ste')
+    assert read_rows(path) == [{"step": 1}, {"step": 2}]
+    assert read_rows(tmp_path / "none.jsonl") == []
+
+
+# --------------------------------------------------------------------------------------------------
+# Reports of runs
+# --------------------------------------------------------------------------------------------------
+
+JOINT = {"method": "joint", "corrupted": True, "corrupted_rate": 0.5, "aux_lr": 0.5}
+WORDS = ("useful", "scenery", "<chance>")  # roles are the data's words
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A tiny data set with roles, its split, and a class whose name is awkward in HTML."""
+    folder = tmp_path_factory.mktemp("report")
+    shape = {"classes": 4, "train_per_class": 9, "attributes": 6, "image_size": (24, 20)}
+    root = write_cub_shape(folder / "data", **shape)
+    awkward = "001.Bird_<b>&_\"one'"
+    (root / "classes.txt").write_text(
+        (root / "classes.txt").read_text().replace("001.Bird_1", awkward)
+    )
+    names = [line.split()[1] for line in (root / "attributes.txt").read_text().splitlines()]
+    roles = {name: WORDS[i % len(WORDS)] for i, name in enumerate(names)}
+    (root / cub.ROLES).write_text(json.dumps({"roles": roles}))
+    cub.write_split(folder / "split", cub.read_annotations(root))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def make_run(data):
+    """``make_run(**changes)``: the folder of a finished tiny run; the same one every time."""
+    made = {}
+
+    def make(**changes):
+        name = "-".join(f"{k}{v}" for k, v in changes.items())
+        if name not in made:
+            places = {"split_dir": str(data / "split"), "record_dir": str(data / "record")}
+            config = Config(**{**TINY, **places, "exp_name": name, **changes})
+            train(config)
+            made[name] = data / "record" / config.setting / name
+        return made[name]
+
+    return make
+
+
+@pytest.fixture
+def no_charts(monkeypatch):
+    """Charts take seconds; most tests are not about them."""
+    monkeypatch.setattr(write, "_charts", lambda: lambda findings, directory: {})
+
+
+def copied(run, tmp_path):
+    """A run's folder to be changed, without a report."""
+    skipped = shutil.ignore_patterns("report", "elsewhere")
+    return Path(shutil.copytree(run, tmp_path / "run", ignore=skipped))
+
+
+def read_csv(path):
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+class Page(HTMLParser):
+    """The page's text, ids, links and tags, and whether its tags are balanced."""
+
+    VOID = {"meta", "link", "img", "br", "input", "hr"}
+
+    def __init__(self, path):
+        super().__init__()
+        self.source = path.read_text(encoding="utf-8")
+        self.open, self.ids, self.attributes, self.words = [], [], [], []
+        self.feed(self.source)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.attributes += [(tag, name, value) for name, value in attributes.items()]
+        self.ids += [attributes["id"]] if "id" in attributes else []
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.handle_starttag(tag, attributes)
+        if tag not in self.VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open[-1:] != ["script"] and self.open[-1:] != ["style"]:
+            self.words.append(data)
+
+    @property
+    def text(self):
+        return " ".join(" ".join(self.words).split())
+
+    @property
+    def data(self):
+        return json.loads(re.search(r'id="data">(.*?)</script>', self.source, re.DOTALL).group(1))
+
+
+@pytest.fixture(scope="module")
+def full_report(make_run):
+    """The report, charts and all, of a JTDS run with corrupted labels."""
+    run = make_run(**JOINT)
+    page, statements = write.write_report(run)
+    return run, page.parent, Page(page), statements
+
+
+def test_report_has_all_files(full_report):
+    _, report, page, _ = full_report
+    assert {path.name for path in report.iterdir()} == {
+        "index.html",
+        "samples.csv",
+        "tasks.csv",
+        "clean_labels.csv",
+        "classes.csv",
+        "weights.npz",
+        "figures",
+    }
+    pictures = {path.stem for path in (report / "figures").glob("*.png")}
+    assert pictures == {path.stem for path in (report / "figures").glob("*.svg")}
+    assert {i.removeprefix("chart-") for i in page.ids if i.startswith("chart-")} == pictures
+    assert {"roc", "precision_recall", "roles", "tasks_ranked", "factors_spread"} <= pictures
+
+
+def test_samples_csv_has_both_labels_and_what_the_checkpoint_makes_of_them(full_report, data):
+    run, report, *_ = full_report
+    config = Config(**json.loads((run / "config.json").read_text())["config"])
+    split = cub.load_split(data / "split")
+    samples = training_set(split, "rest_train", config.task_num, config.seed, corrupted_rate=0.5)
+    rows = read_csv(report / "samples.csv")
+    columns = ["id", "path", "label", "given_label", "weight", "loss", "prediction"]
+    assert list(rows[0]) == columns
+    positions = samples.positions.tolist()
+    assert [row["id"] for row in rows] == [split.image_ids[p] for p in positions]
+    assert [row["path"] for row in rows] == [split.paths[p] for p in positions]
+    assert [int(row["label"]) for row in rows] == [split.labels[p] for p in positions]
+    assert [int(row["given_label"]) for row in rows] == samples.targets.tolist()
+    assert any(row["label"] != row["given_label"] for row in rows)
+
+    trainer = Trainer(config, split)
+    checkpoint = torch.load(run / "best.pt", weights_only=True)
+    trainer.model.load_state_dict(checkpoint["model"])
+    trainer.scheduler.load_state_dict(checkpoint["scheduler"])
+    trainer.model.eval()
+    view = trainer._stream(samples, [[(i, 0) for i in range(len(samples))]], "view", augment=False)
+    (batch,) = view
+    with torch.no_grad():
+        outputs = trainer.model(batch)
+        weights = trainer.scheduler.schedule(outputs.features, outputs.losses)
+        predicted = trainer.model.predict(batch.images).argmax(dim=1)
+    column = lambda name: [float(row[name]) for row in rows]  # noqa: E731
+    assert column("weight") == pytest.approx(weights[:, 0].tolist(), rel=1e-4)
+    assert column("loss") == pytest.approx(outputs.losses[:, 0].tolist(), rel=1e-4)
+    assert column("prediction") == predicted.tolist()
+
+    table = np.load(report / "weights.npz")
+    np.testing.assert_allclose(table["weights"], weights, rtol=2e-3)
+    made = table["feature_factor"] * table["loss_factor"] * table["task_factor"]
+    np.testing.assert_allclose(made.astype(float), weights, rtol=5e-3)
+    assert table["ids"].tolist() == [row["id"] for row in rows]
+    tasks = read_csv(report / "tasks.csv")
+    assert list(tasks[0])[:4] == ["name", "mean_weight", "spread", "task_factor"]
+    assert [row["name"] for row in tasks] == ["target", *split.attribute_names]
+    assert table["task_names"].tolist() == [row["name"] for row in tasks]
+    mean = [float(row["mean_weight"]) for row in tasks]
+    assert mean == pytest.approx(weights.mean(dim=0).tolist(), rel=1e-4)
+    assert sum(float(row["share_of_loss"]) for row in tasks) == pytest.approx(1, abs=1e-4)
+
+
+def test_clean_labels_are_ranked_by_weight(full_report):
+    _, report, *_ = full_report
+    samples = {row["id"]: row for row in read_csv(report / "samples.csv")}
+    labels = read_csv(report / "clean_labels.csv")
+    assert len(labels) == len(samples)
+    weights = [float(samples[row["id"]]["weight"]) for row in labels]
+    assert weights == sorted(weights)
+    quality = [float(row["label_quality"]) for row in labels]
+    assert quality == sorted(quality)
+    assert 0 < quality[0] < quality[-1] == 1
+    for row in labels:
+        assert row["given_label"] == samples[row["id"]]["given_label"]
+        assert row["predicted_label"] == samples[row["id"]]["prediction"]
+        if row["is_label_issue"] == "True":
+            assert row["given_label"] != row["predicted_label"]
+
+
+def test_page_tells_the_truth_about_both_rankings(full_report):
+    _, report, page, statements = full_report
+    rows = read_csv(report / "samples.csv")
+    wrong = [row["label"] != row["given_label"] for row in rows]
+    by_weight = roc_auc_score(wrong, [-float(row["weight"]) for row in rows])
+    by_loss = roc_auc_score(wrong, [float(row["loss"]) for row in rows])
+    assert f"{by_weight:.3f} by low target weight, {by_loss:.3f} by high loss" in page.text
+    text = next(s.text for s in statements if s.topic == "Wrong labels")
+    assert text in page.text
+    worse = by_weight < by_loss - 0.01
+    assert ("worse" in text) == worse
+
+
+def test_page_names_roles_in_order_of_what_they_say_about_the_class(full_report):
+    _, report, page, _ = full_report
+    tasks = read_csv(report / "tasks.csv")[1:]
+    information = {
+        word: np.mean([float(t["class_information"]) for t in tasks if t["role"] == word])
+        for word in WORDS
+    }
+    first = max(information, key=information.get)
+    assert f"Attributes that are {first} outweigh the others" in page.text
+    mine = [float(t["mean_weight"]) for t in tasks if t["role"] == first]
+    others = [float(t["mean_weight"]) for t in tasks if t["role"] != first]
+    share = np.mean([a > b for a, b in product(mine, others)])
+    assert f"{first} over all others {share:.0%}" in page.text
+
+
+def test_page_needs_nothing_beside_itself(full_report):
+    *_, page, _ = full_report
+    assert len(page.ids) == len(set(page.ids))
+    for _, name, value in page.attributes:
+        if name in ("href", "xlink:href") and value.startswith("#"):
+            assert value[1:] in page.ids, value
+        elif name in ("src", "href", "xlink:href"):
+            assert value.startswith("data:"), value
+        if name in ("aria-labelledby", "for"):
+            assert value in page.ids
+    bare = re.sub(r'xmlns(:\w+)?="[^"]*"', "", page.source)
+    assert not re.search(r"https?:|@import|url\((?!#)", bare)
+    assert "<b>&_" not in page.source  # the awkward class name, escaped wherever it stands
+    assert "<chance>" not in page.source
+    assert "Bird <b>& \"one'" in page.text
+
+
+def test_charts_take_on_the_colours_of_the_page(full_report):
+    from auxilearn.report.style import COLOURS
+
+    _, report, page, _ = full_report
+    charts = re.findall(r'<figure id="chart-\w+"><svg.*?</svg>', page.source, re.DOTALL)
+    assert len(charts) > 10
+    for chart in charts:
+        assert 'role="img" aria-label="' in chart
+        colours = set(re.findall(r"(?:fill|stroke): (#\w+)", chart))
+        assert not colours, colours
+    styles = page.source.split("</style>")[0]
+    light, dark = styles.split("@media (prefers-color-scheme: dark)")
+    for name, code in COLOURS.items():
+        assert f"--{name}: {code};" in light  # charts on paper and in the light page are alike
+        assert f"--{name}: " in dark
+    assert any("var(--orange)" in chart for chart in charts)
+    texts = [re.search(r"area (0\.\d+)", svg) for svg in charts]
+    assert any(t and len(t.group(1)) == 5 for t in texts)  # labels are not cut to two digits
+
+
+def test_every_task_has_a_contact_sheet(full_report):
+    _, report, page, _ = full_report
+    sheets = page.data["sheets"]
+    assert set(sheets) == {str(k) for k in range(7)}
+    weights = np.load(report / "weights.npz")["weights"]
+    shown = re.findall(r'data-thumb="(\d+)"', sheets["3"])
+    highest = np.argsort(-weights[:, 3].astype(float), kind="stable")
+    assert int(shown[0]) == highest[0]
+    assert set(shown) <= page.data["thumbs"].keys()
+
+
+@pytest.mark.parametrize("method", ["naive", "task", "linear"])
+def test_every_bilevel_method_has_a_report(make_run, no_charts, command, method):
+    run = make_run(method=method, corrupted=True)
+    code, out, _ = command(inspect_schedule.main, run)
+    assert code == 0
+    assert f"written to {run}/report/index.html" in out
+    table = np.load(run / "report" / "weights.npz")
+    assert set(table.files) == {"weights", "ids", "task_names"}
+    spread = np.ptp(table["weights"].astype(float), axis=0)
+    assert (spread[0] == 0) == (method == "linear")
+    if method == "linear":
+        assert "does not tell them apart" in out
+
+
+def test_unlabelled_samples_have_no_target_weight(make_run, no_charts):
+    run = make_run(method="joint", labeled_per_class=3)
+    page, _ = write.write_report(run)
+    rows = read_csv(run / "report" / "samples.csv")
+    known = [row for row in rows if row["given_label"]]
+    assert len(known) == 12
+    assert all(row["weight"] == row["loss"] == "" for row in rows if not row["given_label"])
+    assert all(row["given_label"] == row["label"] and row["weight"] for row in known)
+    assert len(read_csv(run / "report" / "clean_labels.csv")) == 12
+    weights = np.load(run / "report" / "weights.npz")["weights"]
+    assert np.isnan(weights[:, 0]).sum() == len(rows) - 12
+    assert not np.isnan(weights[:, 1:]).any()
+    assert "Against the truth" in Page(page).text  # of the roles alone
+    assert "Ranking wrong labels" not in Page(page).text
+
+
+def test_wanted_sheets_and_ranking_by_loss(make_run, no_charts, command, monkeypatch):
+    run = make_run(**JOINT)
+    monkeypatch.setattr("auxilearn.report.pictures.BUDGET", 0)
+    out = run / "elsewhere"
+    wanted = "has_part_2::kind_1"
+    flags = ("--out", out, "--rank_by", "loss", "--sheets", wanted)
+    assert command(inspect_schedule.main, run, *flags)[0] == 0
+    assert set(Page(out / "index.html").data["sheets"]) == {"0", "4"}
+    losses = {row["id"]: float(row["loss"]) for row in read_csv(out / "samples.csv")}
+    order = [losses[row["id"]] for row in read_csv(out / "clean_labels.csv")]
+    assert order == sorted(order, reverse=True)
+    code, _, err = command(inspect_schedule.main, run, "--sheets", "has_part")
+    assert code == 2
+    assert_one_error_line(err, "has_part: no such task", "has_part_2::kind_3")
+
+
+# --------------------------------------------------------------------------------------------------
+# Bad input, and what can still be shown
+# --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["common", "single"])
+def test_a_run_without_a_schedule_shows_its_losses(make_run, no_charts, command, method):
+    run = make_run(method=method, corrupted=True)
+    code, _, err = command(inspect_schedule.main, run)
+    assert code == 2
+    assert_one_error_line(err, run, f"--method {method}", "learns none", "report/index.html")
+    rows = read_csv(run / "report" / "samples.csv")
+    assert all(row["weight"] == "" and row["loss"] for row in rows)
+    assert not (run / "report" / "tasks.csv").exists()
+    text = Page(run / "report" / "index.html").text
+    assert f"A schedule: method {method}" in text
+    assert "Highest target loss" in text
+    assert "Lowest target weight" not in text
+
+
+def test_an_unfinished_run_shows_its_curves(make_run, command, tmp_path):
+    run = copied(make_run(**JOINT), tmp_path)
+    for name in ("summary.json", "best.pt"):
+        (run / name).unlink()
+    rows = (run / "metrics.jsonl").read_text().splitlines()
+    rows = [row for row in rows if '"kind": "epoch"' not in row]
+    (run / "metrics.jsonl").write_text("\n".join([*rows, '{"kind": "step", "st']))
+    report = run / "report"
+    report.mkdir()
+    (report / "samples.csv").write_text("of an earlier report")
+    (report / "mine.txt").write_text("not ours")
+    code, out, _ = command(inspect_schedule.main, run)
+    assert code == 0
+    assert "No epoch has been completed yet" in out
+    assert sorted(p.name for p in report.iterdir()) == [
+        "figures",
+        "index.html",
+        "mine.txt",
+        "tasks.csv",
+    ]
+    page = Page(report / "index.html")
+    assert "no epoch is completed yet" in page.text
+    charts = {i.removeprefix("chart-") for i in page.ids if i.startswith("chart-")}
+    assert {"losses", "hypergradient", "tasks_ranked", "tasks_history", "target_history"} <= charts
+    last = read_rows(run / "schedule.jsonl")[-1]["mean_weight"]
+    mean = [float(row["mean_weight"]) for row in read_csv(report / "tasks.csv")]
+    assert mean == pytest.approx(last)
+
+
+def test_a_run_that_goes_on_has_a_report_of_its_best_checkpoint(make_run, no_charts, tmp_path):
+    run = copied(make_run(**JOINT), tmp_path)
+    (run / "summary.json").unlink()
+    page, statements = write.write_report(run)
+    assert "not finished" in statements[0].text
+    assert (page.parent / "weights.npz").exists()
+
+
+def test_moved_data_are_found_by_flags(make_run, data, no_charts, command, tmp_path):
+    run = make_run(**JOINT)
+    shutil.copytree(data / "data", tmp_path / "data")
+    shutil.copytree(data / "split", tmp_path / "split")
+    run = copied(run, tmp_path)
+    recorded = json.loads((run / "config.json").read_text())
+    recorded["config"]["split_dir"] = recorded["config"]["data_root"] = str(tmp_path / "gone")
+    recorded["config"]["flag_of_the_future"] = 1
+    (run / "config.json").write_text(json.dumps(recorded))
+    code, _, err = command(inspect_schedule.main, run)
+    assert code == 2
+    assert_one_error_line(err, tmp_path / "gone", "if moved, give --split_dir and --data_root")
+    text = Page(run / "report" / "index.html").text
+    assert "Not in this report" in text
+    assert "gone" in text
+    assert (run / "report" / "tasks.csv").exists()  # the history alone tells the mean weights
+    flags = ("--split_dir", tmp_path / "split", "--data_root", tmp_path / "data")
+    assert command(inspect_schedule.main, run, *flags)[0] == 0
+    assert (run / "report" / "weights.npz").exists()
+
+
+def test_another_data_set_is_refused(make_run, tiny_split, no_charts, command, tmp_path):
+    run = copied(make_run(**JOINT), tmp_path)
+    flags = ("--split_dir", tiny_split, "--data_root", tiny_split.parent / "data")
+    code, _, err = command(inspect_schedule.main, run, *flags)
+    assert code == 2
+    assert_one_error_line(err, tiny_split, "is not the split this run was trained on")
+
+
+@pytest.mark.parametrize("damage", ["missing", "broken"])
+def test_images_that_cannot_be_read(make_run, data, no_charts, command, tmp_path, damage):
+    run = copied(make_run(**JOINT), tmp_path)
+    shutil.copytree(data / "data", tmp_path / "data")
+    image_id = json.loads((data / "split" / "rest_train_set.json").read_text())[3]
+    path = json.loads((data / "split" / "image_dictionary.json").read_text())[image_id][0]
+    image = tmp_path / "data" / "images" / path
+    size = image.stat().st_size
+    image.unlink()
+    if damage == "broken":
+        image.write_bytes(b"\0" * size)
+    flags = ("--split_dir", data / "split", "--data_root", tmp_path / "data")
+    code, _, err = command(inspect_schedule.main, run, *flags)
+    assert code == 2
+    assert_one_error_line(err, image if damage == "broken" else "image", "what can still be shown")
+    assert (run / "report" / "index.html").exists()
+    assert not (run / "report" / "samples.csv").exists()
+
+
+def test_a_checkpoint_that_does_not_fit(make_run, no_charts, command, tmp_path):
+    run = copied(make_run(**JOINT), tmp_path)
+    state = torch.load(run / "best.pt", weights_only=True)
+    del state["scheduler"]["loss_w"]
+    torch.save(state, run / "best.pt")
+    code, _, err = command(inspect_schedule.main, run)
+    assert code == 2
+    assert_one_error_line(err, "best.pt: the scheduler does not fit", "loss_w is missing")
+    (run / "best.pt").write_bytes(b"no weights")
+    code, _, err = command(inspect_schedule.main, run)
+    assert code == 2
+    assert_one_error_line(err, "best.pt", "not a weights file")
+
+
+def test_folders_that_are_no_run(make_run, command, tmp_path):
+    run = make_run(**JOINT)
+    for folder, parts in (
+        (tmp_path / "none", ["no such folder"]),
+        (tmp_path, ["holds no run", "config.json is missing"]),
+        (run.parent, ["holds no run", "did you mean"]),
+    ):
+        code, _, err = command(inspect_schedule.main, folder)
+        assert code == 2
+        assert_one_error_line(err, folder, *parts)
+    for content, part in (("{", "not valid JSON"), ("[]", "expected an object"), ("{}", "is not")):
+        (tmp_path / "config.json").write_text(content)
+        code, _, err = command(inspect_schedule.main, tmp_path)
+        assert code == 2
+        assert_one_error_line(err, tmp_path / "config.json", part)
+    assert not (tmp_path / "report").exists()
+
+
+def test_a_report_that_cannot_be_written(make_run, no_charts, command, tmp_path):
+    run = make_run(**JOINT)
+    (tmp_path / "file").write_text("")
+    code, _, err = command(inspect_schedule.main, run, "--out", tmp_path / "file" / "report")
+    assert code == 2
+    assert_one_error_line(err, "cannot be written", "--out")
+
+
+def test_without_matplotlib_one_line_says_what_to_install(make_run, command, monkeypatch):
+    run = make_run(**JOINT)
+    for name in [n for n in sys.modules if n.startswith("matplotlib")]:
+        monkeypatch.delitem(sys.modules, name)
+    for name in ("figures", "style"):
+        monkeypatch.delitem(sys.modules, f"auxilearn.report.{name}", raising=False)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    code, _, err = command(inspect_schedule.main, run)
+    assert code == 2
+    assert_one_error_line(err, "needs matplotlib", "pip install -r requirements-report.txt")
+
+
+def test_events_for_tensorboard(make_run, no_charts, command, monkeypatch, tmp_path):
+    accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    run = make_run(**JOINT)
+    flags = ("--out", tmp_path, "--tensorboard")
+    for _ in range(2):  # a second time in place of the first
+        assert command(inspect_schedule.main, run, *flags)[0] == 0
+    events = accumulators.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    rows = read_rows(run / "schedule.jsonl")
+    weights = [(e.step, e.value) for e in events.Scalars("schedule/target")]
+    assert weights == [(r["step"], pytest.approx(r["mean_weight"][0])) for r in rows[1:]]
+    assert {"upper/dev_loss", "epoch/valid_accuracy", "step/loss"} <= set(events.Tags()["scalars"])
+    assert "target_weight/corrupted_50%" in events.Tags()["scalars"]
+
+
+# --------------------------------------------------------------------------------------------------
+# In a browser
+# --------------------------------------------------------------------------------------------------
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+STEPS = """
+window.addEventListener("error", (event) => { document.title = "error: " + event.message; });
+setTimeout(() => {
+  const byId = (id) => document.getElementById(id);
+  const said = {ready: document.documentElement.dataset.ready};
+  const first = (column) => byId("sample-table").tBodies[0].rows[0]?.cells[column].textContent;
+  const header = (key) => document.querySelector(`#sample-table th[data-key=${key}] button`);
+  const type = (id, value) => {
+    byId(id).value = value;
+    byId(id).dispatchEvent(new Event("input"));
+  };
+  said.samples = byId("sample-table").tBodies[0].rows.length;
+  said.lightest = first(1);
+  header("loss").click();
+  said.worst = first(1);
+  said.sort = header("loss").closest("th").getAttribute("aria-sort");
+  byId("wrong-only").click();
+  said.wrong = byId("sample-count").textContent;
+  byId("wrong-only").click();
+  type("sample-filter", "no such bird");
+  said.none = byId("sample-count").textContent;
+  type("task-filter", "KIND 1");
+  said.tasks = byId("task-count").textContent;
+  byId("task-table").querySelectorAll("th button")[1].click();
+  said.firstTask = byId("task-table").tBodies[0].rows[0].cells[1].textContent;
+  byId("sheet-task").value = "2";
+  byId("sheet-task").dispatchEvent(new Event("change"));
+  const pictures = [...byId("sheet").querySelectorAll("img")];
+  said.pictures = pictures.length > 0 && pictures.every((img) => img.src.startsWith("data:"));
+  said.sheet = byId("sheet").textContent.includes("predicted yes") ||
+    byId("sheet").textContent.includes("predicted no");
+  byId("theme").focus();
+  said.focus = document.activeElement.id;
+  byId("theme").click();
+  said.theme = document.documentElement.dataset.theme;
+  said.overflow = document.documentElement.scrollWidth - document.documentElement.clientWidth;
+  document.body.innerHTML = "<pre>" + JSON.stringify(said) + "</pre>";
+}, 0);
+"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs the chromium browser")
+def test_page_works_in_a_browser(full_report, tmp_path):
+    _, report, page, _ = full_report
+    before, after = page.source.rsplit("</body>", 1)
+    copy = tmp_path / "page.html"
+    copy.write_text(f"{before}<script>{STEPS}</script></body>{after}", encoding="utf-8")
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic"]
+    command += ["--no-first-run", "--disable-background-networking", "--disable-component-update"]
+    command += ["--disable-sync", f"--user-data-dir={tmp_path / 'profile'}"]
+    command += ["--window-size=500,900", "--virtual-time-budget=3000", "--dump-dom", copy.as_uri()]
+    dumped = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
+    assert "<title>error" not in dumped
+    said = json.loads(re.search(r"<pre>(.*?)</pre>", dumped).group(1))
+    rows = read_csv(report / "samples.csv")
+    wrong = sum(row["label"] != row["given_label"] for row in rows)
+    assert said == {
+        "ready": "yes",
+        "samples": len(rows),
+        "lightest": min(rows, key=lambda row: float(row["weight"]))["id"],
+        "worst": max(rows, key=lambda row: float(row["loss"]))["id"],
+        "sort": "descending",
+        "wrong": f"1 to {wrong} of {wrong}",
+        "none": "none",
+        "tasks": "4 of 7 tasks",
+        "firstTask": "part 1: kind 1",
+        "pictures": True,
+        "sheet": True,
+        "focus": "theme",
+        "theme": said["theme"],
+        "overflow": 0,
+    }
+    assert said["theme"] in ("light", "dark")
+
+
+def test_settings_that_are_not_recorded_get_their_defaults(make_run):
+    from auxilearn.report.run import read_run
+
+    run = read_run(make_run(**JOINT))
+    names = {field.name for field in dataclasses.fields(Config)}
+    assert run.recorded["config"].keys() <= names
