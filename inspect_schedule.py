@@ -23,10 +23,10 @@ def parse_arguments():
     add("--out", metavar="DIR", help="where the report goes (default: RUN_DIR/report)")
     add(
         "--rank_by",
-        choices=("weight", "loss"),
-        default="weight",
-        help="what clean_labels.csv ranks labels by: low target weight or, plainly, high "
-        "target loss (default: %(default)s)",
+        choices=("auto", "weight", "loss"),
+        default="auto",
+        help="what labels are ranked by: low target weight, or plainly high target loss; auto goes "
+        "by weight where the weights clearly fall with the loss (default: %(default)s)",
     )
     add(
         "--sheets",

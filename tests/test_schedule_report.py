@@ -23,6 +23,7 @@ from auxilearn.data import cub
 from auxilearn.data.dataset import training_set
 from auxilearn.hypernet import LinearHyperNet, MonoJoint, MonoNonlinearHyperNet, Naive_hyper
 from auxilearn.report import schedule_weights, statistics, write
+from auxilearn.report.findings import Findings, Target
 from auxilearn.report.history import QUANTILES, ScheduleHistory, read_rows
 from auxilearn.report.weights import sample_weights
 from auxilearn.trainer import Trainer, train
@@ -384,7 +385,7 @@ class Page(HTMLParser):
 def full_report(make_run):
     """The report, charts and all, of a JTDS run with corrupted labels."""
     run = make_run(**JOINT)
-    page, statements = write.write_report(run)
+    page, statements = write.write_report(run, rank_by="weight")
     return run, page.parent, Page(page), statements
 
 
@@ -587,6 +588,37 @@ def test_wanted_sheets_and_ranking_by_loss(make_run, no_charts, command, monkeyp
     code, _, err = command(inspect_schedule.main, run, "--sheets", "has_part")
     assert code == 2
     assert_one_error_line(err, "has_part: no such task", "has_part_2::kind_3")
+
+
+@pytest.mark.parametrize(("slope", "by"), [(-1.0, "weight"), (1.0, "loss"), (0.0, "loss")])
+def test_labels_are_ranked_by_weight_where_weights_fall_with_the_loss(slope, by):
+    rng = np.random.default_rng(0)
+    loss = rng.exponential(size=60)
+    places = np.arange(60)
+    labels = np.zeros(60, dtype=int)
+    weight = np.exp(slope * loss + 0.1 * rng.normal(size=60))
+    target = Target(places, weight, loss, labels, labels, labels, None)
+    findings = Findings(None, None, None, target)
+    assert findings.ranking == by
+    assert dataclasses.replace(findings, rank_by="weight").ranking == "weight"
+    unweighted = dataclasses.replace(target, weight=None)
+    unscheduled = dataclasses.replace(findings, target=unweighted, rank_by="weight")
+    assert unscheduled.ranking == "loss"
+
+
+def test_suspected_labels():
+    """Another class is predicted, and the score is beyond that of 95 % of the confirmed."""
+    given = np.zeros(40, dtype=int)
+    prediction = np.r_[np.zeros(20, dtype=int), np.ones(20, dtype=int)]
+    loss = np.r_[np.linspace(0, 1, 20), np.linspace(0, 3, 20)]
+    target = Target(np.arange(40), -loss, loss, given, given, prediction, None)
+    threshold = np.quantile(loss[:20], 0.95)
+    expected = (prediction == 1) & (loss > threshold)
+    assert expected.sum() > 5
+    assert np.array_equal(target.suspected("loss"), expected)
+    assert np.array_equal(target.suspected("weight"), expected)
+    nothing_confirmed = dataclasses.replace(target, prediction=np.ones(40, dtype=int))
+    assert not nothing_confirmed.suspected("loss").any()
 
 
 # --------------------------------------------------------------------------------------------------

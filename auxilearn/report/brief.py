@@ -161,11 +161,11 @@ def _wrong_labels(findings):
     if target is None:
         return None
     if not findings.truth:
-        by = "weight" if target.tells_samples_apart else "loss"
+        by = findings.ranking
         number = int(target.suspected(by).sum())
         text = (
-            f"{number:,} of {len(target.place):,} labels are suspected, going by {by}. Nothing is "
-            "known to be wrong here: look at the pictures, and compare the ranking by loss."
+            f"{number:,} of {len(target.place):,} labels are suspected, going by {by}. No label is "
+            "known to be wrong here: look at the pictures, and compare both rankings."
         )
         return Statement("note", "Wrong labels", text)
     share = target.wrong.mean()

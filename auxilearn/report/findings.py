@@ -17,6 +17,7 @@ from auxilearn.report.statistics import (
 )
 
 CONFIRMED = 0.95  # a suspect is further out than this share of the samples the model confirms
+FALLING = -0.5  # rank correlation of weight and loss from which weights are about labels
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,11 @@ class Target:
         """Whether the schedule gives different samples different weights."""
         return self.weight is not None and np.ptp(self.weight) > 1e-6 * np.abs(self.weight).max()
 
+    @cached_property
+    def falls_with_loss(self):
+        """Rank correlation of target weight and target loss; NaN without either's spread."""
+        return np.nan if self.weight is None else correlation(self.weight, self.loss)
+
     def quality(self, by):
         """A label's quality (m,) in (0, 1]: its rank, the most suspicious lowest."""
         return ranks(-self.suspicion[by]) / len(self.place)
@@ -117,6 +123,21 @@ class Findings:
     tasks: Tasks | None
     target: Target | None
     missing: list[str] = field(default_factory=list)  # what the report lacks and why, sentences
+    rank_by: str = "auto"  # what labels are ranked by: auto, weight or loss
+
+    @property
+    def ranking(self):
+        """What labels are ranked by: weight or loss.
+
+        With ``auto``, by weight where the target weights clearly fall with the loss. A schedule
+        that does not distrust what the model cannot explain is about pictures, not about labels.
+        The truth, where it is known, has no say.
+        """
+        if self.target is None or self.target.weight is None:
+            return "loss"
+        if self.rank_by != "auto":
+            return self.rank_by
+        return "weight" if self.target.falls_with_loss < FALLING else "loss"
 
     @property
     def truth(self):
@@ -211,13 +232,14 @@ class Findings:
         return correlation(start, end), correlation(half, end)
 
 
-def find(run, evaluation, missing=()):
+def find(run, evaluation, missing=(), rank_by="auto"):
     """The ``Findings`` of a ``Run`` and of its ``Evaluation``, or of the former alone (None)."""
     if evaluation is None:
-        return Findings(run, None, _tasks_from_history(run), None, list(missing))
+        return Findings(run, None, _tasks_from_history(run), None, list(missing), rank_by)
     scheduled = run.method.bilevel
     tasks = _tasks(evaluation) if scheduled else None
-    return Findings(run, evaluation, tasks, _target(run, evaluation, scheduled), list(missing))
+    target = _target(run, evaluation, scheduled)
+    return Findings(run, evaluation, tasks, target, list(missing), rank_by)
 
 
 def _tasks_from_history(run):

@@ -316,7 +316,7 @@ def _labels(findings, thumbnails, data):
         strips.append(f"<div><h3>{titles[by]}</h3>{_found(findings, by)}{cards}</div>")
         thumbnails.add(target.place[target.order(by)[:TABLE_THUMBNAILS]])
     strips = f'<div class="pair">{"".join(strips)}</div>' if len(strips) == 2 else strips[0]
-    return strips + _sample_table(findings, ranked[0], data)
+    return strips + _sample_table(findings, findings.ranking, data)
 
 
 def _found(findings, by):
@@ -381,10 +381,10 @@ def _sample_table(findings, by, data):
     total = len(target.place)
     cut = f"The {len(rows):,} most suspicious of {total:,}. " if total > len(rows) else ""
     return (
-        "<h3>All labels, the most suspicious first</h3>"
-        f"<p>{cut}Suspected: the model predicts another class, and the sample's "
-        f"{'weight is lower' if by == 'weight' else 'loss is higher'} than that of 95 % of the "
-        f"samples whose label it predicts; {suspected.sum():,} are.</p>"
+        f"<h3>All labels, by {by}</h3>"
+        f"<p>{cut}{_why_ranked(findings)} Suspected: the model predicts another class, and the "
+        f"sample's {'weight is lower' if by == 'weight' else 'loss is higher'} than that of 95 % "
+        f"of the samples whose label it predicts; {suspected.sum():,} are.</p>"
         '<div class="controls samples" hidden>'
         '<label>Filter <input type="search" id="sample-filter" placeholder="id, file or class">'
         '</label><label><input type="checkbox" id="suspects-only">suspected only</label>'
@@ -396,6 +396,19 @@ def _sample_table(findings, by, data):
         f"<noscript><p>The table needs JavaScript; {tables.SAMPLES_FILE} and {tables.LABELS_FILE} "
         "have the same.</p></noscript>"
     )
+
+
+def _why_ranked(findings):
+    """A sentence on what the labels are ranked by."""
+    target, by = findings.target, findings.ranking
+    if findings.rank_by != "auto" or target.weight is None:
+        return f"Ranked by {by}."
+    if not target.tells_samples_apart:
+        return "Ranked by loss: the schedule does not tell samples apart."
+    rule = f"rank correlation {target.falls_with_loss:.2f}; by weight from -0.5 down"
+    if by == "weight":
+        return f"Ranked by weight, which falls with the loss ({rule})."
+    return f"Ranked by loss: the weights do not clearly fall with it ({rule})."
 
 
 def _truth(findings, charts):

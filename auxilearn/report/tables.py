@@ -13,8 +13,8 @@ CLASSES_FILE, WEIGHTS_FILE = "classes.csv", "weights.npz"
 TABLE_FILES = (SAMPLES_FILE, TASKS_FILE, LABELS_FILE, CLASSES_FILE, WEIGHTS_FILE)
 
 
-def write_tables(directory, findings, rank_by):
-    """Write what ``findings`` hold into ``directory``; suspects in the order of ``rank_by``."""
+def write_tables(directory, findings):
+    """Write what ``findings`` hold into ``directory``."""
     if findings.tasks is not None:
         write_tasks(directory / TASKS_FILE, findings.tasks)
     if findings.evaluation is None:
@@ -22,7 +22,7 @@ def write_tables(directory, findings, rank_by):
     names = findings.evaluation.split.class_names
     _write_csv(directory / CLASSES_FILE, ["class", "name"], enumerate(names))
     write_samples(directory / SAMPLES_FILE, findings)
-    write_clean_labels(directory / LABELS_FILE, findings, rank_by)
+    write_clean_labels(directory / LABELS_FILE, findings)
     if findings.tasks is not None:
         write_weights(directory / WEIGHTS_FILE, findings)
 
@@ -73,11 +73,12 @@ def write_tasks(path, tasks):
     _write_csv(path, list(columns), zip(*values, strict=True))
 
 
-def write_clean_labels(path, findings, rank_by):
+def write_clean_labels(path, findings):
     """Labels from the most to the least suspicious, in the columns that label-cleaning tools use:
     ``is_label_issue``, ``label_quality`` (0 worst .. 1 best), given and predicted label."""
     evaluation, target = findings.evaluation, findings.target
-    quality, suspected = target.quality(rank_by), target.suspected(rank_by)
+    by = findings.ranking
+    quality, suspected = target.quality(by), target.suspected(by)
     positions = evaluation.samples.positions[target.place]
     rows = [
         [
@@ -88,7 +89,7 @@ def write_clean_labels(path, findings, rank_by):
             target.given[i],
             target.prediction[i],
         ]
-        for i in target.order(rank_by)
+        for i in target.order(by)
     ]
     header = ["id", "path", "is_label_issue", "label_quality", "given_label", "predicted_label"]
     _write_csv(path, header, rows)

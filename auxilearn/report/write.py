@@ -14,12 +14,12 @@ from auxilearn.report.tables import TABLE_FILES, write_tables
 PAGE_FILE, FIGURES, EVENTS = "index.html", "figures", "tensorboard"
 
 
-def write_report(run_dir, out=None, *, rank_by="weight", sheets=(), tensorboard=False, **places):
+def write_report(run_dir, out=None, *, rank_by="auto", sheets=(), tensorboard=False, **places):
     """Write the report of the run in ``run_dir`` to ``out``, by default its folder ``report``.
 
-    Args: ``rank_by`` weight or loss orders clean_labels.csv; ``sheets`` names of tasks that get a
-    contact sheet in any case; ``tensorboard`` writes events beside the page; ``places`` as
-    ``evaluate_run`` takes them.
+    Args: ``rank_by`` auto, weight or loss orders labels (see ``Findings.ranking``); ``sheets`` are
+    names of tasks that get a contact sheet in any case; ``tensorboard`` writes events beside the
+    page; ``places`` are as ``evaluate_run`` takes them.
 
     Returns (path of the page, ``Statement``s on it). Raises UserError: there is no run; or, after
     all that can be shown has been written, the run has no schedule, or its data or checkpoint
@@ -49,7 +49,7 @@ def write_report(run_dir, out=None, *, rank_by="weight", sheets=(), tensorboard=
         )
     elif not run.schedule:
         missing.append("How the schedule moved during training: schedule.jsonl has no row.")
-    findings = find(run, evaluation, missing)
+    findings = find(run, evaluation, missing, rank_by)
     wanted = _task_numbers(findings, sheets)
     page = out / PAGE_FILE
     try:
@@ -59,7 +59,7 @@ def write_report(run_dir, out=None, *, rank_by="weight", sheets=(), tensorboard=
         if write_events:
             write_events(run, out / EVENTS)
         charts = draw_charts(findings, out / FIGURES)
-        write_tables(out, findings, "loss" if findings.tasks is None else rank_by)
+        write_tables(out, findings)
         html = build_page(findings, charts, wanted)
         write_aside(page, lambda file: file.write(html.encode()))
     except OSError as problem:
