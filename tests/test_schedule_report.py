@@ -384,6 +384,7 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def full_report(make_run):
     """The report, charts and all, of a JTDS run with corrupted labels."""
+    pytest.importorskip("matplotlib")
     run = make_run(**JOINT)
     page, statements = write.write_report(run, rank_by="weight")
     return run, page.parent, Page(page), statements
@@ -642,6 +643,7 @@ def test_a_run_without_a_schedule_shows_its_losses(make_run, no_charts, command,
 
 
 def test_an_unfinished_run_shows_its_curves(make_run, command, tmp_path):
+    pytest.importorskip("matplotlib")
     run = copied(make_run(**JOINT), tmp_path)
     for name in ("summary.json", "best.pt"):
         (run / name).unlink()

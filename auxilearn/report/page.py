@@ -239,7 +239,7 @@ def _task_table(tasks):
             "task": f"<td>{name}</td>",
             "role": f"<td>{role}</td>",
             "mean weight": _cell(
-                f'<span class="bar" style="width:{6 * max(0, tasks.mean[k]) / longest:.2f}rem">'
+                f'<span class="bar" style="width:{4 * max(0, tasks.mean[k]) / longest:.2f}rem">'
                 f"</span>{tasks.mean[k]:.3f}",
                 tasks.mean[k],
             ),

@@ -25,9 +25,9 @@ def write_report(run_dir, out=None, *, rank_by="auto", sheets=(), tensorboard=Fa
     all that can be shown has been written, the run has no schedule, or its data or checkpoint
     cannot be used. Of a run that has completed no epoch so far, its curves are shown.
     """
+    run = read_run(run_dir)
     draw_charts = _charts()
     write_events = _events() if tensorboard else None
-    run = read_run(run_dir)
     out = Path(out) if out is not None else run.directory / "report"
     evaluation, missing, error = None, [], None
     if (run.directory / BEST_FILE).is_file():
