@@ -107,6 +107,20 @@ def test_spread_shares_sum_to_one_and_find_the_factor_that_varies():
     assert statistics.spread_shares({"one": np.ones(5)}) == {}
 
 
+def test_two_groups():
+    rng = np.random.default_rng(0)
+    values = np.r_[rng.normal(0, 1, 300), rng.normal(6, 0.5, 100)]
+    separation, chance = statistics.two_groups(values)
+    assert separation == pytest.approx(np.sqrt(2) * 6 / np.hypot(1, 0.5), rel=0.1)
+    assert np.mean((chance > 0.5) == (np.arange(400) >= 300)) > 0.99
+    scaled = statistics.two_groups(1000 * values - 5)
+    assert scaled[0] == pytest.approx(separation)
+    assert statistics.two_groups(rng.normal(size=500))[0] < 2
+    assert statistics.two_groups(np.ones(5))[0] == 0
+    with np.errstate(all="raise"):
+        assert np.isfinite(statistics.two_groups(np.r_[np.zeros(50), 1e6])[0])
+
+
 def test_compact_keeps_three_digits():
     values = np.array([[1.0, 0.123456], [np.nan, 900.0]], dtype=np.float32)
     assert statistics.compact(values).dtype == np.float16
@@ -608,18 +622,22 @@ def test_labels_are_ranked_by_weight_where_weights_fall_with_the_loss(slope, by)
 
 
 def test_suspected_labels():
-    """Another class is predicted, and the score is beyond that of 95 % of the confirmed."""
-    given = np.zeros(40, dtype=int)
-    prediction = np.r_[np.zeros(20, dtype=int), np.ones(20, dtype=int)]
-    loss = np.r_[np.linspace(0, 1, 20), np.linspace(0, 3, 20)]
-    target = Target(np.arange(40), -loss, loss, given, given, prediction, None)
-    threshold = np.quantile(loss[:20], 0.95)
-    expected = (prediction == 1) & (loss > threshold)
-    assert expected.sum() > 5
-    assert np.array_equal(target.suspected("loss"), expected)
-    assert np.array_equal(target.suspected("weight"), expected)
-    nothing_confirmed = dataclasses.replace(target, prediction=np.ones(40, dtype=int))
-    assert not nothing_confirmed.suspected("loss").any()
+    """Another class is predicted, and the loss belongs to the higher of two groups."""
+    rng = np.random.default_rng(0)
+    high = np.arange(400) < 120
+    loss = np.where(high, rng.normal(4, 0.6, 400), rng.normal(1, 0.5, 400)).clip(0.01)
+    given = np.zeros(400, dtype=int)
+    prediction = (np.arange(400) % 3 > 0).astype(int)
+    target = Target(np.arange(400), np.exp(-loss), loss, given, given, prediction, None)
+    for by in ("loss", "weight"):
+        suspected = target.suspected(by)
+        assert not suspected[prediction == 0].any()
+        assert np.mean(suspected[prediction == 1] == high[prediction == 1]) > 0.97
+    one_group = rng.normal(3, 0.5, 400).clip(0.01)
+    for loss in (one_group, rng.exponential(size=400), np.ones(400)):
+        target = dataclasses.replace(target, loss=loss, weight=np.ones(400))
+        assert not target.suspected("loss").any()
+        assert not target.suspected("weight").any()
 
 
 # --------------------------------------------------------------------------------------------------

@@ -162,11 +162,12 @@ def _wrong_labels(findings):
         return None
     if not findings.truth:
         by = findings.ranking
-        number = int(target.suspected(by).sum())
-        text = (
-            f"{number:,} of {len(target.place):,} labels are suspected, going by {by}. No label is "
-            "known to be wrong here: look at the pictures, and compare both rankings."
-        )
+        if number := int(target.suspected(by).sum()):
+            text = f"{number:,} of {len(target.place):,} labels are suspected, going by {by}. "
+        else:
+            text = f"No label stands out: the first ones by {by} are the best guess. "
+        text += "None is known to be wrong here: look at the pictures"
+        text += "." if target.weight is None else ", and compare both rankings."
         return Statement("note", "Wrong labels", text)
     share = target.wrong.mean()
     loss = findings.truth["target loss, highest first"][0]

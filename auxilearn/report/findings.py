@@ -14,9 +14,10 @@ from auxilearn.report.statistics import (
     family,
     ranks,
     spread_shares,
+    two_groups,
 )
 
-CONFIRMED = 0.95  # a suspect is further out than this share of the samples the model confirms
+APART = 2  # separation of two groups of samples from which one is suspected
 FALLING = -0.5  # rank correlation of weight and loss from which weights are about labels
 
 
@@ -100,14 +101,20 @@ class Target:
         """A label's quality (m,) in (0, 1]: its rank, the most suspicious lowest."""
         return ranks(-self.suspicion[by]) / len(self.place)
 
+    @cached_property
+    def groups(self):
+        """{what samples are ranked by: (separation, chances)} of ``two_groups`` of the scores."""
+        scores = {"loss": self.loss}
+        if self.weight is not None:
+            scores["weight"] = -np.log(np.maximum(self.weight, 1e-30))
+        return {by: two_groups(score) for by, score in scores.items()}
+
     def suspected(self, by):
-        """Which labels (m,) are suspected: the model predicts another class, and the sample is more
-        suspicious than ``CONFIRMED`` of those whose label the model predicts."""
-        confirmed = self.prediction == self.given
-        if confirmed.sum() < 10:
-            return np.zeros(len(confirmed), dtype=bool)
-        score = self.suspicion[by]
-        return ~confirmed & (score > np.quantile(score[confirmed], CONFIRMED))
+        """Which labels (m,) are suspected: the model predicts another class, and the samples fall
+        into two groups, of which this one belongs to the more suspicious. None otherwise."""
+        separation, chance = self.groups[by]
+        apart = separation > APART
+        return apart & (chance > 0.5) & (self.prediction != self.given)
 
     def order(self, by):
         """Samples from the most to the least suspicious; equally suspicious ones by loss."""

@@ -8,6 +8,7 @@ import numpy as np
 
 from auxilearn.report import tables
 from auxilearn.report.brief import statements
+from auxilearn.report.findings import APART
 from auxilearn.report.history import SCHEDULE_FILE
 from auxilearn.report.pictures import Thumbnails, class_name, contact_sheets, suspect_cards
 from auxilearn.report.wording import readable
@@ -382,9 +383,7 @@ def _sample_table(findings, by, data):
     cut = f"The {len(rows):,} most suspicious of {total:,}. " if total > len(rows) else ""
     return (
         f"<h3>All labels, by {by}</h3>"
-        f"<p>{cut}{_why_ranked(findings)} Suspected: the model predicts another class, and the "
-        f"sample's {'weight is lower' if by == 'weight' else 'loss is higher'} than that of 95 % "
-        f"of the samples whose label it predicts; {suspected.sum():,} are.</p>"
+        f"<p>{cut}{_why_ranked(findings)} {_what_is_suspected(findings, by)}</p>"
         '<div class="controls samples" hidden>'
         '<label>Filter <input type="search" id="sample-filter" placeholder="id, file or class">'
         '</label><label><input type="checkbox" id="suspects-only">suspected only</label>'
@@ -409,6 +408,18 @@ def _why_ranked(findings):
     if by == "weight":
         return f"Ranked by weight, which falls with the loss ({rule})."
     return f"Ranked by loss: the weights do not clearly fall with it ({rule})."
+
+
+def _what_is_suspected(findings, by):
+    target = findings.target
+    names = {"weight": "target weights", "loss": "target losses"}[by]
+    if target.groups[by][0] <= APART:
+        return f"None is called suspected: the {names} do not fall into two groups."
+    return (
+        f"The {names} fall into two groups; suspected are those {target.suspected(by).sum():,} of "
+        f"the {'lower' if by == 'weight' else 'higher'} one of which the model predicts another "
+        "class."
+    )
 
 
 def _truth(findings, charts):

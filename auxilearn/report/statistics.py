@@ -105,6 +105,32 @@ def spread_shares(factors):
     return {name: float(np.mean(centred * value) / variance) for name, value in logs.items()}
 
 
+def two_groups(values, steps=200):
+    """Do ``values`` (n,) fall into two groups? A mixture of two Gaussians, fitted by EM.
+
+    Returns (separation, chances (n,) of belonging to the higher group). The separation is Ashman's
+    D, sqrt(2) (m1 - m0) / sqrt(s0^2 + s1^2): above 2 the groups stand apart. 0 for constant values.
+    """
+    if np.ptp(values) == 0:
+        return 0.0, np.zeros(len(values))
+    centre = np.quantile(values, (0.25, 0.75))
+    spread = np.full(2, values.std())
+    share = np.full(2, 0.5)
+    narrowest = 0.02 * values.std()  # a group must not shrink to a single value
+    for _ in range(steps):
+        z = (values[:, None] - centre) / spread  # (n, 2)
+        density = np.log(share / spread) - z**2 / 2
+        chance = np.exp(density - np.logaddexp(*density.T)[:, None])
+        size = np.maximum(chance.sum(axis=0), 1e-9)
+        centre = (chance * values[:, None]).sum(axis=0) / size
+        variance = (chance * (values[:, None] - centre) ** 2).sum(axis=0) / size
+        spread = np.maximum(np.sqrt(variance), narrowest)
+        share = size / len(values)
+    separation = np.sqrt(2) * (centre[1] - centre[0]) / np.hypot(*spread)
+    # A wide lower group reaches beyond a narrow higher one: below its centre nothing is high.
+    return float(separation), np.where(values > centre[0], chance[:, 1], 0.0)
+
+
 def family(name):
     """The family of an attribute: has_bill_shape of has_bill_shape::cone."""
     return name.split("::")[0]
