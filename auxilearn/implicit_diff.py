@@ -164,7 +164,10 @@ def conjugate_gradient(damping=1.0, iterations=20, tolerance=1e-10):
     return solve
 
 
-def exact(damping=0.0, max_parameters=5000):
+EXACT_LIMIT = 5000  # parameters of the task model
+
+
+def exact(damping=0.0, max_parameters=EXACT_LIMIT):
     """(H + damping I) p = v with the dense H, one product per parameter: for small models.
 
     Raises ValueError above ``max_parameters`` parameters. The residual is |v - (H + damping I) p|

@@ -1,5 +1,6 @@
 """The lower level: a backbone, one head per task, and the matrix of losses they give."""
 
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -175,20 +176,24 @@ def build_backbone(name, feature_dim, pretrained=False, weights_path=None):
     if weights_path:
         _load_backbone(backbone, weights_path, name)
     elif pretrained:
-        resnet.load_state_dict(_without_classifier(_imagenet_weights()))
+        _load_imagenet_weights(resnet)
     return backbone
 
 
-def _imagenet_weights():
+def _load_imagenet_weights(resnet):
     weights = torchvision.models.ResNet18_Weights.IMAGENET1K_V1
+    folder = f"{torch.hub.get_dir()}/checkpoints/"
     try:
-        return weights.get_state_dict(progress=True, check_hash=True)
-    except (OSError, RuntimeError) as error:
-        folder = f"{torch.hub.get_dir()}/checkpoints/"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch's readers, about a file that is refused next
+            state = weights.get_state_dict(progress=True, check_hash=True)
+        load_matching(resnet, _without_classifier(state), f"{folder}: not torchvision's weights")
+    except Exception as error:  # no network, a proxy's page, a damaged file: many kinds
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise UserError(
-            f"the ImageNet weights of resnet18 could not be downloaded ({error}): fetch "
-            f"{weights.url} by hand and put it into {folder}, or give --backbone_weights PATH, "
-            "or start from random weights with --backbone_pretrain 0"
+            f"the ImageNet weights of resnet18 could not be had ({reason}): fetch {weights.url} "
+            f"by hand and put it into {folder} (in place of a damaged file there), or give "
+            "--backbone_weights PATH, or start from random weights with --backbone_pretrain 0"
         ) from None
 
 
@@ -199,13 +204,15 @@ def _without_classifier(state):
 def load_file(path):
     """A file written by ``torch.save``, without executing any code from it. UserError if broken."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch's readers, about a file that is refused next
+            return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except Exception as error:  # torch.load raises many kinds on a file that is not its own
-        first_line = str(error).strip().split("\n")[0]
+    except Exception:  # torch.load raises many kinds on a file that is not its own
         raise UserError(
-            f"{path}: not a weights file that torch.load can read safely ({first_line})"
+            f"{path}: not a weights file that can be read without executing code from it "
+            "(damaged, cut short, or not written by torch.save)"
         ) from None
 
 
@@ -230,6 +237,9 @@ def _load_backbone(backbone, path, name):
 def load_matching(module, state, complaint, expected=None):
     """``load_state_dict`` that explains in one line what does not fit."""
     expected = module.state_dict() if expected is None else expected
+    # Files from before batch norm counted its batches lack the counter, which nothing here reads.
+    counters = {key for key in expected if key.endswith("num_batches_tracked")}
+    state = {key: expected[key] for key in counters} | state
     problems = [f"{key} is missing" for key in expected if key not in state]
     problems += [f"{key} is unknown" for key in state if key not in expected]
     problems += [

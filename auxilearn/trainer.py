@@ -28,7 +28,14 @@ from auxilearn.data.dataset import (
 )
 from auxilearn.distributed import Ranks, joined
 from auxilearn.errors import DivergenceError, RunError, UserError
-from auxilearn.implicit_diff import conjugate_gradient, exact, identity, neumann, stable_alpha
+from auxilearn.implicit_diff import (
+    EXACT_LIMIT,
+    conjugate_gradient,
+    exact,
+    identity,
+    neumann,
+    stable_alpha,
+)
 from auxilearn.methods import METHODS, Problem
 from auxilearn.models import TaskModel, build_backbone
 from auxilearn.optim import apply_hypergradient
@@ -125,7 +132,11 @@ class Trainer:
     def __init__(self, config, split, ranks=None):
         self.config = config
         self.split = split
-        self.ranks = ranks or Ranks()
+        self.ranks = ranks = ranks or Ranks()
+        # Not a method: through the upper level, the trainer would hold itself and its workers.
+        self._average = lambda tensors, batches: ranks.average(
+            tensors, sum(len(batch.sample_id) for batch in batches)
+        )
         self.method = METHODS[config.method]
         self.device = torch.device(config.device)
         self.train_set = training_set(
@@ -157,6 +168,12 @@ class Trainer:
         torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
         torch.backends.cudnn.allow_tf32 = config.tf32
         self.theta = list(self.model.parameters())
+        size = sum(p.numel() for p in self.theta)
+        if self.method.bilevel and config.solver == "exact" and size > EXACT_LIMIT:
+            raise UserError(
+                f"--solver exact builds the Hessian of at most {EXACT_LIMIT} parameters, and this "
+                f"model has {size}: use neumann, identity or cg"
+            )
         self.lower_optimizer = torch.optim.Adam(
             self.theta, lr=config.main_lr, weight_decay=config.w_decay
         )
@@ -176,9 +193,6 @@ class Trainer:
                 build_solver(config),
                 average=self._average if exact else None,
             )
-
-    def _average(self, tensors, batches):
-        return self.ranks.average(tensors, sum(len(batch.sample_id) for batch in batches))
 
     def _build_streams(self):
         config = self.config
@@ -278,7 +292,7 @@ class Trainer:
                 if step == 1 or step % config.log_every == 0 or step == self.total_steps:
                     row = window.close(step, self.ranks)
                     record.metrics("step", epoch=self._epoch(step), **row)
-                    bar.set_postfix(loss=f"{row['loss']:.3f}", accuracy=f"{row['accuracy']:.3f}")
+                    bar.set_postfix(loss=f"{row['loss']:.3f}", accuracy=row["accuracy"])
                 if self.method.bilevel and step % config.hyperstep == 0:
                     if self.history:
                         self._report_collapse(step, bar)
@@ -466,6 +480,8 @@ class Trainer:
         clock = time.perf_counter()
         self.ranks.same_as_first(list(self.model.buffers()))  # batch norm's statistics differ
         accuracy = evaluate(self.model, self.valid_batches, self.ranks)
+        if math.isnan(accuracy):
+            self._diverged(step, "predictions on the validation set are not finite")
         epoch = self._epoch(step)
         self.record.metrics(
             "epoch",
@@ -555,7 +571,7 @@ class _Window:
     def __init__(self, start=0):
         self.start = start
         self.loss = self.target_loss = self.aux_loss = 0.0
-        self.hits = self.known = 0
+        self.hits = self.known = self.labeled_steps = 0
         self.data_seconds = self.lower_seconds = 0.0
 
     def add(self, loss, outputs, batch):
@@ -563,24 +579,27 @@ class _Window:
         losses = outputs.losses.detach()
         target = losses[:, 0] if batch.mask is None else losses[batch.mask[:, 0], 0]
         self.loss += loss
-        self.target_loss += target.mean().item() if len(target) else 0.0
+        if len(target):
+            self.target_loss += target.mean().item()
+            self.labeled_steps += 1
         self.aux_loss += losses[:, 1:].mean().item() if losses.shape[1] > 1 else 0.0
 
     def close(self, step, ranks):
         """The row of the steps up to ``step``; starts over.
 
-        Losses and seconds are per step; over several ranks, losses are the mean of theirs.
+        Losses and seconds are per step, the target's per step that had a label (None: there was
+        none); over several ranks, losses are the mean of theirs.
         """
         steps = step - self.start
-        loss, target_loss, aux_loss, hits, known = ranks.total(
-            self.loss, self.target_loss, self.aux_loss, self.hits, self.known
+        loss, target_loss, labeled_steps, aux_loss, hits, known = ranks.total(
+            self.loss, self.target_loss, self.labeled_steps, self.aux_loss, self.hits, self.known
         )
         row = {
             "step": step,
             "loss": loss / steps / ranks.size,
-            "target_loss": target_loss / steps / ranks.size,
+            "target_loss": target_loss / labeled_steps if labeled_steps else None,
             "aux_loss": aux_loss / steps / ranks.size,
-            "accuracy": hits / max(1, known),
+            "accuracy": hits / known if known else None,
             "data_seconds": self.data_seconds / steps,
             "lower_seconds": self.lower_seconds / steps,
         }
@@ -601,11 +620,16 @@ def _set_random_state(state, device):
 
 @torch.inference_mode()
 def evaluate(model, batches, ranks):
-    """Share of images whose target class is predicted, over the ranks' streams of batches."""
+    """Share of images whose target class is predicted, over the ranks' streams of batches.
+
+    NaN if any prediction is not finite.
+    """
     model.eval()
     hits = images = 0
     for batch in batches:
-        hits += (model.predict(batch.images).argmax(dim=1) == batch.labels[:, 0]).sum().item()
+        logits = model.predict(batch.images)
+        hits += (logits.argmax(dim=1) == batch.labels[:, 0]).sum().item()
+        hits += 0.0 if torch.isfinite(logits).all() else math.nan
         images += len(batch.images)
     hits, images = ranks.total(hits, images)
     return hits / images

@@ -556,6 +556,7 @@ def write_split(split_dir, annotations, aux_shot=1, split_seed=5):
     values.update({file: ids[name] for name, file in SET_FILES.items()})
     contents = {name: _to_json(value) for name, value in values.items()}
     info = {
+        "labels": annotations.labels.tolist(),
         "data_root": os.path.abspath(annotations.root),
         "split_seed": int(split_seed),
         "aux_shot": int(aux_shot),
@@ -702,6 +703,20 @@ class Split:
     data_root: Path
     info: dict  # the content of split_info.json
     fingerprint: str  # hex; covers the annotation files, the images and the six JSON files
+
+    @property
+    def preprocessed_labels(self):
+        """(N,) labels as they were before anybody edited image_dictionary.json.
+
+        ``labels`` where images were added or taken away since.
+        """
+        recorded = self.info.get("labels")
+        if not isinstance(recorded, list) or len(recorded) != len(self.labels):
+            return self.labels
+        known = range(len(self.class_names))
+        if not all(type(label) is int and label in known for label in recorded):
+            return self.labels
+        return np.array(recorded, dtype=np.int64)
 
     def image_path(self, i):
         """The file of the i-th image."""

@@ -110,8 +110,12 @@ def corrupt(labels, rate, classes, generator):
 
 
 def choose_labeled(split, positions, per_class, generator):
-    """``per_class`` randomly chosen entries of ``positions`` for every class, by true label."""
-    labels = split.labels[positions]
+    """``per_class`` randomly chosen entries of ``positions`` for every class.
+
+    By the labels as they were preprocessed: who later edits labels that are masked in a run does
+    not change which ones are.
+    """
+    labels = split.preprocessed_labels[positions]
     chosen = []
     for number, name in enumerate(split.class_names):
         members = positions[labels == number]
@@ -367,5 +371,5 @@ class Stream:
     def __iter__(self):
         for item in self.loader:
             if isinstance(item, UserError):
-                raise item
+                raise UserError(str(item))  # item itself would hold this frame, and so the loader
             yield self.samples.batch(*item, self.device)
