@@ -34,7 +34,7 @@ mini_train_batch_size=32
 mini_main_lr=1e-3
 mini_aux_lr=1e-3
 
-# ---- process settings: faster on the CPU, same results (benchmarks/README.md has the figures) ----
+# ---- process settings: faster on the CPU, same results (benchmarks/ measures what they bring) --------
 
 # glibc hands large blocks back to the system after each step and pays for every page again.
 : "${MALLOC_TRIM_THRESHOLD_:=100000000000}" "${MALLOC_TOP_PAD_:=268435456}" "${MALLOC_MMAP_MAX_:=0}"

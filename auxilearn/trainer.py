@@ -24,7 +24,7 @@ from auxilearn.data.dataset import (
     Shard,
     Stream,
     sample_set,
-    training_set,
+    training_set_of,
 )
 from auxilearn.distributed import Ranks, joined
 from auxilearn.errors import DivergenceError, RunError, UserError
@@ -139,14 +139,7 @@ class Trainer:
         )
         self.method = METHODS[config.method]
         self.device = torch.device(config.device)
-        self.train_set = training_set(
-            split,
-            training_set_name(config),
-            config.task_num,
-            config.seed,
-            corrupted_rate=config.effective_corrupted_rate,
-            labeled_per_class=config.labeled_per_class,
-        )
+        self.train_set = training_set_of(config, split)
         self.steps_per_epoch = math.ceil(len(self.train_set) / config.train_batch_size)
         self.total_steps = config.epochs * self.steps_per_epoch
         if config.max_steps is not None:

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as pixels
 
+from auxilearn.config import training_set_name
 from auxilearn.errors import UserError
 from auxilearn.models import Batch
 from auxilearn.randomness import derived_generator, derived_seed
@@ -100,6 +101,18 @@ def training_set(split, name, tasks, seed, corrupted_rate=0.0, labeled_per_class
         labeled = np.isin(samples.positions, chosen) | ~in_rest
         samples = SampleSet(*samples[:3], torch.from_numpy(labeled))
     return samples
+
+
+def training_set_of(config, split):
+    """What a run with a resolved ``Config`` trains on: a ``SampleSet``."""
+    return training_set(
+        split,
+        training_set_name(config),
+        config.task_num,
+        config.seed,
+        corrupted_rate=config.effective_corrupted_rate,
+        labeled_per_class=config.labeled_per_class,
+    )
 
 
 def corrupt(labels, rate, classes, generator):

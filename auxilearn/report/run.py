@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from auxilearn.config import Config, choose_device, training_set_name
+from auxilearn.config import Config, choose_device
 from auxilearn.data.cache import open_images
 from auxilearn.data.cub import Split, load_split
-from auxilearn.data.dataset import OrderedBatches, SampleSet, Stream, training_set
+from auxilearn.data.dataset import OrderedBatches, SampleSet, Stream, training_set_of
 from auxilearn.errors import UserError
 from auxilearn.methods import METHODS, Method, Problem
 from auxilearn.models import TaskModel, build_backbone, load_file, load_matching
@@ -142,14 +142,7 @@ def evaluate_run(run, *, split_dir=None, data_root=None, device=None, num_worker
     if not checkpoint.is_file():
         raise UserError(f"{checkpoint} is missing: no epoch of the run was completed so far")
     split = _the_split_of(run, split_dir, data_root)
-    samples = training_set(
-        split,
-        training_set_name(config),
-        config.task_num,
-        config.seed,
-        corrupted_rate=config.effective_corrupted_rate,
-        labeled_per_class=config.labeled_per_class,
-    )
+    samples = training_set_of(config, split)
     device = choose_device(device)
     model, scheduler, epoch = _load(checkpoint, run, split, len(samples), device)
     workers = config.num_workers if num_workers is None else num_workers
