@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from auxilearn.errors import UserError
+from auxilearn.hypernet import FACTORS
 from auxilearn.methods import METHODS
 
 SOLVERS = ("neumann", "identity", "cg", "exact")
@@ -26,6 +27,11 @@ def _switch(text):
         return known[text.lower()]
     except KeyError:
         raise argparse.ArgumentTypeError(f"expected 0, 1, true or false, not {text!r}") from None
+
+
+def _names(bilevel):
+    *most, last = [name for name, method in METHODS.items() if method.bilevel == bilevel]
+    return f"{', '.join(most)} and {last}"
 
 
 def _setting(default, group, text, *, kind=None, choices=None, aliases=(), many=False):
@@ -59,8 +65,8 @@ class Config:
         "method",
         "how losses become one: "
         + "; ".join(f"{name} = {method.title}" for name, method in METHODS.items())
-        + ". joint, naive, task and linear learn it on the development set and train on "
-        "rest_train_set; common and single learn nothing and train on full_train_set",
+        + f". {_names(True)} learn it on the development set and train on rest_train_set; "
+        f"{_names(False)} do not, and train on full_train_set",
         choices=tuple(METHODS),
     )
 
@@ -153,6 +159,23 @@ class Config:
     main_lr: float = _setting(1e-4, LOWER, "learning rate of Adam")
     w_decay: float = _setting(5e-4, LOWER, "weight decay of Adam")
     aux_weight: float = _setting(1.0, LOWER, "factor on the losses of all auxiliary tasks")
+    gcs: str = _setting(
+        "unweighted",
+        LOWER,
+        "with --method gcs: unweighted leaves out the auxiliary tasks with a negative cosine, at "
+        "the cost of one backward and one forward-mode pass; weighted multiplies each by its "
+        "cosine, at the cost of a backward pass per task",
+        choices=("unweighted", "weighted"),
+    )
+    dev_epochs: int = _setting(
+        20,
+        LOWER,
+        "with --method common_dev: passes over the development set after --epochs, from the best "
+        "checkpoint so far",
+    )
+    dev_lr: float | None = _setting(
+        None, LOWER, "learning rate of Adam in these passes (default: --main_lr)", kind=float
+    )
 
     aux_lr: float = _setting(1e-3, UPPER, "learning rate of SGD with momentum 0.9")
     auxw_decay: float = _setting(1e-5, UPPER, "weight decay of that SGD")
@@ -168,6 +191,15 @@ class Config:
     )
     n_meta_loss_accum: int = _setting(1, UPPER, "development batches per upper step")
     n_meta_train_loss_accum: int = _setting(1, UPPER, "training batches per upper step")
+    factors: list[str] = _setting(
+        FACTORS,
+        UPPER,
+        "with --method joint: the factors of the schedule that are learned; one left out is the "
+        "constant it starts at",
+        choices=FACTORS,
+        kind=str,
+        many=True,
+    )
     aux_hidden_dim: list[int] = _setting(
         (10, 10, 10, 10), UPPER, "hidden sizes of --method task", kind=int, many=True
     )
@@ -244,6 +276,13 @@ class Config:
         "cpu, cuda or cuda:N (default: the first GPU that CUDA_VISIBLE_DEVICES shows, else cpu)",
         kind=str,
     )
+    threads: int | None = _setting(
+        None,
+        RUN,
+        "threads of PyTorch on the CPU (default: PyTorch's choice); results depend on it in the "
+        "last digits, and small networks are fastest with 1",
+        kind=int,
+    )
     amp: str = _setting(
         "off",
         RUN,
@@ -300,6 +339,19 @@ def parse(argv=None, description=None):
     return Config(**vars(parser.parse_args(argv)))
 
 
+def flags_of(config):
+    """The flags of train_bilevel.py that make ``config``: method, seed, and what is no default."""
+    flags = []
+    for field in dataclasses.fields(config):
+        value, info = getattr(config, field.name), field.metadata
+        default = field.default_factory() if info["many"] else field.default
+        if value == default and field.name not in ("method", "seed"):
+            continue
+        values = value if info["many"] else [int(value) if info["kind"] is bool else value]
+        flags += [f"--{field.name}", *(str(v) for v in values)]
+    return flags
+
+
 def _help(info, default):
     text = info["help"].replace("%(default)s", str(default))
     if default is None or "(default" in text:
@@ -330,6 +382,7 @@ _AT_LEAST = {
     "w_decay": 0,
     "aux_weight": 0,
     "auxw_decay": 0,
+    "dev_epochs": 1,
     "hyperstep": 1,
     "aux_batch_size": 1,
     "n_meta_loss_accum": 1,
@@ -338,6 +391,7 @@ _AT_LEAST = {
     "damping": 0,
     "cg_iterations": 1,
     "seed": 0,
+    "threads": 1,
     "log_every": 1,
     "save_every": 0,
 }
@@ -353,7 +407,7 @@ NEUTRAL = (
     "data_root",
     "record_dir",
 )
-_ABOVE_ZERO = ("main_lr", "aux_lr", "neumann_alpha", "max_grad_norm")
+_ABOVE_ZERO = ("main_lr", "dev_lr", "aux_lr", "neumann_alpha", "max_grad_norm")
 
 
 def check(config):
@@ -368,11 +422,15 @@ def check(config):
             raise UserError(f"--{field.name} must be at least {_AT_LEAST[field.name]}, not {value}")
         if field.name in _ABOVE_ZERO and value <= 0:
             raise UserError(f"--{field.name} must be greater than 0, not {value}")
-        if field.metadata["choices"] and value not in field.metadata["choices"]:
-            known = ", ".join(field.metadata["choices"])
-            raise UserError(f"--{field.name} {value} is unknown: choose from {known}")
+        choices = field.metadata["choices"]
+        for one in (value if field.metadata["many"] else [value]) if choices else ():
+            if one not in choices:
+                known = ", ".join(choices)
+                raise UserError(f"--{field.name} {one} is unknown: choose from {known}")
     if min(config.aux_hidden_dim, default=0) < 1:
         raise UserError("--aux_hidden_dim takes one or more sizes of at least 1")
+    if not config.factors:
+        raise UserError(f"--factors takes one or more of {', '.join(FACTORS)}")
     if not 0 <= config.corrupted_rate <= 1:
         raise UserError(f"--corrupted_rate must be within [0, 1], not {config.corrupted_rate}")
     if config.corrupted and config.labeled_per_class:
@@ -431,6 +489,7 @@ def resolve(config, split):
         whether_aux=whether_aux,
         backbone_pretrain=pretrain,
         cache_dir=config.cache_dir or f"{config.split_dir}/cache",
+        dev_lr=config.dev_lr or config.main_lr,
         neumann_alpha=config.neumann_alpha or config.main_lr,
         exp_name=config.exp_name,
         device=str(choose_device(config.device)),
@@ -458,8 +517,7 @@ def _check_batch_norm(config, split):
     if config.image_size >= smallest:
         return
     sizes = {"--train_batch_size": (config.train_batch_size, training_set_name(config))}
-    if METHODS[config.method].bilevel:
-        sizes["--train_batch_size"] = (config.train_batch_size, "rest_train")
+    if METHODS[config.method].bilevel or METHODS[config.method].fine_tuned:
         sizes["--aux_batch_size"] = (config.aux_batch_size, "dev")
     for flag, (size, name) in sizes.items():
         if len(split.indices[name]) % size == 1 or size == 1:

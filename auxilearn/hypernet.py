@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 STANDARDISE_EPS = 1e-6
+FACTORS = ("feature", "loss", "task")  # of JTDS's schedule
 
 
 def masked_column_means(values, mask=None):
@@ -73,6 +74,13 @@ class HyperNet(nn.Module):
         """
         return self(losses, mask=mask)
 
+    def before_lower_step(self, model, batch, average):
+        """Called with the task model and the batch ahead of every lower step; most do nothing.
+
+        ``average``: callable (list of tensors, batches) -> their mean over the processes of a
+        distributed run.
+        """
+
     def get_weights(self):
         """The scheduler's parameters, as a list."""
         return list(self.parameters())
@@ -93,6 +101,26 @@ class Identity(HyperNet):
         return masked_column_means(losses, mask).sum()
 
 
+class Uncertainty(HyperNet):
+    """Weights from a learned noise per task: sum_k exp(-s_k) L_k + s_k / 2, L_k the task's mean.
+
+    s_k is the logarithm of the task's variance, 0 at the start; it is trained with the task model,
+    on the same loss (Kendall, Gal and Cipolla, "Multi-Task Learning Using Uncertainty to Weigh
+    Losses", CVPR 2018, eq. 10 and section 3.2 for cross entropies).
+    """
+
+    def __init__(self, main_task, input_dim):
+        super().__init__(main_task, input_dim)
+        self.log_variance = nn.Parameter(torch.zeros(input_dim))
+
+    def forward(self, losses, outputs=None, labels=None, data=None, *, mask=None):
+        means = masked_column_means(losses, mask)
+        penalty = self.log_variance / 2
+        if mask is not None:  # a task without a loss in this batch says nothing about its noise
+            penalty = penalty * mask.any(dim=0)
+        return (torch.exp(-self.log_variance) * means + penalty).sum()
+
+
 # --------------------------------------------------------------------------------------------------
 # JTDS
 # --------------------------------------------------------------------------------------------------
@@ -111,8 +139,11 @@ class MonoJoint(MonoHyperNet):
         loss_w, loss_b      u, c (K,) adaptive pass filters      uniform in [0, 0.05]; 0
         task_prior          t (K,)    task relation vector       1
 
-    Args: ``input_dim`` is K, ``feature_dim`` is d. The remaining arguments belong to the other
-    schedulers; they are accepted so that all can be built by one call, and have no effect.
+    Args: ``input_dim`` is K, ``feature_dim`` is d. ``factors``: those that are learned, for
+    ablations; a factor left out has no parameters and stays what all three are at the start, where
+    features and losses do not count yet: softplus(0), sigmoid(0), softplus(1). The remaining
+    arguments belong to the other schedulers; they are accepted so that all can be built by one
+    call, and have no effect.
     """
 
     def __init__(
@@ -128,21 +159,36 @@ class MonoJoint(MonoHyperNet):
         K=2,
         init_lower=0.0,
         init_upper=1.0,
+        *,
+        factors=FACTORS,
     ):
         super().__init__(main_task, input_dim)
-        self.feature_sel = nn.Linear(feature_dim, input_dim)
-        self.task_prior = nn.Parameter(torch.ones(input_dim))
-        self.loss_w = nn.Parameter(torch.empty(input_dim).uniform_(0.0, 0.05))
-        self.loss_b = nn.Parameter(torch.zeros(input_dim))
-        nn.init.uniform_(self.feature_sel.weight, -0.05, 0.05)
-        nn.init.zeros_(self.feature_sel.bias)
+        unknown = set(factors) - set(FACTORS)
+        if unknown or not factors:
+            raise ValueError(f"factors must be some of {FACTORS}, not {tuple(factors)}")
+        self.learned = tuple(name for name in FACTORS if name in factors)
+        if "feature" in self.learned:
+            self.feature_sel = nn.Linear(feature_dim, input_dim)
+        if "task" in self.learned:
+            self.task_prior = nn.Parameter(torch.ones(input_dim))
+        if "loss" in self.learned:
+            self.loss_w = nn.Parameter(torch.empty(input_dim).uniform_(0.0, 0.05))
+            self.loss_b = nn.Parameter(torch.zeros(input_dim))
+        if "feature" in self.learned:
+            nn.init.uniform_(self.feature_sel.weight, -0.05, 0.05)
+            nn.init.zeros_(self.feature_sel.bias)
 
     def factors(self, features, losses, mask=None):
         """The three factors of the schedule: feature (B, K), loss (B, K), task (K,)."""
-        z = standardise(losses.detach(), mask)
-        feature_factor = F.softplus(self.feature_sel(features.detach()))
-        loss_factor = torch.sigmoid(self.loss_w * z + self.loss_b)
-        return feature_factor, loss_factor, F.softplus(self.task_prior)
+        feature = loss = torch.zeros_like(losses.detach())
+        task = torch.ones_like(losses[0].detach())
+        if "feature" in self.learned:
+            feature = self.feature_sel(features.detach())
+        if "loss" in self.learned:
+            loss = self.loss_w * standardise(losses.detach(), mask) + self.loss_b
+        if "task" in self.learned:
+            task = self.task_prior
+        return F.softplus(feature), torch.sigmoid(loss), F.softplus(task)
 
     def schedule(self, features, losses, mask=None):
         """The schedule W (B, K); differentiable in the scheduler, constant in the model."""

@@ -7,12 +7,14 @@ only code.
 from collections.abc import Callable
 from typing import NamedTuple
 
+from auxilearn.gradient_cosine import GradientCosine
 from auxilearn.hypernet import (
     Identity,
     MonoJoint,
     MonoLinearHyperNet,
     MonoNonlinearHyperNet,
     Naive_hyper,
+    Uncertainty,
 )
 
 
@@ -23,38 +25,51 @@ class Problem(NamedTuple):
     feature_dim: int  # d
     samples: int  # size of the training set
     hidden_sizes: list[int]  # of the monotone network
+    factors: list[str]  # of JTDS's schedule, those that are learned
+    weighted_cosines: bool  # of the two versions of gcs
+
+
+UPPER, LOWER = "upper", "lower"
 
 
 class Method(NamedTuple):
-    """``bilevel``: has an upper level, which trains on the development set. ``auxiliary``: uses the
-    auxiliary tasks. ``build``: ``Problem`` -> scheduler."""
+    """``build``: ``Problem`` -> scheduler. ``learned``: the level whose optimiser trains the
+    scheduler, upper (by hypergradients on the development set) or lower (with the task model), or
+    None. ``auxiliary``: uses the auxiliary tasks. ``fine_tuned``: training ends on the development
+    set."""
 
     title: str
     paper: str
-    bilevel: bool
+    learned: str | None
     auxiliary: bool
     build: Callable[[Problem], object]
+    fine_tuned: bool = False
+
+    @property
+    def bilevel(self):
+        """Whether there is an upper level."""
+        return self.learned == UPPER
 
 
 METHODS = {
     "joint": Method(
         "JTDS: a weight per sample and task from features, losses and tasks",
         "Chen et al., ICML 2022",
-        bilevel=True,
+        learned=UPPER,
         auxiliary=True,
-        build=lambda p: MonoJoint(0, p.tasks, p.feature_dim, K=p.tasks),
+        build=lambda p: MonoJoint(0, p.tasks, p.feature_dim, K=p.tasks, factors=p.factors),
     ),
     "naive": Method(
         "N-JTDS: a free weight per training sample and task",
         "Chen et al., ICML 2022",
-        bilevel=True,
+        learned=UPPER,
         auxiliary=True,
         build=lambda p: Naive_hyper(p.samples, p.tasks),
     ),
     "task": Method(
         "AuxiLearn: a monotone network of the losses",
         "Navon et al., ICLR 2021",
-        bilevel=True,
+        learned=UPPER,
         auxiliary=True,
         build=lambda p: MonoNonlinearHyperNet(
             0, p.tasks, p.hidden_sizes, weight_normalization=False
@@ -63,21 +78,43 @@ METHODS = {
     "linear": Method(
         "one learned, non-negative weight per task",
         "Navon et al., ICLR 2021",
-        bilevel=True,
+        learned=UPPER,
         auxiliary=True,
         build=lambda p: MonoLinearHyperNet(0, p.tasks, weight_normalization=False),
     ),
     "common": Method(
         "all weights 1",
         "Caruana, Machine Learning 1997",
-        bilevel=False,
+        learned=None,
         auxiliary=True,
         build=lambda p: Identity(0, p.tasks),
+    ),
+    "common_dev": Method(
+        "all weights 1, then the target task alone on the development set",
+        "Caruana, Machine Learning 1997",
+        learned=None,
+        auxiliary=True,
+        build=lambda p: Identity(0, p.tasks),
+        fine_tuned=True,
+    ),
+    "uncertainty": Method(
+        "a weight per task from its learned noise",
+        "Kendall et al., CVPR 2018",
+        learned=LOWER,
+        auxiliary=True,
+        build=lambda p: Uncertainty(0, p.tasks),
+    ),
+    "gcs": Method(
+        "a weight per task and step from its gradient's cosine with the target's",
+        "Du et al., 2018",
+        learned=None,
+        auxiliary=True,
+        build=lambda p: GradientCosine(0, p.tasks, weighted=p.weighted_cosines),
     ),
     "single": Method(
         "target task alone",
         "no auxiliary learning",
-        bilevel=False,
+        learned=None,
         auxiliary=False,
         build=lambda p: Identity(0, p.tasks),
     ),

@@ -3,6 +3,9 @@
 lower step   Adam on theta with the gradient of the scheduled loss of a training batch
 upper step   every ``hyperstep`` lower steps: SGD on phi with the hypergradient
 epoch        accuracy on the validation set; the best checkpoint is kept, and tested at the end
+
+A method that is fine-tuned ends with passes over the development set, whose steps are lower steps
+on the target task alone.
 """
 
 import contextlib
@@ -36,7 +39,7 @@ from auxilearn.implicit_diff import (
     neumann,
     stable_alpha,
 )
-from auxilearn.methods import METHODS, Problem
+from auxilearn.methods import LOWER, METHODS, Problem
 from auxilearn.models import TaskModel, build_backbone
 from auxilearn.optim import apply_hypergradient
 from auxilearn.randomness import derived_seed
@@ -140,10 +143,17 @@ class Trainer:
         self.method = METHODS[config.method]
         self.device = torch.device(config.device)
         self.train_set = training_set_of(config, split)
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
         self.steps_per_epoch = math.ceil(len(self.train_set) / config.train_batch_size)
-        self.total_steps = config.epochs * self.steps_per_epoch
+        self.main_steps = config.epochs * self.steps_per_epoch
         if config.max_steps is not None:
-            self.total_steps = min(self.total_steps, config.max_steps)
+            self.main_steps = min(self.main_steps, config.max_steps)
+        self.total_steps = self.main_steps
+        if self.method.fine_tuned:
+            self.dev_set = sample_set(split, "dev", config.task_num)
+            self.steps_per_dev_epoch = math.ceil(len(self.dev_set) / config.aux_batch_size)
+            self.total_steps += config.dev_epochs * self.steps_per_dev_epoch
         self._build_models()
         self._build_streams()
 
@@ -167,15 +177,26 @@ class Trainer:
                 f"--solver exact builds the Hessian of at most {EXACT_LIMIT} parameters, and this "
                 f"model has {size}: use neumann, identity or cg"
             )
+        torch.manual_seed(derived_seed(config.seed, "scheduler"))
+        self.scheduler = self.method.build(
+            Problem(
+                config.task_num,
+                config.in_dim,
+                len(self.train_set),
+                config.aux_hidden_dim,
+                config.factors,
+                config.gcs == "weighted",
+            )
+        ).to(self.device)
         self.lower_optimizer = torch.optim.Adam(
             self.theta, lr=config.main_lr, weight_decay=config.w_decay
         )
-        torch.manual_seed(derived_seed(config.seed, "scheduler"))
-        self.scheduler = self.method.build(
-            Problem(config.task_num, config.in_dim, len(self.train_set), config.aux_hidden_dim)
-        ).to(self.device)
+        self.phi = list(self.scheduler.parameters())
+        self.in_lower_level = self.theta
+        if self.method.learned == LOWER:
+            self.in_lower_level = self.theta + self.phi
+            self.lower_optimizer.add_param_group({"params": self.phi, "weight_decay": 0.0})
         if self.method.bilevel:
-            self.phi = list(self.scheduler.parameters())
             self.upper_optimizer = torch.optim.SGD(
                 self.phi, lr=config.aux_lr, momentum=0.9, weight_decay=config.auxw_decay
             )
@@ -195,6 +216,13 @@ class Trainer:
         lower = EndlessBatches(len(self.train_set), config.train_batch_size, config.seed, "lower")
         self.lower_batches = self._stream(self.train_set, lower, "lower", augment=True)
         self.valid_batches = self._evaluation_stream("valid")
+        if self.method.fine_tuned:
+            order = EndlessBatches(
+                len(self.dev_set), config.aux_batch_size, config.seed, "fine-tuning"
+            )
+            self.fine_tuning_batches = self._stream(
+                self.dev_set, order, "fine-tuning", augment=True, workers=1
+            )
         if not self.method.bilevel:
             return
         upper = EndlessBatches(len(self.train_set), config.train_batch_size, config.seed, "upper")
@@ -270,7 +298,11 @@ class Trainer:
         self.start = time.perf_counter()
         done = self._restored(state) if state else 0
         with StopRequest() as stop, self._progress_bar(done) as bar:
-            lower_batches = self.lower_batches.after(done)
+            lower_iterator = self.lower_batches.after(done)
+            if self.method.fine_tuned:
+                fine_tuning_iterator = self.fine_tuning_batches.after(
+                    max(0, done - self.main_steps)
+                )
             if self.method.bilevel:
                 upper = done // config.hyperstep
                 self.upper_iterator = self.upper_batches.after(
@@ -278,8 +310,11 @@ class Trainer:
                 )
                 self.dev_iterator = self.dev_batches.after(upper * config.n_meta_loss_accum)
             for step in range(done + 1, self.total_steps + 1):
+                fine_tuning = step > self.main_steps
+                if step == self.main_steps + 1:
+                    self._start_fine_tuning()
                 clock = time.perf_counter()
-                batch = next(lower_batches)
+                batch = next(fine_tuning_iterator if fine_tuning else lower_iterator)
                 window.data_seconds += time.perf_counter() - clock
                 self._lower_step(step, batch, window)
                 if step == 1 or step % config.log_every == 0 or step == self.total_steps:
@@ -292,7 +327,7 @@ class Trainer:
                         self.history.write(step)
                     self._upper_step(step, bar)
                 bar.update()
-                epoch_ends = step % self.steps_per_epoch == 0 or step == self.total_steps
+                epoch_ends = self._epoch_ends(step)
                 if epoch_ends:
                     self._finish_epoch(step, bar)
                 stopping = self.ranks.total(stop.signal is not None)[0]
@@ -360,21 +395,41 @@ class Trainer:
         return ScheduleHistory.of_run(self.record.directory, self.split, self.train_set, corrupted)
 
     def _epoch(self, step):
-        return (step - 1) // self.steps_per_epoch + 1
+        """The epoch of a step, from 1; those of fine-tuning are counted on."""
+        if step <= self.main_steps:
+            return (step - 1) // self.steps_per_epoch + 1
+        fine_tuned = step - self.main_steps
+        return self._epoch(self.main_steps) + (fine_tuned - 1) // self.steps_per_dev_epoch + 1
+
+    def _epoch_ends(self, step):
+        last = step in (self.main_steps, self.total_steps)
+        return last or self._epoch(step + 1) > self._epoch(step)
+
+    def _start_fine_tuning(self):
+        """Go back to the best checkpoint, with a fresh optimiser."""
+        self._load_best()
+        self.lower_optimizer = torch.optim.Adam(
+            self.theta, lr=self.config.dev_lr, weight_decay=self.config.w_decay
+        )
 
     def _lower_step(self, step, batch, window):
         clock = time.perf_counter()
         self.model.train()
-        outputs = self.lower_model(batch)
-        loss = scheduled_loss(self.scheduler, outputs)
+        if step > self.main_steps:
+            outputs = self.lower_model(batch)
+            loss = outputs.losses[:, 0].mean()
+        else:
+            self.scheduler.before_lower_step(self.model, batch, self._average)
+            outputs = self.lower_model(batch)
+            loss = scheduled_loss(self.scheduler, outputs)
         value = loss.item()
         if not math.isfinite(value):
             self._diverged(step, f"the scheduled training loss is {value}")
         self.lower_optimizer.zero_grad()
         if self.history:
             self.history.watch(outputs)
-        loss.backward(inputs=self.theta)
-        self.ranks.average_gradients(self.theta, len(batch.sample_id))
+        loss.backward(inputs=self.in_lower_level)
+        self.ranks.average_gradients(self.in_lower_level, len(batch.sample_id))
         self.lower_optimizer.step()
         window.add(value, outputs, batch)
         with torch.no_grad():
@@ -496,10 +551,13 @@ class Trainer:
             self.best["hash"] = file_hash
         self._say(f"epoch {epoch}, step {step}: validation accuracy {accuracy:.4f}", bar)
 
-    def _finish(self, seconds):
+    def _load_best(self):
         if self.ranks.first:
             self.model.load_state_dict(self.record.load_best(self.best["hash"])["model"])
         self.ranks.same_as_first([p.data for p in self.theta] + list(self.model.buffers()))
+
+    def _finish(self, seconds):
+        self._load_best()
         test_accuracy = evaluate(self.model, self._evaluation_stream("test"), self.ranks)
         config = self.config
         summary = {

@@ -85,10 +85,10 @@ class UpperLevel:
             operators = self._operators(problem)
             hypergrads, solution = hypergradient(v, operators.hvp, operators.mixed, self.solver)
         except (NotImplementedError, RuntimeError) as error:
-            if self._operators is DoubleBackwardOperators or not _lacks_forward_mode(error):
+            if self._operators is DoubleBackwardOperators or not lacks_forward_mode(error):
                 raise
             warnings.warn(
-                f"{_lacks_forward_mode(error)} has no forward-mode derivative: hypergradients "
+                f"{lacks_forward_mode(error)} has no forward-mode derivative: hypergradients "
                 "fall back to double backward, which is slower",
                 stacklevel=2,
             )
@@ -110,17 +110,19 @@ class UpperLevel:
         return loss.item(), v
 
 
-class _Problem:
-    """What stays fixed in one upper step, and the model as a function of theta."""
+class ModelFunction:
+    """A task model as a function of its parameters theta; its own state stays untouched.
 
-    def __init__(self, model, scheduler, train_batches, seed, average):
+    theta: {name: tensor} of the parameters that ``keep`` (callable name -> bool) accepts.
+    """
+
+    def __init__(self, model, keep=lambda name: True):
         self.model = model
-        self.scheduler = scheduler
-        self.train_batches = train_batches
-        self.seed = seed
-        self.average = average
-        self.theta = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
-        self.phi = list(scheduler.parameters())
+        self.theta = {
+            name: p.detach()
+            for name, p in model.named_parameters()
+            if p.requires_grad and keep(name)
+        }
 
     def named(self, vector):
         return dict(zip(self.theta, vector, strict=True))
@@ -129,11 +131,36 @@ class _Problem:
         return {name: value.clone().requires_grad_() for name, value in self.theta.items()}
 
     def evaluate(self, theta, batch):
-        """``TaskLosses`` of ``batch`` at ``theta``; the model's own state stays untouched."""
+        """``TaskLosses`` of ``batch`` at ``theta``."""
         # Cloned here, inside whatever transform is active: torch.func refuses in-place updates of
         # tensors that come from outside it.
         buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
         return functional_call(self.model, theta | buffers, (batch,))
+
+    def directional_derivative(self, vector, batch):
+        """(``TaskLosses`` without graph, D (B, K)): D = d/de L(theta + e vector), forward mode."""
+
+        def losses_and_rest(theta):
+            outputs = self.evaluate(theta, batch)._asdict()
+            return outputs.pop("losses"), {k: v for k, v in outputs.items() if v is not None}
+
+        with torch.no_grad(), FastBatchNorm():
+            losses, derivative, rest = jvp(
+                losses_and_rest, (self.theta,), (self.named(vector),), has_aux=True
+            )
+        return TaskLosses(losses, **rest), derivative
+
+
+class _Problem(ModelFunction):
+    """What stays fixed in one upper step, and the model as a function of theta."""
+
+    def __init__(self, model, scheduler, train_batches, seed, average):
+        super().__init__(model)
+        self.scheduler = scheduler
+        self.train_batches = train_batches
+        self.seed = seed
+        self.average = average
+        self.phi = list(scheduler.parameters())
 
     def training_mean(self, function):
         """Mean of ``function`` over the training batches of all processes."""
@@ -143,7 +170,7 @@ class _Problem:
         """Mean over batches of a function that gives a list of tensors, under fixed randomness."""
         total = None
         for number, batch in enumerate(batches):
-            with _seeded(self.seed + number, self.theta.values()):
+            with seeded(self.seed + number, self.theta.values()):
                 values = function(batch)
             total = values if total is None else [t + v for t, v in zip(total, values, strict=True)]
             del values
@@ -184,20 +211,10 @@ class ForwardModeOperators:
         """d/dphi <df/dtheta, p>, a list shaped like phi."""
         problem = self.problem
 
-        def losses_and_rest(theta, batch):
-            outputs = problem.evaluate(theta, batch)._asdict()
-            return outputs.pop("losses"), {k: v for k, v in outputs.items() if v is not None}
-
         def product(batch):
-            with torch.no_grad(), FastBatchNorm():
-                losses, derivative, rest = jvp(
-                    lambda theta: losses_and_rest(theta, batch),
-                    (problem.theta,),
-                    (problem.named(p),),
-                    has_aux=True,
-                )
-            losses.requires_grad_()
-            loss = scheduled_loss(problem.scheduler, TaskLosses(losses, **rest))
+            outputs, derivative = problem.directional_derivative(p, batch)
+            losses = outputs.losses.requires_grad_()
+            loss = scheduled_loss(problem.scheduler, outputs)
             (slope,) = gradients(loss, [losses], create_graph=True)  # dS/dL (phi), (B, K)
             return gradients(torch.sum(slope * derivative), problem.phi)
 
@@ -229,7 +246,7 @@ class DoubleBackwardOperators:
         return self._product(p, 1)
 
 
-def _lacks_forward_mode(error):
+def lacks_forward_mode(error):
     """The name of the operator that ``error`` says has no forward mode, or None."""
     text = str(error)
     match = re.search(r"forward AD with (\S+)", text)
@@ -254,7 +271,7 @@ def _frozen(parameters):
 
 
 @contextlib.contextmanager
-def _seeded(seed, tensors):
+def seeded(seed, tensors):
     """Global random generators seeded with ``seed`` for a while, then put back."""
     devices = sorted({t.device.index for t in tensors if t.device.type == "cuda"})
     with torch.random.fork_rng(devices=devices):

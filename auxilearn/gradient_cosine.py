@@ -1,0 +1,134 @@
+"""Auxiliary tasks weighted by how well their gradients agree with the target's.
+
+Y. Du, W. M. Czarnecki, S. M. Jayakumar, M. Farajtabar, R. Pascanu, B. Lakshminarayanan, "Adapting
+Auxiliary Losses Using Gradient Similarity", 2018. With G_k the gradient of task k's mean loss in
+the parameters that all tasks share, and cos_k the cosine of G_k and the target's G_0:
+
+    weighted     sum_k max(0, cos_k) L_k         needs every norm |G_k|: a backward pass per task
+    unweighted   sum of the L_k with cos_k >= 0  needs signs of <G_k, G_0> alone
+
+All K products <G_k, G_0> together are the directional derivative of the losses along G_0: one
+backward and one forward-mode pass, whatever the number of tasks. The target's weight is 1.
+"""
+
+import contextlib
+import warnings
+
+import torch
+
+from auxilearn.hypernet import HyperNet, masked_column_means
+from auxilearn.implicit_diff import gradients
+from auxilearn.upper_level import ModelFunction, lacks_forward_mode
+
+CHUNK = 1 << 26  # numbers in the gradients of the tasks that are taken together
+
+
+class GradientCosine(HyperNet):
+    """A weight per task, renewed before every lower step; nothing is learned.
+
+    Args:
+        weighted: which of the two versions above.
+        shared: callable (name of a parameter) -> whether the tasks share it.
+
+    ``weights`` (K,) are those of the last call of ``before_lower_step``, 1 before the first.
+    A cosine with a gradient of zero counts as 0.
+    """
+
+    def __init__(
+        self,
+        main_task,
+        input_dim,
+        weighted=False,
+        shared=lambda name: not name.startswith("heads."),
+    ):
+        super().__init__(main_task, input_dim)
+        self.weighted = weighted
+        self.shared = shared
+        self.register_buffer("weights", torch.ones(input_dim))
+        self._forward_mode = True
+
+    def before_lower_step(self, model, batch, average):
+        """Set ``weights`` from the gradients of ``model`` on ``batch``, which it leaves as it is.
+
+        Dropout draws the masks that it will draw in the step itself.
+        """
+        function = ModelFunction(model, keep=self.shared)
+        if self.weighted:
+            products, norms = self._products_and_norms(function, batch, average)
+            scale = norms * norms[self.main_task]
+            weights = torch.where(scale > 0, products / scale, 0.0).clamp(min=0)
+        else:
+            weights = (self._products(function, batch, average) >= 0).to(self.weights)
+        weights[self.main_task] = 1.0
+        self.weights.copy_(weights)
+
+    def _products(self, function, batch, average):
+        """<G_k, G_0> for all tasks, shape (K,)."""
+        if self._forward_mode:
+            try:
+                return self._forward_products(function, batch, average)
+            except (NotImplementedError, RuntimeError) as error:
+                operator = lacks_forward_mode(error)
+                if not operator:
+                    raise
+                warnings.warn(
+                    f"{operator} has no forward-mode derivative: gradient cosines take a backward "
+                    "pass per task, which is slower",
+                    stacklevel=2,
+                )
+                self._forward_mode = False
+        return self._products_and_norms(function, batch, average)[0]
+
+    def _forward_products(self, function, batch, average):
+        with _same_draws(function):
+            leaves = function.leaves()
+            outputs = function.evaluate(leaves, batch)
+            loss = masked_column_means(outputs.losses, outputs.mask)[self.main_task]
+            target = average(gradients(loss, list(leaves.values())), [batch])
+            del outputs, loss
+        with _same_draws(function):
+            outputs, derivative = function.directional_derivative(target, batch)
+        return average([masked_column_means(derivative, outputs.mask)], [batch])[0]
+
+    def _products_and_norms(self, function, batch, average):
+        """<G_k, G_0> and |G_k| for all tasks, both (K,), by a backward pass per task."""
+        with _same_draws(function):
+            leaves = function.leaves()
+            outputs = function.evaluate(leaves, batch)
+            means = masked_column_means(outputs.losses, outputs.mask)
+        leaves = list(leaves.values())
+        chunk = max(1, CHUNK // sum(leaf.numel() for leaf in leaves))
+        directions = torch.eye(len(means), dtype=means.dtype, device=means.device)
+        order = [self.main_task, *(k for k in range(len(means)) if k != self.main_task)]
+        products, squares = torch.zeros_like(means.detach()), torch.zeros_like(means.detach())
+        target = None
+        for start in range(0, len(order), chunk):
+            tasks = order[start : start + chunk]
+            some = torch.autograd.grad(
+                means,
+                leaves,
+                directions[tasks],
+                retain_graph=True,
+                allow_unused=True,
+                is_grads_batched=True,
+            )
+            some = [
+                leaf.new_zeros((len(tasks), *leaf.shape)) if g is None else g
+                for g, leaf in zip(some, leaves, strict=True)
+            ]
+            some = [g.flatten(1) for g in average(some, [batch])]
+            target = target or [g[0] for g in some]
+            products[tasks] = sum(g @ t for g, t in zip(some, target, strict=True))
+            squares[tasks] = sum(g.square().sum(dim=1) for g in some)
+        return products, squares.sqrt()
+
+    def forward(self, losses, outputs=None, labels=None, data=None, *, mask=None):
+        return (self.weights * masked_column_means(losses, mask)).sum()
+
+
+@contextlib.contextmanager
+def _same_draws(function):
+    """Random numbers go on from where they are, and are put back there afterwards."""
+    devices = {p.device.index for p in function.theta.values() if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices=sorted(devices)):
+        yield

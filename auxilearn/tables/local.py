@@ -1,0 +1,126 @@
+"""Training runs side by side on this machine.
+
+Every run is a process of its own, forked from one that has imported PyTorch already: that saves
+seconds a run, which is much of a short one, and changes no result. It does what its command line
+does.
+"""
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import NamedTuple
+
+from auxilearn.errors import Interrupted, UserError, run_script
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+class Outcome(NamedTuple):
+    """How a job ended.
+
+    ``code``: exit code of the training run (negative: killed by that signal), or None where a
+    scheduler of the cluster ended the job. ``state``: COMPLETED if there is an exit code; else the
+    cluster's state (CANCELLED, NODE_FAIL, OUT_OF_MEMORY, ...), with a reason where there is one.
+    """
+
+    code: int | None
+    state: str = "COMPLETED"
+
+    @property
+    def finished(self):
+        return self.code == 0
+
+    def __str__(self):
+        if self.code is None:
+            return f"Slurm: {self.state}"
+        if self.code == -signal.SIGKILL:
+            return "killed by SIGKILL, as happens where memory runs out"
+        if self.code < 0:
+            return f"killed by {signal.Signals(-self.code).name}"
+        return f"exit code {self.code}"
+
+
+def launch(jobs, count, gpus=()):
+    """Run ``jobs``, at most ``count`` at a time. Yields (job, Outcome), as they finish.
+
+    Args:
+        jobs: have ``argv`` (flags of train_bilevel.py) and ``log`` (file, appended to).
+        gpus: numbers of the GPUs, dealt out evenly; empty leaves CUDA_VISIBLE_DEVICES as it is.
+
+    Where the caller is interrupted (Ctrl-C, SIGTERM) or killed, the runs end after their step, with
+    a checkpoint. Raises Interrupted for SIGTERM.
+    """
+    context = multiprocessing.get_context("forkserver")
+    # The server starts in the current folder; what it imports ahead must be found from any.
+    path = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = f"{ROOT}{os.pathsep}{path}" if path else str(ROOT)
+    context.set_forkserver_preload(["auxilearn.trainer"])
+    waiting, running = list(jobs), {}
+    before = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        while waiting or running:
+            while waiting and len(running) < count:
+                job = waiting.pop(0)
+                gpu = _least_used(gpus, running.values())
+                process = context.Process(target=_run, args=(job.argv, str(job.log), gpu))
+                process.start()
+                running[process.sentinel] = (process, job, gpu)
+            for sentinel in wait(list(running)):
+                process, job, _ = running.pop(sentinel)
+                process.join()
+                yield job, Outcome(process.exitcode)
+    finally:
+        for process, _, _ in running.values():
+            process.terminate()
+        for process, _, _ in running.values():
+            process.join()
+        signal.signal(signal.SIGTERM, before)
+
+
+def _interrupt(*_):
+    raise Interrupted("stopped; the same command goes on from here", 143)
+
+
+def _least_used(gpus, running):
+    used = [gpu for _, _, gpu in running]
+    return min(gpus, key=used.count, default=None)
+
+
+def _run(argv, log, gpu):
+    """What a process does: ``python train_bilevel.py ARGV...`` with its output in ``log``."""
+    from auxilearn.config import parse
+    from auxilearn.trainer import train
+
+    if gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(gpu)
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.close(output)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    sys.argv = ["train_bilevel.py", *argv]
+    run_script(lambda: train(parse()))
+
+
+def _end_with_parent():
+    """End after the step if the sweep was killed, so that the next one can go on with the run."""
+    wait([multiprocessing.parent_process().sentinel])
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def usable_cores():
+    """The number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def check_gpus(gpus):
+    """Raises UserError where a number in ``gpus`` is not that of a GPU here."""
+    import torch
+
+    for gpu in gpus:
+        if not 0 <= gpu < torch.cuda.device_count():
+            raise UserError(f"--gpus {gpu}: there are {torch.cuda.device_count()} GPUs here")

@@ -1,0 +1,148 @@
+"""What the paper's tables consist of: data sets, settings, methods. Nothing here runs anything.
+
+A cell of a table is a *row* (a method), under a *setting* (how labels are given), on a *data set*,
+averaged over *seeds*. All three are written as flags of train_bilevel.py, so a cell is a command.
+"""
+
+from typing import NamedTuple
+
+TARGET_ONLY, BASELINE, SCHEDULE, ABLATION = "target task only", "baseline", "schedule", "ablation"
+
+
+class Row(NamedTuple):
+    """A method as a row. ``kind``: one of the four above; a baseline is what is to be beaten."""
+
+    title: str
+    kind: str
+    flags: tuple
+
+
+ROWS = {
+    "single": Row("Single task", TARGET_ONLY, ("--method", "single")),
+    "common": Row("Equal weights", BASELINE, ("--method", "common")),
+    "common_tuned": Row("Equal weights, aux_weight tuned", BASELINE, ("--method", "common")),
+    "common_dev": Row("Equal weights, development set", BASELINE, ("--method", "common_dev")),
+    "uncertainty": Row("Uncertainty", BASELINE, ("--method", "uncertainty")),
+    "gcs": Row("Gradient cosine", BASELINE, ("--method", "gcs")),
+    "linear": Row("AuxiLearn, linear", BASELINE, ("--method", "linear")),
+    "task": Row("AuxiLearn, network", BASELINE, ("--method", "task")),
+    "naive": Row("N-JTDS", SCHEDULE, ("--method", "naive")),
+    "joint": Row("JTDS", SCHEDULE, ("--method", "joint")),
+}
+for _factors in ("task", "feature", "loss", "feature loss", "feature task", "loss task"):
+    ROWS["joint_" + _factors.replace(" ", "_")] = Row(
+        f"JTDS, {_factors.replace(' ', ' and ')} factor alone",
+        ABLATION,
+        ("--method", "joint", "--factors", *_factors.split()),
+    )
+
+
+class Setting(NamedTuple):
+    """How the target task is labelled. ``rate``: share of corrupted labels; None: no such axis."""
+
+    title: str
+    flags: tuple
+    rate: float | None
+
+
+SETTINGS = {
+    "supervised": Setting("supervised", (), 0.0),
+    "semi": Setting("5 labels per class", ("--labeled_per_class", "5"), None),
+}
+for _rate in (0.2, 0.4, 0.6):
+    SETTINGS[f"corrupted_{_rate}"] = Setting(
+        f"{_rate:.0%} corrupted", ("--corrupted", "1", "--corrupted_rate", str(_rate)), _rate
+    )
+
+
+class Table(NamedTuple):
+    """A table of the paper; ``settings`` are its columns."""
+
+    title: str
+    settings: tuple
+
+
+TABLES = {
+    "table2": Table("Supervised", ("supervised",)),
+    "table3": Table("Semi-supervised", ("semi",)),
+    "table4": Table("Corrupted labels", ("corrupted_0.2", "corrupted_0.4", "corrupted_0.6")),
+}
+
+
+class DataSet(NamedTuple):
+    """``generate``: what data_preprocess.py is asked to write, or None where data must be there.
+
+    ``flags``: of all its runs. Rows without tuned hyper-parameters train with these alone.
+    """
+
+    title: str
+    generate: str | None
+    flags: tuple
+
+
+_SMALL = ("--backbone", "convnet", "--in_dim", "128", "--main_lr", "2e-3", "--num_workers", "0")
+DATASETS = {
+    "cub": DataSet(
+        "CUB-200-2011",
+        None,
+        ("--epochs", "100", "--train_batch_size", "64", "--aux_lr", "1e-2", "--auxw_decay", "5e-5"),
+    ),
+    "mini": DataSet(
+        "embedded miniature",
+        "mini",
+        (*_SMALL, "--threads", "1", "--image_size", "24", "--epochs", "10")
+        + ("--hyperstep", "10", "--aux_batch_size", "20", "--dev_epochs", "10"),
+    ),
+    "digits": DataSet(
+        "scanned digits",
+        "digits",
+        (*_SMALL, "--threads", "1", "--image_size", "16", "--epochs", "12")
+        + ("--hyperstep", "5", "--aux_batch_size", "10", "--dev_epochs", "10"),
+    ),
+}
+# Where a row of the paper was run with other settings than the rest.
+PAPER_FLAGS = {("cub", "naive"): ("--aux_weight", "0.1", "--auxw_decay", "5e-3")}
+
+# --------------------------------------------------------------------------------------------------
+# Tuning: on validation accuracy, the same number of candidates for every row
+# --------------------------------------------------------------------------------------------------
+
+_RATES = tuple({"main_lr": rate} for rate in (5e-4, 1e-3, 2e-3, 3e-3, 5e-3, 1e-2))
+
+
+def _each(*choices):
+    return tuple({"main_lr": rate, **choice} for rate in (2e-3, 5e-3) for choice in choices)
+
+
+_AUX_WEIGHTS = _each({"aux_weight": 1.0}, {"aux_weight": 0.3}, {"aux_weight": 0.1})
+_SCHEDULES = _each(
+    {"aux_weight": 1.0, "aux_lr": 3e-3},
+    {"aux_weight": 0.3, "aux_lr": 3e-3},
+    {"aux_weight": 0.3, "aux_lr": 1e-2},
+)
+CANDIDATES = {
+    "single": _RATES,
+    "common": _RATES,
+    "common_tuned": _each({"aux_weight": 0.3}, {"aux_weight": 0.1}, {"aux_weight": 0.03}),
+    "common_dev": _each(
+        {"aux_weight": 1.0, "dev_lr": 1e-4},
+        {"aux_weight": 0.3, "dev_lr": 1e-4},
+        {"aux_weight": 0.3, "dev_lr": 1e-3},
+    ),
+    "uncertainty": _AUX_WEIGHTS,
+    "gcs": _AUX_WEIGHTS,
+    "linear": _SCHEDULES,
+    "task": _SCHEDULES,
+    "naive": _each(
+        {"aux_weight": 1.0, "aux_lr": 3e-2},
+        {"aux_weight": 0.3, "aux_lr": 3e-2},
+        {"aux_weight": 0.3, "aux_lr": 3e-1},
+    ),
+    "joint": _SCHEDULES,
+}
+TUNED_ON = {"table2": "supervised", "table3": "semi", "table4": "corrupted_0.4"}
+
+
+def tuned_as(row):
+    """The row whose hyper-parameters ``row`` takes: an ablation those of the full schedule."""
+    return "joint" if ROWS[row].kind == ABLATION else row

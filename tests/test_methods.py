@@ -1,0 +1,299 @@
+"""The baselines' numbers: uncertainty weights, gradient cosines, ablated schedules, fine-tuning."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from auxilearn.config import resolve
+from auxilearn.data.cub import load_split
+from auxilearn.gradient_cosine import GradientCosine
+from auxilearn.hypernet import FACTORS, MonoJoint, Uncertainty, standardise
+from auxilearn.models import Batch, ConvNet, TaskModel
+from auxilearn.record import RunRecord
+from auxilearn.trainer import Trainer
+
+
+@pytest.fixture(autouse=True)
+def in_float64():
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)
+
+
+# --------------------------------------------------------------------------------------------------
+# Uncertainty
+# --------------------------------------------------------------------------------------------------
+
+
+def test_uncertainty_is_the_papers_sum():
+    scheduler = Uncertainty(0, 3)
+    assert scheduler(torch.ones(2, 3)).item() == 3  # at the start: the plain sum of the means
+    s = torch.tensor([0.3, -1.2, 0.7])
+    scheduler.log_variance.data = s
+    losses = torch.rand(5, 3)
+    expected = sum(math.exp(-s[k]) * losses[:, k].mean().item() + s[k].item() / 2 for k in range(3))
+    assert scheduler.scheduled_loss(losses).item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_uncertainty_is_least_where_the_variance_is_twice_the_loss():
+    # d/ds exp(-s) L + s / 2 = 0 at exp(s) = 2 L.
+    losses = torch.rand(4, 3) + 0.1
+    scheduler = Uncertainty(0, 3)
+    scheduler.log_variance.data = (2 * losses.mean(dim=0)).log()
+    scheduler(losses).backward()
+    assert scheduler.log_variance.grad.abs().max() < 1e-14
+
+
+def test_uncertainty_learns_nothing_from_a_task_without_losses():
+    losses, mask = torch.rand(4, 2), torch.tensor([[False, True]]).expand(4, 2)
+    losses[:, 0] = math.nan
+    scheduler = Uncertainty(0, 2)
+    loss = scheduler(losses, mask=mask)
+    loss.backward()
+    assert loss.item() == pytest.approx(losses[:, 1].mean().item())
+    assert scheduler.log_variance.grad[0] == 0
+    assert scheduler.log_variance.grad[1] != 0
+
+
+def test_uncertainty_is_trained_with_the_model_and_does_not_decay(tiny_config):
+    torch.set_default_dtype(torch.float32)
+    trainer = trainer_of(tiny_config(method="uncertainty", main_lr=0.1, w_decay=0.5))
+    shrunk, kept = trainer.lower_optimizer.param_groups
+    assert (shrunk["weight_decay"], kept["weight_decay"]) == (0.5, 0.0)
+    assert [p is trainer.scheduler.log_variance for p in kept["params"]] == [True]
+    means = trainer.model(next(iter(trainer.lower_batches))).losses.mean(dim=0)
+    fit(trainer, tiny_config().record_dir, steps=1)
+    # Adam's first step is the learning rate against the gradient's sign, of 1 / 2 - mean loss.
+    expected = 0.1 * torch.sign(means - 0.5)
+    torch.testing.assert_close(trainer.scheduler.log_variance.data, expected, rtol=0, atol=1e-4)
+
+
+# --------------------------------------------------------------------------------------------------
+# Gradient cosines
+# --------------------------------------------------------------------------------------------------
+
+COUNTS = [4, 2, 2, 3, 2, 2]
+
+
+def cosine_problem(masked=False, dropout=0.0):
+    torch.manual_seed(0)
+    backbone = nn.Sequential(ConvNet(6, widths=(4, 5)), nn.Dropout(dropout))
+    model = TaskModel(backbone, 6, COUNTS).double().train()
+    labels = torch.stack([torch.randint(c, (8,)) for c in COUNTS], dim=1)
+    mask = None
+    if masked:
+        mask = torch.ones(8, len(COUNTS), dtype=torch.bool)
+        mask[3:, 0] = False
+    images = torch.randint(256, (8, 3, 16, 16), dtype=torch.uint8)
+    return model, Batch(images, labels, torch.arange(8), mask)
+
+
+def task_gradients(model, batch):
+    """Gradients of every task's mean loss in the backbone, one backward pass each: (K, P)."""
+    shared = list(model.backbone.parameters())
+    losses = model(batch).losses
+    rows = []
+    for k in range(losses.shape[1]):
+        known = losses[:, k] if batch.mask is None else losses[batch.mask[:, k], k]
+        grads = torch.autograd.grad(known.mean(), shared, retain_graph=True)
+        rows.append(torch.cat([g.flatten() for g in grads]))
+    return torch.stack(rows)
+
+
+def no_average(tensors, _):
+    return tensors
+
+
+@pytest.mark.parametrize("masked", (False, True))
+def test_the_cosines_are_those_of_separate_backward_passes(masked):
+    model, batch = cosine_problem(masked)
+    gradients = task_gradients(model, batch)
+    cosines = F.cosine_similarity(gradients, gradients[:1])
+    assert 0 < (cosines < 0).sum() < len(COUNTS) - 1  # both kinds occur
+
+    weighted = GradientCosine(0, len(COUNTS), weighted=True)
+    weighted.before_lower_step(model, batch, no_average)
+    torch.testing.assert_close(weighted.weights, cosines.clamp(min=0), rtol=1e-10, atol=1e-12)
+
+    plain = GradientCosine(0, len(COUNTS))
+    plain.before_lower_step(model, batch, no_average)
+    assert plain.weights.tolist() == (cosines >= 0).double().tolist()
+
+
+def test_the_products_are_exact_in_forward_mode():
+    model, batch = cosine_problem()
+    gradients = task_gradients(model, batch)
+    from auxilearn.upper_level import ModelFunction
+
+    scheduler = GradientCosine(0, len(COUNTS))
+    function = ModelFunction(model, keep=scheduler.shared)
+    products = scheduler._forward_products(function, batch, no_average)
+    torch.testing.assert_close(products, gradients @ gradients[0], rtol=1e-10, atol=1e-13)
+
+
+def test_the_model_and_its_random_numbers_stay_as_they_are():
+    model, batch = cosine_problem(dropout=0.5)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    state = torch.get_rng_state()
+    gradients = task_gradients(model, batch)  # with the masks that the step itself will draw
+    model.load_state_dict(before)
+    torch.set_rng_state(state)
+    for weighted in (False, True):
+        scheduler = GradientCosine(0, len(COUNTS), weighted=weighted)
+        scheduler.before_lower_step(model, batch, no_average)
+        assert torch.equal(torch.get_rng_state(), state)
+        assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items())
+    cosines = F.cosine_similarity(gradients, gradients[:1])
+    torch.testing.assert_close(scheduler.weights, cosines.clamp(min=0), rtol=1e-10, atol=1e-12)
+
+
+def test_a_batch_without_target_labels():
+    # The target's gradient is 0 and so is every cosine: nothing speaks against a task, nor for it.
+    model, batch = cosine_problem(masked=True)
+    batch.mask[:, 0] = False
+    for weighted, expected in ((False, 1.0), (True, 0.0)):
+        scheduler = GradientCosine(0, len(COUNTS), weighted=weighted)
+        scheduler.before_lower_step(model, batch, no_average)
+        assert scheduler.weights.tolist() == [1.0] + [expected] * (len(COUNTS) - 1)
+
+
+class NoForwardMode(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, inputs):
+        return inputs * 2
+
+    @staticmethod
+    def backward(ctx, slope):
+        return slope * 2
+
+
+class Doubling(nn.Module):
+    def forward(self, inputs):
+        return NoForwardMode.apply(inputs)
+
+
+def test_without_forward_mode_it_takes_a_pass_per_task_and_warns_once(recwarn):
+    model, batch = cosine_problem()
+    scheduler = GradientCosine(0, len(COUNTS))
+    model.backbone = nn.Sequential(*model.backbone, Doubling())
+    signs = task_gradients(model, batch) @ task_gradients(model, batch)[0] >= 0
+    for _ in range(2):
+        scheduler.before_lower_step(model, batch, no_average)
+        assert scheduler.weights.tolist() == signs.double().tolist()
+    assert len([w for w in recwarn if "no forward-mode derivative" in str(w.message)]) == 1
+
+
+def test_the_weights_weigh_the_means():
+    scheduler = GradientCosine(0, 3)
+    scheduler.weights.copy_(torch.tensor([1.0, 0.0, 0.5]))
+    losses = torch.rand(4, 3)
+    expected = losses[:, 0].mean() + 0.5 * losses[:, 2].mean()
+    torch.testing.assert_close(scheduler.scheduled_loss(losses), expected)
+
+
+# --------------------------------------------------------------------------------------------------
+# Ablations of the schedule
+# --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("factors", [("task",), ("feature",), ("loss",), ("loss", "feature")])
+def test_a_factor_left_out_is_the_constant_it_starts_at(factors):
+    torch.manual_seed(0)
+    scheduler = MonoJoint(0, 3, 5, factors=factors)
+    for p in scheduler.parameters():
+        nn.init.normal_(p)
+    features, losses = torch.randn(4, 5), torch.rand(4, 3)
+    expected = torch.ones(4, 3)
+    if "feature" in factors:
+        expected *= F.softplus(
+            features @ scheduler.feature_sel.weight.T + scheduler.feature_sel.bias
+        )
+    else:
+        expected *= math.log(2)
+    if "loss" in factors:
+        expected *= torch.sigmoid(scheduler.loss_w * standardise(losses) + scheduler.loss_b)
+    else:
+        expected *= 0.5
+    expected *= F.softplus(scheduler.task_prior) if "task" in factors else math.log(1 + math.e)
+    torch.testing.assert_close(scheduler.schedule(features, losses), expected)
+    sizes = {"feature": 3 * 6, "loss": 6, "task": 3}
+    assert sum(p.numel() for p in scheduler.parameters()) == sum(sizes[f] for f in factors)
+
+
+@pytest.mark.parametrize("factors", [(), ("losses",)])
+def test_unknown_factors_are_refused(factors):
+    with pytest.raises(ValueError, match="factors"):
+        MonoJoint(0, 3, 5, factors=factors)
+
+
+def test_all_factors_are_the_default():
+    scheduler = MonoJoint(0, 3, 5)
+    assert scheduler.learned == FACTORS
+    assert sum(p.numel() for p in scheduler.parameters()) == 3 * (5 + 4)
+
+
+# --------------------------------------------------------------------------------------------------
+# Fine-tuning on the development set
+# --------------------------------------------------------------------------------------------------
+
+
+def trainer_of(config):
+    split = load_split(config.split_dir, config.data_root)
+    return Trainer(resolve(config, split), split)
+
+
+def fit(trainer, directory, steps=None):
+    if steps is not None:
+        trainer.total_steps = trainer.main_steps = steps
+    record = RunRecord(f"{directory}/one", trainer.description())
+    try:
+        return trainer.fit(record)
+    finally:
+        record.close()
+
+
+def test_fine_tuning_is_adam_on_the_target_loss_of_the_development_set(tiny_config):
+    torch.set_default_dtype(torch.float32)
+    settings = {"method": "common_dev", "epochs": 1, "dev_epochs": 2, "dev_lr": 0.01}
+    trainer = trainer_of(tiny_config(**settings, aux_batch_size=4))
+    steps = []
+    step_of = trainer._lower_step
+
+    def watched(step, batch, window):
+        if step > trainer.main_steps:
+            steps.append((batch, {k: v.clone() for k, v in trainer.model.state_dict().items()}))
+        step_of(step, batch, window)
+
+    trainer._lower_step = watched
+    fit(trainer, tiny_config().record_dir)
+    assert len(steps) == 2  # two passes over a development set of four images in batches of four
+
+    # From the best checkpoint of training, the first step again by hand.
+    batch, start = steps[0]
+    model = trainer_of(tiny_config(**settings, aux_batch_size=4)).model
+    model.load_state_dict(start)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01, weight_decay=5e-4)
+    logits = model.train().heads.target_logits(model.features(batch.images))
+    F.cross_entropy(logits, batch.labels[:, 0]).backward()
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+    optimizer.step()
+    for name, value in steps[1][1].items():
+        torch.testing.assert_close(model.state_dict()[name], value, rtol=1e-4, atol=1e-5)
+    clean = trainer.split.labels[trainer.split.indices["dev"]]
+    assert sorted(batch.labels[:, 0].tolist()) == sorted(clean.tolist())
+
+
+def test_fine_tuning_starts_at_the_best_checkpoint(tiny_run):
+    run = tiny_run(method="common_dev", epochs=3, dev_epochs=2, dev_lr=1e-30, w_decay=0.0)
+    plain = tiny_run(method="common", epochs=3, w_decay=0.0)
+    assert run.rows_of("epoch")[:3] and len(run.rows_of("epoch")) == 5
+    for one, other in zip(run.rows_of("epoch"), plain.rows_of("epoch"), strict=False):
+        assert one["valid_accuracy"] == other["valid_accuracy"]
+    assert run.summary["test_accuracy"] == plain.summary["test_accuracy"] or (
+        run.summary["best_epoch"] > 3  # batch norm's statistics have moved all the same
+    )
