@@ -1,0 +1,458 @@
+"""The tables' sweep: jobs and their states, interruption, failure, tuning, the command line."""
+
+import csv
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import reproduce_tables
+from auxilearn.config import Config, flags_of, parse
+from auxilearn.errors import RunError, UserError
+from auxilearn.record import write_json
+from auxilearn.tables import local, sweep
+from auxilearn.tables.local import Outcome
+from auxilearn.tables.protocol import (
+    ABLATION,
+    CANDIDATES,
+    DATASETS,
+    ROWS,
+    SETTINGS,
+    TABLES,
+    TUNED_ON,
+    tuned_as,
+)
+from auxilearn.tables.tuning import Hyperparameters, trials, write_choice
+from auxilearn.trainer import train
+from tests.conftest import Run, assert_one_error_line, assert_same_run, tiny_flags
+
+ROOT = Path(__file__).parents[1]
+SHORT = shlex.join(tiny_flags(epochs=1, threads=1))
+
+
+@pytest.fixture
+def places(tiny_split, tmp_path):
+    """Words of a command line that runs tiny runs in a folder of their own."""
+    data = ["--data_root", str(tiny_split.parent / "data"), "--split_dir", str(tiny_split)]
+    return [*data, "--sweep_dir", str(tmp_path / "sweeps"), "--run_flags", SHORT, "--jobs", "2"]
+
+
+@pytest.fixture
+def job_of(tiny_split, tmp_path):
+    def make(row="single", setting="supervised", seed=1, hyperparameters=None, flags=()):
+        where = sweep.Places(tiny_split, None, tmp_path / "runs", tmp_path / "logs")
+        flags = [*tiny_flags(epochs=1, threads=1), *flags]
+        return sweep.make_job(where, "cub", row, setting, seed, hyperparameters, flags)
+
+    return make
+
+
+def train_as(job):
+    """What a launcher does, in this process."""
+    try:
+        train(job.config)
+    except UserError:
+        return Outcome(2)
+    return Outcome(0)
+
+
+# --------------------------------------------------------------------------------------------------
+# Protocol and jobs
+# --------------------------------------------------------------------------------------------------
+
+
+def test_every_row_has_the_same_number_of_candidates():
+    assert {len(CANDIDATES[tuned_as(row)]) for row in ROWS} == {6}
+    for candidates in CANDIDATES.values():
+        assert len({json.dumps(c) for c in candidates}) == 6
+
+
+def test_the_tables_have_the_papers_settings():
+    rates = [SETTINGS[name].rate for name in TABLES["table4"].settings]
+    assert rates == [0.2, 0.4, 0.6]
+    assert TABLES["table3"].settings == ("semi",)
+    assert set(TUNED_ON) == set(TABLES)
+    assert all(TUNED_ON[name] in table.settings for name, table in TABLES.items())
+    ablations = [row.flags[3:] for row in ROWS.values() if row.kind == ABLATION]
+    factors = ("task", "feature", "loss")
+    assert {frozenset(a) for a in ablations} == {
+        *(frozenset([f]) for f in factors),
+        *(frozenset(factors) - {f} for f in factors),
+    }
+
+
+@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("dataset", DATASETS)
+def test_a_job_is_a_command_that_makes_its_configuration(dataset, row, job_of, tmp_path):
+    where = sweep.Places(tmp_path / "split", None, tmp_path / "runs", tmp_path / "logs")
+    job = sweep.make_job(where, dataset, row, "corrupted_0.4", 3)
+    assert parse(job.argv) == job.config
+    words = shlex.split(job.command)
+    assert parse(words[2:]) == job.config
+    assert job.config.seed == 3
+    assert (job.config.corrupted, job.config.corrupted_rate) == (True, 0.4)
+    assert job.config.resume
+    assert job.name.endswith(job.identity)
+
+
+def test_flags_of_a_configuration_make_it_again():
+    config = Config(method="task", aux_hidden_dim=[3, 4], corrupted=True, whether_aux=False)
+    assert parse(flags_of(config)) == config
+    assert flags_of(Config()) == ["--method", "joint", "--seed", "5"]
+
+
+def test_the_identity_depends_on_what_determines_the_run_alone(job_of, tmp_path):
+    job = job_of()
+    same = sweep.make_job(
+        sweep.Places(Path("a"), Path("b"), Path("c"), Path("d")),
+        "cub",
+        "single",
+        "supervised",
+        1,
+        flags=[*tiny_flags(epochs=1, threads=1), "--num_workers", "3", "--cache", "on"],
+    )
+    assert same.identity == job.identity
+    others = [
+        job_of("common"),
+        job_of(setting="corrupted_0.2"),
+        job_of(seed=2),
+        job_of(hyperparameters={"main_lr": 0.5}),
+        job_of(flags=["--image_size", "18"]),
+    ]
+    assert len({job.identity, *(other.identity for other in others)}) == 6
+    # Two rows of one configuration share their runs.
+    assert job_of("common", hyperparameters={"aux_weight": 0.3}).name == (
+        job_of("common_tuned", hyperparameters={"aux_weight": 0.3}).name
+    )
+
+
+def test_the_states_of_a_job(job_of):
+    job = job_of()
+    assert sweep.state_of(job) == ("to do", None)
+    job.directory.mkdir(parents=True)
+    assert sweep.state_of(job) == ("incomplete", None)
+    job.failure.parent.mkdir()
+    job.failure.write_text("exit code 1\n")
+    assert sweep.state_of(job) == ("failed", None)
+    job.failure.unlink()
+    shutil.rmtree(job.directory)
+    assert train_as(job).finished
+    state, summary = sweep.state_of(job)
+    assert state == "done"
+    assert summary == Run(job.directory).summary
+    result = sweep.result_of(job, "single", "supervised")
+    assert (result.test_accuracy, result.seed) == (summary["test_accuracy"], 1)
+    assert result.command == job.command
+
+    # Not what it should be: a summary of something else, another configuration, other data.
+    write_json(job.directory / "summary.json", {"test_accuracy": 93.0, "valid_accuracy": 0.9})
+    with pytest.raises(UserError, match="not the summary of a run; remove"):
+        sweep.state_of(job)
+    write_json(job.directory / "summary.json", summary)
+    with pytest.raises(UserError, match="another configuration: its data or their split"):
+        sweep.state_of(job, fingerprint="other")
+    recorded = Run(job.directory).read("config.json")
+    recorded["config"]["main_lr"] = 0.5
+    write_json(job.directory / "config.json", recorded)
+    with pytest.raises(UserError, match=r"main_lr is 0\.5 there and 0\.0001 here"):
+        sweep.state_of(job)
+    write_json(job.directory / "config.json", ["nothing"])
+    with pytest.raises(UserError, match=r"config\.json: not written by a run"):
+        sweep.state_of(job)
+
+
+def test_a_run_that_another_process_writes_is_running(job_of):
+    job = job_of()
+    job.directory.mkdir(parents=True)
+    code = (
+        "import fcntl, sys; log = open(sys.argv[1], 'a'); fcntl.lockf(log, fcntl.LOCK_EX); "
+        "print('locked', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", code, str(job.directory / "log.txt")]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes) as process:
+        process.stdout.readline()
+        assert sweep.state_of(job) == ("running", None)
+        process.stdin.close()
+        process.wait()
+    assert sweep.state_of(job) == ("incomplete", None)
+
+
+# --------------------------------------------------------------------------------------------------
+# Running
+# --------------------------------------------------------------------------------------------------
+
+
+def test_a_failing_job_stops_no_other_and_is_tried_again(job_of, capsys):
+    good, bad = job_of(), job_of(flags=["--image_size", "18", "--task_num", "99"])
+    failed = sweep.run([bad, good, good], lambda jobs: ((job, train_as(job)) for job in jobs))
+    assert [job for job, _ in failed] == [bad]
+    assert sweep.state_of(good)[0] == "done"
+    assert sweep.state_of(bad)[0] == "failed"
+    said = capsys.readouterr().out
+    assert "2 runs: 2 to do" in said  # the job that came twice is one
+    assert "1 of 2" in said and "2 of 2" in said
+    launched = []
+
+    def launch(jobs):
+        launched.extend(jobs)
+        return iter([(job, Outcome(1)) for job in jobs])
+
+    sweep.run([bad, good], launch)
+    assert launched == [bad]
+
+
+def test_a_run_elsewhere_is_waited_for(job_of, monkeypatch):
+    job = job_of()
+    states = iter([("running", None)] * 2 + [("running", None), ("incomplete", None)])
+    done = ("done", {"test_accuracy": 0.5, "valid_accuracy": 0.5})
+    monkeypatch.setattr(sweep, "POLL", 0)
+    monkeypatch.setattr(sweep, "state_of", lambda *_: next(states, done))
+    launched = []
+
+    def launch(jobs):
+        launched.append(list(jobs))
+        return iter([(jobs[0], Outcome(0))])
+
+    assert sweep.run([job], launch) == []
+    assert launched == [[job]]
+
+
+def test_a_full_disk_is_one_line(job_of, monkeypatch):
+    def launch(jobs):
+        raise OSError(28, "No space left on device", "/somewhere")
+        yield
+
+    with pytest.raises(RunError, match="/somewhere: No space left on device; finished runs are"):
+        sweep.run([job_of()], launch)
+
+
+def test_local_runs_are_those_of_their_command_lines(job_of, tmp_path):
+    jobs = [job_of("joint", seed=1), job_of("gcs", seed=2), job_of(flags=["--task_num", "99"])]
+    for job in jobs:
+        job.logs.mkdir(exist_ok=True)
+    assert {job.name: outcome.code for job, outcome in local.launch(jobs, 2)} == {
+        jobs[0].name: 0,
+        jobs[1].name: 0,
+        jobs[2].name: 2,
+    }
+    assert "error: --task_num 99 is more than the data has" in jobs[2].log.read_text()
+    for job in jobs[:2]:
+        of_sweep = job.directory.rename(tmp_path / job.name)
+        subprocess.run(job.command, shell=True, check=True, capture_output=True)
+        assert_same_run(Run(of_sweep), Run(job.directory))
+        assert Run(of_sweep).read("config.json")["environment"]["command"][1:] == job.argv
+
+
+def table_of(folder):
+    """The table's cells, and its runs without what names the folder."""
+    with open(folder / "table4.csv", newline="") as file:
+        cells = list(csv.DictReader(file))
+    with open(folder / "table4_runs.csv", newline="") as file:
+        rows = [
+            (r["row"], r["seed"], r["test_accuracy"], r["identity"]) for r in csv.DictReader(file)
+        ]
+    return cells, rows
+
+
+def test_killed_half_way_and_continued_it_is_the_same_table(places, tmp_path, command):
+    wanted = ["table4", *places, "--methods", "single", "joint", "--seeds", "1", "2"]
+    code, out, err = command(reproduce_tables.main, *wanted)
+    assert code == 0, err
+    undisturbed = table_of(tmp_path / "sweeps/cub/tables")
+    assert len(undisturbed[1]) == 2 * 3 * 2
+    assert "12 runs: 12 to do" in out
+
+    sweeps = tmp_path / "again"
+    wanted[wanted.index("--sweep_dir") + 1] = str(sweeps)
+    line = [sys.executable, str(ROOT / "reproduce_tables.py"), *wanted]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(line, stdout=subprocess.DEVNULL, env=environment) as process:
+        deadline = time.monotonic() + 120
+        while len(list(sweeps.glob("cub/bird_record/*/*/summary.json"))) < 4:
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+    code, out, err = command(reproduce_tables.main, *wanted)
+    assert code == 0, err
+    assert "12 runs: " in out and " done" in out.splitlines()[0]
+    assert table_of(sweeps / "cub/tables") == undisturbed
+    # A finished table runs nothing.
+    code, out, err = command(reproduce_tables.main, *wanted)
+    assert out.splitlines()[0] == "12 runs: 12 done"
+
+
+def test_sigterm_ends_with_checkpoints_and_goes_on(places, tmp_path, command):
+    wanted = ["table2", *places, "--methods", "joint", "--seeds", "1", "--epochs", "500"]
+    wanted[wanted.index("--run_flags") + 1] = f"{SHORT} --epochs 500 --save_every 100000"
+    line = [sys.executable, str(ROOT / "reproduce_tables.py"), *wanted]
+    with subprocess.Popen(line, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 60
+        while not any(
+            path.stat().st_size
+            for path in tmp_path.glob("sweeps/cub/bird_record/full/*/metrics.jsonl")
+        ):
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 143
+        assert "the same command goes on from here" in process.stderr.read()
+    (run,) = tmp_path.glob("sweeps/cub/bird_record/full/*")
+    assert list(run.glob("step-*.pt"))
+    assert not (run / "summary.json").exists()
+
+
+# --------------------------------------------------------------------------------------------------
+# Tuning
+# --------------------------------------------------------------------------------------------------
+
+
+def test_the_best_mean_validation_accuracy_is_chosen(tmp_path):
+    file = tmp_path / "new/hyperparameters.json"
+    a, b, c = {"main_lr": 0.1}, {"main_lr": 0.2}, {"main_lr": 0.3}
+    outcomes = {("table2", "single"): [(a, [0.5, 0.7]), (b, [0.9, None]), (c, [0.7, 0.5])]}
+    command = "python reproduce_tables.py tune"
+    chosen = write_choice(file, "digits", outcomes, command, [7, 8], ["--epochs", "2"], "print")
+    assert chosen == {("table2", "single"): a}  # of equals the first; b lacks a run
+    content = json.loads(file.read_text())["digits"]
+    assert content["tables"]["table2"]["rows"]["single"] == {
+        "chosen": a,
+        "candidates": [
+            {**a, "valid_accuracy": 0.6},
+            {**b, "valid_accuracy": None},
+            {**c, "valid_accuracy": 0.6},
+        ],
+    }
+    outcomes = {("table4", "joint"): [(b, [0.5, 0.7])]}
+    write_choice(file, "mini", outcomes, command, [7, 8], [], "print")
+    write_choice(file, "digits", outcomes, command, [7, 8], ["--epochs", "2"], "print")
+    found = Hyperparameters(file, "digits")
+    assert found.of("table2", "single") == a
+    assert found.of("table4", "joint") == found.of("table4", "joint_task_loss"[:10]) == b
+    assert found.of("table3", "single") == {}
+    assert Hyperparameters(file, "mini").of("table4", "joint_task") == b
+    assert "on seed 7, 8" in found.note("table4")
+    # Tuning under other flags replaces what was tuned before.
+    write_choice(file, "digits", outcomes, command, [7, 8], [], "print")
+    assert Hyperparameters(file, "digits").of("table2", "single") == {}
+    with pytest.raises(UserError, match="no candidate of single in table2"):
+        write_choice(file, "digits", {("table2", "single"): [(a, [None])]}, command, [1], [], "p")
+
+
+def test_trials_are_a_row_of_equal_budget_each():
+    found = trials(["table2", "table4"], ["single", "joint", "joint_task"])
+    assert len(found) == 2 * 2 * 6  # an ablation takes what is chosen for joint
+    assert {setting for _, _, setting, _ in found} == {"supervised", "corrupted_0.4"}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        [],
+        {"digits": 3},
+        {"digits": {"tables": []}},
+        {"digits": {"tables": {"table2": {"rows": {"single": {"chosen": {"epochs": 3}}}}}}},
+        {"digits": {"tables": {"table2": {"rows": {"single": {"chosen": {"main_lr": "x"}}}}}}},
+    ],
+)
+def test_a_file_of_something_else_is_refused(content, tmp_path):
+    write_json(tmp_path / "h.json", content)
+    with pytest.raises(UserError, match=r"h\.json"):
+        Hyperparameters(tmp_path / "h.json", "digits").of("table2", "single")
+
+
+def test_tune_writes_what_the_tables_use(places, tmp_path, command):
+    file = tmp_path / "h.json"
+    shared = [*places, "--hyperparameters", str(file), "--methods", "single"]
+    code, out, err = command(reproduce_tables.main, "tune", *shared, "--seeds", "9")
+    # Table 3 needs five labelled images per class, which the tiny data set does not have.
+    assert code == 2
+    assert "no candidate of single in table3 has been trained" in err
+    assert not file.exists()
+
+
+# --------------------------------------------------------------------------------------------------
+# The command line
+# --------------------------------------------------------------------------------------------------
+
+
+def test_every_command_of_a_dry_run_runs(places, tmp_path, command):
+    wanted = ["table2", *places, "--seeds", "1", "--methods", "single", "joint_task"]
+    code, out, _ = command(reproduce_tables.main, *wanted, "--dry_run")
+    assert code == 0
+    assert not (tmp_path / "sweeps").exists()
+    lines = out.splitlines()
+    assert len(lines) == 3
+    for line in lines:
+        subprocess.run(line, shell=True, check=True, capture_output=True)
+    code, out, _ = command(reproduce_tables.main, *wanted)
+    assert out.splitlines()[0] == "2 runs: 2 done"
+
+
+def test_what_a_table_says_of_its_runs(places, tmp_path, command):
+    wanted = ["table2", *places, "--seeds", "1", "2", "--methods", "single", "common"]
+    code, out, _ = command(reproduce_tables.main, *wanted, "--collect_only")
+    assert code == 0
+    assert "0 of 4 runs are done" in out
+    code, out, _ = command(reproduce_tables.main, *wanted)
+    assert code == 0
+    runs = [Run(path) for path in (tmp_path / "sweeps/cub/bird_record/full").iterdir()]
+    with open(tmp_path / "sweeps/cub/tables/table2.csv", newline="") as file:
+        means = {row["row"]: float(row["mean"]) for row in csv.DictReader(file)}
+    for method in ("single", "common"):
+        accuracies = [r.summary["test_accuracy"] for r in runs if r.summary["method"] == method]
+        assert means[method] == pytest.approx(100 * sum(accuracies) / 2)
+    assert "4 runs on Python" in out
+    # A run that was deleted is run again, and it alone.
+    gone = runs[0].directory
+    shutil.rmtree(gone)
+    code, out, _ = command(reproduce_tables.main, *wanted)
+    assert out.splitlines()[0] == "4 runs: 3 done, 1 to do" or "1 to do, 3 done" in out
+    assert (gone / "summary.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["table5"], "invalid choice: 'table5'"),
+        (["table2", "--methods", "magic"], "invalid choice: 'magic'"),
+        (["table2", "--dataset", "imagenet"], "invalid choice: 'imagenet'"),
+        (["table2", "--seeds", "1", "1"], "expected different integers"),
+        (["table2", "--jobs", "0"], "expected an integer from 1 up"),
+        (["table2", "--run_flags", "'--epochs"], "No closing quotation"),
+        (["table2", "--run_flags=--main_lr -1"], "--main_lr must be greater than 0"),
+        (["table2", "--run_flags=--nothing 1"], "unrecognized arguments: --nothing"),
+    ],
+)
+def test_bad_input(words, part, command, tmp_path):
+    code, _, err = command(reproduce_tables.main, *words, "--sweep_dir", tmp_path / "sweeps")
+    assert code == 2
+    assert part in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "sweeps").exists()
+
+
+def test_data_that_are_not_there(command, tmp_path):
+    where = ["--data_root", tmp_path / "nothing", "--sweep_dir", tmp_path / "sweeps"]
+    code, _, err = command(reproduce_tables.main, "table2", *where)
+    assert code == 2
+    assert_one_error_line(err, tmp_path / "nothing")
+
+
+def test_a_gpu_that_is_not_there(places, command):
+    code, _, err = command(reproduce_tables.main, "table2", *places, "--gpus", "99")
+    assert code == 2
+    assert_one_error_line(err, "--gpus 99")
+
+
+def test_jobs_are_dealt_out_over_gpus():
+    assert local._least_used([], []) is None
+    assert local._least_used([3, 5], [(0, 0, 3)]) == 5
+    assert local._least_used([3, 5], [(0, 0, 5), (0, 0, 3), (0, 0, 5)]) == 3
