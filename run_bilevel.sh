@@ -4,6 +4,8 @@
 #   sh run_bilevel.sh                                       the settings below
 #   sh run_bilevel.sh --corrupted 1 --corrupted_rate 0.4    any flag of train_bilevel.py, see --help
 #   sh run_bilevel.sh --data_root /data/CUB_200_2011        CUB from another place
+#   sh run_bilevel.sh table4 --dataset mini                 a table of the paper: table2 | table3 |
+#                                                           table4 | all, see reproduce_tables.py
 #
 # Without a CUB_200_2011/ in the current folder, in this script's folder or at --data_root, the
 # embedded miniature is trained instead: other data, other folders, other settings.
@@ -15,7 +17,8 @@ corrupted=0          # 1: corrupt the training labels of the target task (the pa
 corrupted_rate=0.2   # ... each with this probability; the paper has 0.2, 0.4, 0.6
 labeled_per_class=0  # 5: semi-supervised, 5 labels per class (Table 3); 0: supervised (Table 2)
 
-method=joint         # joint (JTDS) | naive (N-JTDS) | task | linear | common | single
+method=joint         # joint (JTDS) | naive (N-JTDS) | task | linear | common | common_dev |
+                     # uncertainty | gcs | single
 seed=5
 
 # CUB-200-2011: the paper's run. naive was run with aux_weight=0.1 and auxw_decay=5e-3.
@@ -46,6 +49,12 @@ export MALLOC_TRIM_THRESHOLD_ MALLOC_TOP_PAD_ MALLOC_MMAP_MAX_ OMP_WAIT_POLICY
 
 here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
 . "$here/environment.sh"
+case ${1-} in
+table2 | table3 | table4 | all | tune)
+    find_python requirements.txt requirements-tables.txt
+    exec "$python" "$here/reproduce_tables.py" "$@"
+    ;;
+esac
 find_python requirements.txt
 
 # Two of train_bilevel.py's flags decide what is preprocessed.

@@ -23,6 +23,7 @@ TINY = {
     "epochs": 2,
     "train_batch_size": 6,
     "aux_batch_size": 3,
+    "dev_epochs": 1,
     "hyperstep": 2,
     "neumann_terms": 1,
     "log_every": 2,

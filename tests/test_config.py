@@ -118,6 +118,8 @@ def test_every_field_is_a_flag_of_its_own():
         info = field.metadata
         if info["choices"]:
             text = value = info["choices"][-1]
+            if info["many"]:
+                value = [text]
         elif info["many"]:
             text, value = "3 4", [3, 4]
         else:
