@@ -117,17 +117,17 @@ def _each(*choices):
 _AUX_WEIGHTS = _each({"aux_weight": 1.0}, {"aux_weight": 0.3}, {"aux_weight": 0.1})
 _SCHEDULES = _each(
     {"aux_weight": 1.0, "aux_lr": 3e-3},
+    {"aux_weight": 1.0, "aux_lr": 3e-4},
     {"aux_weight": 0.3, "aux_lr": 3e-3},
-    {"aux_weight": 0.3, "aux_lr": 1e-2},
 )
 CANDIDATES = {
     "single": _RATES,
     "common": _RATES,
     "common_tuned": _each({"aux_weight": 0.3}, {"aux_weight": 0.1}, {"aux_weight": 0.03}),
     "common_dev": _each(
-        {"aux_weight": 1.0, "dev_lr": 1e-4},
-        {"aux_weight": 0.3, "dev_lr": 1e-4},
-        {"aux_weight": 0.3, "dev_lr": 1e-3},
+        {"aux_weight": 1.0, "dev_lr": 1e-3, "dev_epochs": 30},
+        {"aux_weight": 0.3, "dev_lr": 1e-3, "dev_epochs": 30},
+        {"aux_weight": 0.3, "dev_lr": 1e-4, "dev_epochs": 30},
     ),
     "uncertainty": _AUX_WEIGHTS,
     "gcs": _AUX_WEIGHTS,
