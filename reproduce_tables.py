@@ -14,6 +14,7 @@ commands of its runs.
 
 import argparse
 import contextlib
+import fcntl
 import io
 import os
 import shlex
@@ -26,8 +27,8 @@ from auxilearn.errors import RunError, UserError, run_script
 from auxilearn.tables import local, slurm, sweep
 from auxilearn.tables.notes import notes
 from auxilearn.tables.protocol import DATASETS, ROWS, TABLES
-from auxilearn.tables.render import markdown, write_table
-from auxilearn.tables.tuning import Hyperparameters, trials, write_choice
+from auxilearn.tables.render import markdown, read_paper, write_table
+from auxilearn.tables.tuning import Hyperparameters, check_file, trials, write_choice
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SEEDS, TUNING_SEEDS = (1, 2, 3, 4, 5), (101,)
@@ -55,7 +56,7 @@ def parse_arguments(argv=None):
         metavar="N",
         help=f"(default: {' '.join(map(str, SEEDS))}; to tune: {' '.join(map(str, TUNING_SEEDS))})",
     )
-    add("--epochs", type=int, metavar="N", help="of every run (default: the data set's)")
+    add("--epochs", type=_positive, metavar="N", help="of every run (default: the data set's)")
     add(
         "--run_flags",
         default="",
@@ -105,9 +106,9 @@ def parse_arguments(argv=None):
     add(
         "--paper",
         type=Path,
-        default=Path(_shown(RESULTS / "paper_numbers.csv")),
         metavar="FILE",
-        help="the paper's numbers, to be filled in by hand (default: %(default)s)",
+        help="the paper's numbers, to be filled in by hand (default: "
+        f"{_shown(RESULTS / 'paper_numbers.csv')})",
     )
     add = parser.add_argument_group("how it is run").add_argument
     add("--launcher", choices=("local", "slurm"), default="local", help="(default: %(default)s)")
@@ -115,10 +116,17 @@ def parse_arguments(argv=None):
         "--jobs",
         type=_positive,
         metavar="N",
-        help="runs at the same time (default: one per GPU of --gpus, else one per core; on Slurm, "
-        "256)",
+        help="runs at the same time (default: one per GPU; without GPUs, one per core where a run "
+        "has one thread, else one; on Slurm, 256)",
     )
-    add("--gpus", type=int, nargs="+", default=[], metavar="N", help="GPUs to use, by number")
+    add(
+        "--gpus",
+        type=int,
+        nargs="+",
+        default=[],
+        metavar="N",
+        help="GPUs to use, counted from 0 within CUDA_VISIBLE_DEVICES (default: all)",
+    )
     add("--partition", metavar="NAME", help="of Slurm")
     add("--gpus_per_job", type=int, default=0, metavar="N", help="Slurm: (default: %(default)s)")
     add(
@@ -137,14 +145,28 @@ def parse_arguments(argv=None):
         help="Slurm: time limit of a run in minutes; it is queued again and goes on where it "
         "reaches it (default: %(default)s)",
     )
+    add(
+        "--sbatch",
+        nargs="+",
+        default=[],
+        metavar="OPTION=VALUE",
+        help="Slurm: further options, such as account=vision",
+    )
     args = parser.parse_args(argv)
     if args.seeds is None:
         args.seeds = list(TUNING_SEEDS if args.what == "tune" else SEEDS)
     if len(set(args.seeds)) < len(args.seeds) or min(args.seeds) < 0:
         parser.error("--seeds: expected different integers from 0 up")
+    if any("=" not in option for option in args.sbatch):
+        parser.error("--sbatch: expected OPTION=VALUE")
     args.methods = [row for row in ROWS if row in args.methods]
     args.tables = list(TABLES) if args.what in ("all", "tune") else [args.what]
     args.flags = [*(["--epochs", str(args.epochs)] if args.epochs else []), *_split(args.run_flags)]
+    if args.hyperparameters == "none":
+        args.hyperparameters = None
+    if args.paper is None and (RESULTS / "paper_numbers.csv").exists():
+        args.paper = RESULTS / "paper_numbers.csv"
+    args.out_dir = args.out_dir or args.sweep_dir / args.dataset / "tables"
     return args
 
 
@@ -178,14 +200,24 @@ def places_of(args):
     return sweep.Places(split, root, home / "bird_record", home / "logs"), flags
 
 
-def prepare(preprocess_flags, places):
-    """Make sure that the data and their split are there. Returns their fingerprint."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        data_preprocess.main(preprocess_flags)
+def prepare(args, places, preprocess_flags):
+    """Make sure that the data and their split are there. Returns their fingerprint.
+
+    With --collect_only nothing is made.
+    """
+    if not args.collect_only:
+        home = args.sweep_dir / args.dataset
+        with sweep.disk_errors(home):
+            home.mkdir(parents=True, exist_ok=True)
+            # Two sweeps that start at once would both generate the data.
+            with open(home / ".lock", "a") as lock, contextlib.redirect_stdout(io.StringIO()):
+                with contextlib.suppress(OSError):  # a file system without locks
+                    fcntl.lockf(lock, fcntl.LOCK_EX)
+                data_preprocess.main(preprocess_flags)
     return load_split(str(places.split_dir), str(places.data_root)).fingerprint
 
 
-def launcher(args, places):
+def launcher(args, places, jobs):
     """Callable (jobs) -> iterator of (job, Outcome)."""
     if args.launcher == "slurm":
         return lambda jobs: slurm.launch(
@@ -196,46 +228,45 @@ def launcher(args, places):
             cpus_per_job=args.cpus_per_job,
             mem_gb=args.mem_gb,
             timeout_min=args.timeout_min,
+            extra=dict(option.split("=", 1) for option in args.sbatch),
             **({"array_parallelism": args.jobs} if args.jobs else {}),
         )
-    local.check_gpus(args.gpus)
-    count = args.jobs or len(args.gpus) or local.usable_cores()
-    return lambda jobs: local.launch(jobs, count, args.gpus)
+    gpus = local.chosen_gpus(args.gpus)
+    one_thread = all(job.config.threads == 1 for job in jobs)
+    count = args.jobs or len(gpus) or (local.usable_cores() if one_thread else 1)
+    return lambda jobs: local.launch(jobs, count, gpus)
 
 
 def main(argv=None):
     args = parse_arguments(argv)
     places, preprocess_flags = places_of(args)
+    tuned = Hyperparameters(args.hyperparameters, args.dataset)
     if args.what == "tune":
         wanted = [
             (table, row, setting, seed, candidate)
-            for table, row, setting, candidate in trials(args.tables, args.methods)
+            for table, row, setting, candidate in trials(args.dataset, args.tables, args.methods)
             for seed in args.seeds
         ]
     else:
-        hyperparameters = Hyperparameters(
-            None if args.hyperparameters == "none" else args.hyperparameters, args.dataset
-        )
-        wanted = [
-            (table, row, setting, seed, hyperparameters.of(table, row))
-            for row in args.methods
-            for table in args.tables
-            for setting in TABLES[table].settings
-            for seed in args.seeds
-        ]
-    jobs = [
-        sweep.make_job(places, args.dataset, row, setting, seed, chosen, args.flags)
-        for _, row, setting, seed, chosen in wanted
-    ]
+        tuned.check(args.seeds)
+        wanted = wanted_runs(args, tuned, args.tables)
+    jobs = [make_job(args, places, *run) for run in wanted]
     if args.dry_run:
         print(shlex.join([*sweep.script("data_preprocess.py"), *preprocess_flags]))
         print("\n".join(dict.fromkeys(job.command for job in jobs)))
         return
-    fingerprint = prepare(preprocess_flags, places)
+    if args.paper:
+        read_paper(args.paper)  # what is wrong with it should not be found after days of training
+    with sweep.disk_errors(args.out_dir):
+        args.out_dir.mkdir(parents=True, exist_ok=True)
+    fingerprint = prepare(args, places, preprocess_flags)
+    if args.what == "tune":
+        check_file(args.hyperparameters, args.dataset, args.seeds, args.flags, fingerprint)
     failed = []
     if not args.collect_only:
         elsewhere = args.launcher == "local"
-        failed = sweep.run(jobs, launcher(args, places), fingerprint, elsewhere=elsewhere)
+        launch = launcher(args, places, jobs)
+        failed = sweep.run(jobs, launch, fingerprint, elsewhere=elsewhere)
     results = [
         sweep.result_of(job, row, setting, fingerprint)
         for job, (_, row, setting, _, _) in zip(jobs, wanted, strict=True)
@@ -243,62 +274,90 @@ def main(argv=None):
     if args.what == "tune":
         choose(args, wanted, results, fingerprint)
     else:
-        show(args, places, wanted, results, hyperparameters)
+        for table in args.tables:
+            of_table = [r for r, run in zip(results, wanted, strict=True) if run[0] == table]
+            show(args, places, table, of_table, tuned, fingerprint)
     if failed:
         job, reason = failed[0]
         raise RunError(
-            f"{len(failed)} of {len(jobs)} runs failed (the first: {job.name}, {reason}); the same "
-            "command tries them again"
+            f"{len(failed)} of {len(jobs)} runs ended without a result (the first: {job.name}, "
+            f"{reason}); the same command tries them again"
         )
+
+
+def wanted_runs(args, tuned, tables):
+    """(table, row, setting, seed, hyper-parameters) of every run of the tables."""
+    return [
+        (table, row, setting, seed, tuned.of(table, row))
+        for row in args.methods
+        for table in tables
+        for setting in TABLES[table].settings
+        for seed in args.seeds
+    ]
+
+
+def make_job(args, places, _table, row, setting, seed, chosen):
+    return sweep.make_job(places, args.dataset, row, setting, seed, chosen, args.flags)
+
+
+def command_line():
+    """This command, for the record."""
+    return shlex.join(["python", "reproduce_tables.py", *sys.argv[1:]])
 
 
 def choose(args, wanted, results, fingerprint):
     """Write the best candidates to --hyperparameters, and print them."""
-    if args.hyperparameters == "none":
-        raise UserError("tune writes --hyperparameters: give it a file")
+    untried = [r for r in results if r.state not in ("done", "failed")]
+    if untried:
+        raise RunError(
+            f"nothing is chosen: {len(untried)} of {len(results)} runs are not done "
+            f"(the first: {untried[0].directory}, {untried[0].state})"
+        )
     outcomes = {}
     for (table, row, _, _, candidate), result in zip(wanted, results, strict=True):
-        candidates = outcomes.setdefault((table, row), [])
-        if not candidates or candidates[-1][0] is not candidate:
-            candidates.append((candidate, []))
-        candidates[-1][1].append(result.valid_accuracy)
+        tried = outcomes.setdefault((table, row), [])
+        if not tried or tried[-1][0] != candidate:
+            tried.append((candidate, []))
+        tried[-1][1].append(result.valid_accuracy)
     chosen = write_choice(
         args.hyperparameters,
         args.dataset,
         outcomes,
-        shlex.join(["python", "reproduce_tables.py", *sys.argv[1:]]),
+        command_line(),
         args.seeds,
         args.flags,
         fingerprint,
     )
-    for (table, row), flags in chosen.items():
-        print(f"{table} {row}: {', '.join(f'{k} {v:g}' for k, v in flags.items())}")
+    for table, row in outcomes:
+        flags = chosen.get((table, row))
+        said = ", ".join(f"{k} {v:g}" for k, v in flags.items()) if flags else "all runs failed"
+        print(f"{table} {row}: {said}")
     print(f"written to {args.hyperparameters}")
 
 
-def show(args, places, wanted, results, hyperparameters):
-    """Print the tables, and write them with their charts."""
-    out = args.out_dir or args.sweep_dir / args.dataset / "tables"
-    paper = args.paper if args.paper.exists() or args.paper.parent != RESULTS else None
-    command = shlex.join(["python", "reproduce_tables.py", *sys.argv[1:]])
-    problem = None
-    for table in args.tables:
-        of_table = [r for r, w in zip(results, wanted, strict=True) if w[0] == table]
-        below = notes(of_table, command, hyperparameters.note(table))
-        print(markdown(table, args.dataset, of_table, args.seeds, paper, below))
-        written = write_table(table, args.dataset, of_table, args.seeds, out, paper, below)
-        # The chart over the rates starts at 0, which is table 2's column.
-        supervised = [r for r, w in zip(results, wanted, strict=True) if w[0] == "table2"]
-        drawn = of_table + (supervised if table == "table4" else [])
-        try:
-            from auxilearn.tables.chart import draw_table
+def show(args, places, table, results, tuned, fingerprint):
+    """Print a table, and write it with its chart."""
+    rows = [row for row in args.methods if any(r.row == row for r in results)]
+    how = tuned.notes(table, rows, args.flags, fingerprint)
+    below = notes(results, command_line(), how)
+    print(markdown(table, args.dataset, results, args.seeds, args.paper, below))
+    written = write_table(table, args.dataset, results, args.seeds, args.out_dir, args.paper, below)
+    try:
+        from auxilearn.tables.chart import draw_table
 
-            written += draw_table(table, drawn, args.dataset, out)
-        except UserError as error:  # matplotlib is missing: the numbers are there all the same
-            problem = error
+        drawn = results
+        if table == "table4":  # its curves begin without corruption where table 2 has been run
+            of_table2 = wanted_runs(args, tuned, ["table2"])
+            jobs = [make_job(args, places, *run) for run in of_table2]
+            clean = [
+                sweep.result_of(job, run[1], run[2], fingerprint)
+                for job, run in zip(jobs, of_table2, strict=True)
+            ]
+            if all(r.state == "done" for r in clean):
+                drawn = results + clean
+        written += draw_table(table, drawn, args.dataset, args.out_dir)
+    finally:  # without matplotlib, the numbers are there all the same
         print("written: " + ", ".join(map(str, written)))
-    if problem:
-        raise problem
 
 
 if __name__ == "__main__":

@@ -152,7 +152,10 @@ class Config:
 
     epochs: int = _setting(20, LOWER, "passes over the training set")
     max_steps: int | None = _setting(
-        None, LOWER, "stop after this many lower steps, then evaluate as usual", kind=int
+        None,
+        LOWER,
+        "stop after this many lower steps, then evaluate as usual (common_dev: then fine-tune)",
+        kind=int,
     )
     train_batch_size: int = _setting(32, LOWER, "images per lower step")
     test_batch_size: int = _setting(128, LOWER, "images per batch of evaluation")
@@ -195,7 +198,7 @@ class Config:
         FACTORS,
         UPPER,
         "with --method joint: the factors of the schedule that are learned; one left out is the "
-        "constant it starts at",
+        "constant around which it starts",
         choices=FACTORS,
         kind=str,
         many=True,

@@ -31,7 +31,8 @@ class GradientCosine(HyperNet):
         shared: callable (name of a parameter) -> whether the tasks share it.
 
     ``weights`` (K,) are those of the last call of ``before_lower_step``, 1 before the first.
-    A cosine with a gradient of zero counts as 0.
+    A cosine with a gradient of zero counts as 0: a batch without a target label keeps all auxiliary
+    tasks in the unweighted version, and none in the weighted one.
     """
 
     def __init__(

@@ -140,10 +140,9 @@ class MonoJoint(MonoHyperNet):
         task_prior          t (K,)    task relation vector       1
 
     Args: ``input_dim`` is K, ``feature_dim`` is d. ``factors``: those that are learned, for
-    ablations; a factor left out has no parameters and stays what all three are at the start, where
-    features and losses do not count yet: softplus(0), sigmoid(0), softplus(1). The remaining
-    arguments belong to the other schedulers; they are accepted so that all can be built by one
-    call, and have no effect.
+    ablations; one left out has no parameters, and is the constant softplus(0), sigmoid(0) or
+    softplus(1), around which it starts. The remaining arguments belong to the other schedulers;
+    they are accepted so that all can be built by one call, and have no effect.
     """
 
     def __init__(

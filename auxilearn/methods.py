@@ -26,7 +26,19 @@ class Problem(NamedTuple):
     samples: int  # size of the training set
     hidden_sizes: list[int]  # of the monotone network
     factors: list[str]  # of JTDS's schedule, those that are learned
-    weighted_cosines: bool  # of the two versions of gcs
+    weighted_cosines: bool  # which of the two versions of gcs
+
+    @classmethod
+    def of(cls, config, samples):
+        """The problem of a resolved ``Config`` with ``samples`` training samples."""
+        return cls(
+            config.task_num,
+            config.in_dim,
+            samples,
+            config.aux_hidden_dim,
+            config.factors,
+            config.gcs == "weighted",
+        )
 
 
 UPPER, LOWER = "upper", "lower"

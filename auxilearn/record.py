@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from importlib import metadata
 from pathlib import Path
 
@@ -21,7 +22,9 @@ from auxilearn.errors import RunError, UserError
 
 CONFIG_FILE, METRICS_FILE, LOG_FILE = "config.json", "metrics.jsonl", "log.txt"
 BEST_FILE, SUMMARY_FILE = "best.pt", "summary.json"
+START_FILE = "fine_tuning_start.pt"
 CHECKPOINTS_KEPT = 2
+LOCK_TRIES = 5
 
 
 class RunRecord:
@@ -64,33 +67,30 @@ class RunRecord:
     def _locked_log(self):
         """log.txt, held by this process alone for as long as it lives."""
         log = open(self.directory / LOG_FILE, "a", encoding="utf-8")  # noqa: SIM115
-        try:
-            # Unlike flock, not shared with worker processes, which outlive a killed run a little;
-            # but lost as soon as this process closes any handle of the file.
-            fcntl.lockf(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            log.close()
-            raise UserError(
-                f"{self.directory} is being written by another process: wait for its end, or give "
-                "another --exp_name"
-            ) from None
-        except OSError:
-            pass  # a file system without locks
+        for attempt in range(LOCK_TRIES):
+            try:
+                # Unlike flock, not shared with worker processes, which outlive a killed run a
+                # little; but lost as soon as this process closes any handle of the file.
+                fcntl.lockf(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except (BlockingIOError, PermissionError):
+                if attempt < LOCK_TRIES - 1:  # who looks whether it is locked locks it for a moment
+                    time.sleep(0.1)
+                    continue
+                log.close()
+                raise UserError(
+                    f"{self.directory} is being written by another process: wait for its end, or "
+                    "give another --exp_name"
+                ) from None
+            except OSError:
+                break  # a file system without locks
         return log
 
     def _check_same_run(self, description, neutral):
-        recorded = read_json(self.directory / CONFIG_FILE)
-        try:
-            settings, data = dict(recorded["config"]), recorded["data"]["fingerprint"]
-        except (KeyError, TypeError, ValueError):
-            raise UserError(f"{self.directory / CONFIG_FILE}: not written by a run") from None
-        differences = [
-            f"{name} was {settings.get(name)!r} and is {value!r}"
-            for name, value in description["config"].items()
-            if name not in neutral and settings.get(name) != value
-        ]
-        if data != description["data"]["fingerprint"]:
-            differences.append("the data or its split have changed")
+        settings = {k: v for k, v in description["config"].items() if k not in neutral}
+        differences = differences_of_run(
+            self.directory, settings, description["data"]["fingerprint"]
+        )
         if differences:
             raise UserError(
                 f"{self.directory} cannot be continued with another configuration: "
@@ -131,10 +131,20 @@ class RunRecord:
         write_aside(self.directory / BEST_FILE, lambda file: file.write(content))
         return _hash(content)
 
-    def load_best(self, expected):
-        """The best checkpoint, whose file must have the hash that ``save_best`` gave."""
+    def load_best(self, expected, keep_as=None):
+        """The best checkpoint, whose file must have the hash that ``save_best`` gave.
+
+        ``keep_as``: name of a file to keep it in, and to take it from where it is kept: a run that
+        is killed later, and goes on from here, finds a better one in its place.
+        """
         path = self.directory / BEST_FILE
+        if keep_as:
+            kept = self.directory / keep_as
+            if kept.exists() and _hash(kept.read_bytes()) == expected:
+                path = kept
         content = path.read_bytes()
+        if keep_as and path != kept and _hash(content) == expected:
+            write_aside(kept, lambda file: file.write(content))
         if _hash(content) != expected:
             raise RunError(
                 f"{path} is not the checkpoint that this run wrote, so there is nothing to test: "
@@ -221,6 +231,40 @@ class NoRecord:
         """Does nothing."""
 
     metrics = log = save_best = save_checkpoint = summarise = close = ignore
+
+
+def is_locked(log):
+    """Whether another process holds the lock on ``log``, an open file."""
+    try:
+        fcntl.lockf(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(log, fcntl.LOCK_UN)
+    except (BlockingIOError, PermissionError):
+        return True
+    except OSError:  # a file system without locks
+        return False
+    return False
+
+
+def differences_of_run(directory, settings, fingerprint):
+    """What the run recorded in ``directory`` does otherwise, a list of phrases.
+
+    Args: ``settings`` {name: value} that it should have, ``fingerprint`` of its data. Raises
+    UserError: there is no record of a run.
+    """
+    path = Path(directory) / CONFIG_FILE
+    recorded = read_json(path)
+    try:
+        found, data = dict(recorded["config"]), recorded["data"]["fingerprint"]
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{path}: not written by a run") from None
+    differences = [
+        f"{name} was {found.get(name)!r} and is {value!r}"
+        for name, value in settings.items()
+        if found.get(name) != value
+    ]
+    if data != fingerprint:
+        differences.append("the data or its split have changed")
+    return differences
 
 
 def free_name(directory, name):

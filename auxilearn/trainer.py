@@ -43,7 +43,7 @@ from auxilearn.methods import LOWER, METHODS, Problem
 from auxilearn.models import TaskModel, build_backbone
 from auxilearn.optim import apply_hypergradient
 from auxilearn.randomness import derived_seed
-from auxilearn.record import NoRecord, RunRecord, environment, free_name
+from auxilearn.record import START_FILE, NoRecord, RunRecord, environment, free_name
 from auxilearn.report.history import ScheduleHistory
 from auxilearn.signals import StopRequest
 from auxilearn.upper_level import UpperLevel, scheduled_loss
@@ -178,16 +178,8 @@ class Trainer:
                 f"model has {size}: use neumann, identity or cg"
             )
         torch.manual_seed(derived_seed(config.seed, "scheduler"))
-        self.scheduler = self.method.build(
-            Problem(
-                config.task_num,
-                config.in_dim,
-                len(self.train_set),
-                config.aux_hidden_dim,
-                config.factors,
-                config.gcs == "weighted",
-            )
-        ).to(self.device)
+        problem = Problem.of(config, len(self.train_set))
+        self.scheduler = self.method.build(problem).to(self.device)
         self.lower_optimizer = torch.optim.Adam(
             self.theta, lr=config.main_lr, weight_decay=config.w_decay
         )
@@ -407,7 +399,7 @@ class Trainer:
 
     def _start_fine_tuning(self):
         """Go back to the best checkpoint, with a fresh optimiser."""
-        self._load_best()
+        self._load_best(START_FILE)
         self.lower_optimizer = torch.optim.Adam(
             self.theta, lr=self.config.dev_lr, weight_decay=self.config.w_decay
         )
@@ -551,9 +543,10 @@ class Trainer:
             self.best["hash"] = file_hash
         self._say(f"epoch {epoch}, step {step}: validation accuracy {accuracy:.4f}", bar)
 
-    def _load_best(self):
+    def _load_best(self, keep_as=None):
         if self.ranks.first:
-            self.model.load_state_dict(self.record.load_best(self.best["hash"])["model"])
+            best = self.record.load_best(self.best["hash"], keep_as)
+            self.model.load_state_dict(best["model"])
         self.ranks.same_as_first([p.data for p in self.theta] + list(self.model.buffers()))
 
     def _finish(self, seconds):

@@ -15,18 +15,20 @@ import pytest
 
 import reproduce_tables
 from auxilearn.config import Config, flags_of, parse
+from auxilearn.data.cub import load_split
 from auxilearn.errors import RunError, UserError
 from auxilearn.record import write_json
 from auxilearn.tables import local, sweep
 from auxilearn.tables.local import Outcome
 from auxilearn.tables.protocol import (
     ABLATION,
-    CANDIDATES,
+    BUDGET,
     DATASETS,
     ROWS,
     SETTINGS,
     TABLES,
     TUNED_ON,
+    candidates,
     tuned_as,
 )
 from auxilearn.tables.tuning import Hyperparameters, trials, write_choice
@@ -42,6 +44,11 @@ def places(tiny_split, tmp_path):
     """Words of a command line that runs tiny runs in a folder of their own."""
     data = ["--data_root", str(tiny_split.parent / "data"), "--split_dir", str(tiny_split)]
     return [*data, "--sweep_dir", str(tmp_path / "sweeps"), "--run_flags", SHORT, "--jobs", "2"]
+
+
+@pytest.fixture
+def fingerprint(tiny_split):
+    return load_split(str(tiny_split)).fingerprint
 
 
 @pytest.fixture
@@ -68,10 +75,12 @@ def train_as(job):
 # --------------------------------------------------------------------------------------------------
 
 
-def test_every_row_has_the_same_number_of_candidates():
-    assert {len(CANDIDATES[tuned_as(row)]) for row in ROWS} == {6}
-    for candidates in CANDIDATES.values():
-        assert len({json.dumps(c) for c in candidates}) == 6
+@pytest.mark.parametrize("dataset", DATASETS)
+def test_every_row_has_the_same_number_of_candidates(dataset):
+    for row in ROWS:
+        found = candidates(dataset, tuned_as(row))
+        assert len({json.dumps(c) for c in found}) == len(found) == BUDGET
+        assert DATASETS[dataset].main_lr in [c["main_lr"] for c in found]
 
 
 def test_the_tables_have_the_papers_settings():
@@ -133,42 +142,65 @@ def test_the_identity_depends_on_what_determines_the_run_alone(job_of, tmp_path)
     )
 
 
-def test_the_states_of_a_job(job_of):
+def test_the_states_of_a_job(job_of, fingerprint):
     job = job_of()
-    assert sweep.state_of(job) == ("to do", None)
+
+    def state():
+        return sweep.state_of(job, fingerprint)
+
+    assert state() == ("to do", None)
     job.directory.mkdir(parents=True)
-    assert sweep.state_of(job) == ("incomplete", None)
+    assert state() == ("incomplete", None)
     job.failure.parent.mkdir()
     job.failure.write_text("exit code 1\n")
-    assert sweep.state_of(job) == ("failed", None)
+    assert state() == ("failed", None)
     job.failure.unlink()
     shutil.rmtree(job.directory)
+    job.directory.write_text("")
+    with pytest.raises(UserError, match="expected the folder of a run; remove it"):
+        state()
+    job.directory.unlink()
     assert train_as(job).finished
-    state, summary = sweep.state_of(job)
-    assert state == "done"
+    found, summary = state()
+    assert found == "done"
     assert summary == Run(job.directory).summary
-    result = sweep.result_of(job, "single", "supervised")
+    result = sweep.result_of(job, "single", "supervised", fingerprint)
     assert (result.test_accuracy, result.seed) == (summary["test_accuracy"], 1)
     assert result.command == job.command
 
-    # Not what it should be: a summary of something else, another configuration, other data.
-    write_json(job.directory / "summary.json", {"test_accuracy": 93.0, "valid_accuracy": 0.9})
-    with pytest.raises(UserError, match="not the summary of a run; remove"):
-        sweep.state_of(job)
+    # Not what it should be: the summary of something else, another configuration, other data.
+    changes = [
+        {"test_accuracy": 93.0},
+        {"valid_accuracy": None},
+        {"method": "joint"},
+        {"seed": 2},
+        {"exp_name": "another"},
+        {"fingerprint": "another"},
+    ]
+    for change in changes:
+        write_json(job.directory / "summary.json", summary | change)
+        with pytest.raises(UserError, match="not the summary of this run; remove"):
+            state()
+    write_json(job.directory / "summary.json", ["nothing"])
+    with pytest.raises(UserError, match="not the summary of this run; remove"):
+        state()
     write_json(job.directory / "summary.json", summary)
-    with pytest.raises(UserError, match="another configuration: its data or their split"):
+    with pytest.raises(UserError, match="another configuration: the data or their|the data or its"):
         sweep.state_of(job, fingerprint="other")
     recorded = Run(job.directory).read("config.json")
-    recorded["config"]["main_lr"] = 0.5
-    write_json(job.directory / "config.json", recorded)
-    with pytest.raises(UserError, match=r"main_lr is 0\.5 there and 0\.0001 here"):
-        sweep.state_of(job)
+    changed = {**recorded, "config": {**recorded["config"], "main_lr": 0.5}}
+    write_json(job.directory / "config.json", changed)
+    with pytest.raises(UserError, match=r"main_lr was 0\.5 and is 0\.0001"):
+        state()
     write_json(job.directory / "config.json", ["nothing"])
     with pytest.raises(UserError, match=r"config\.json: not written by a run"):
-        sweep.state_of(job)
+        state()
+    (job.directory / "config.json").unlink()
+    with pytest.raises(UserError, match=r"config\.json is missing"):
+        state()
 
 
-def test_a_run_that_another_process_writes_is_running(job_of):
+def test_a_run_that_another_process_writes_is_running(job_of, fingerprint):
     job = job_of()
     job.directory.mkdir(parents=True)
     code = (
@@ -179,10 +211,21 @@ def test_a_run_that_another_process_writes_is_running(job_of):
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with subprocess.Popen(command, **pipes) as process:
         process.stdout.readline()
-        assert sweep.state_of(job) == ("running", None)
+        assert sweep.state_of(job, fingerprint) == ("running", None)
         process.stdin.close()
         process.wait()
-    assert sweep.state_of(job) == ("incomplete", None)
+    assert sweep.state_of(job, fingerprint) == ("incomplete", None)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    ["--corrupted 1", "--labeled_per_class 5", "--factors task", "--seed 3", "--exp_name x"]
+    + ["--method common", "--overwrite 1", "--resume 1", "--record_dir x", "--whether_aux 0"],
+)
+def test_flags_that_a_table_sets_itself_are_refused(flags, job_of):
+    name = flags.split()[0]
+    with pytest.raises(UserError, match=f"--run_flags: {name} is set by the table"):
+        job_of(flags=flags.split())
 
 
 # --------------------------------------------------------------------------------------------------
@@ -190,12 +233,14 @@ def test_a_run_that_another_process_writes_is_running(job_of):
 # --------------------------------------------------------------------------------------------------
 
 
-def test_a_failing_job_stops_no_other_and_is_tried_again(job_of, capsys):
+def test_a_failing_job_stops_no_other_and_is_tried_again(job_of, fingerprint, capsys):
     good, bad = job_of(), job_of(flags=["--image_size", "18", "--task_num", "99"])
-    failed = sweep.run([bad, good, good], lambda jobs: ((job, train_as(job)) for job in jobs))
+    failed = sweep.run(
+        [bad, good, good], lambda jobs: ((job, train_as(job)) for job in jobs), fingerprint
+    )
     assert [job for job, _ in failed] == [bad]
-    assert sweep.state_of(good)[0] == "done"
-    assert sweep.state_of(bad)[0] == "failed"
+    assert sweep.state_of(good, fingerprint)[0] == "done"
+    assert sweep.state_of(bad, fingerprint)[0] == "failed"
     said = capsys.readouterr().out
     assert "2 runs: 2 to do" in said  # the job that came twice is one
     assert "1 of 2" in said and "2 of 2" in said
@@ -203,10 +248,17 @@ def test_a_failing_job_stops_no_other_and_is_tried_again(job_of, capsys):
 
     def launch(jobs):
         launched.extend(jobs)
-        return iter([(job, Outcome(1)) for job in jobs])
+        bad.log.write_text("error: of long ago\n")
+        for job in jobs:
+            with open(job.log, "a") as log:
+                log.write("error: of this time\n")
+            yield job, Outcome(143)
 
-    sweep.run([bad, good], launch)
+    bad.log.write_text("error: of long ago\n")
+    failed = sweep.run([bad, good], launch, fingerprint)
     assert launched == [bad]
+    assert [reason for _, reason in failed] == ["exit code 143: of this time"]
+    assert sweep.state_of(bad, fingerprint)[0] == "to do"  # who was asked to end has not failed
 
 
 def test_a_run_elsewhere_is_waited_for(job_of, monkeypatch):
@@ -221,7 +273,7 @@ def test_a_run_elsewhere_is_waited_for(job_of, monkeypatch):
         launched.append(list(jobs))
         return iter([(jobs[0], Outcome(0))])
 
-    assert sweep.run([job], launch) == []
+    assert sweep.run([job], launch, "print") == []
     assert launched == [[job]]
 
 
@@ -231,7 +283,7 @@ def test_a_full_disk_is_one_line(job_of, monkeypatch):
         yield
 
     with pytest.raises(RunError, match="/somewhere: No space left on device; finished runs are"):
-        sweep.run([job_of()], launch)
+        sweep.run([job_of()], launch, "print")
 
 
 def test_local_runs_are_those_of_their_command_lines(job_of, tmp_path):
@@ -317,39 +369,60 @@ def test_sigterm_ends_with_checkpoints_and_goes_on(places, tmp_path, command):
 def test_the_best_mean_validation_accuracy_is_chosen(tmp_path):
     file = tmp_path / "new/hyperparameters.json"
     a, b, c = {"main_lr": 0.1}, {"main_lr": 0.2}, {"main_lr": 0.3}
-    outcomes = {("table2", "single"): [(a, [0.5, 0.7]), (b, [0.9, None]), (c, [0.7, 0.5])]}
-    command = "python reproduce_tables.py tune"
-    chosen = write_choice(file, "digits", outcomes, command, [7, 8], ["--epochs", "2"], "print")
-    assert chosen == {("table2", "single"): a}  # of equals the first; b lacks a run
+    how = ("python reproduce_tables.py tune", [7, 8], ["--epochs", "2"], "print")
+    outcomes = {
+        ("table2", "single"): [(a, [0.5, 0.7]), (b, [0.9, None]), (c, [0.7, 0.5])],
+        ("table2", "common"): [(a, [None, None])],
+    }
+    chosen = write_choice(file, "digits", outcomes, *how)
+    assert chosen == {("table2", "single"): a}  # of equals the first; b has a failed run
     content = json.loads(file.read_text())["digits"]
-    assert content["tables"]["table2"]["rows"]["single"] == {
-        "chosen": a,
-        "candidates": [
-            {**a, "valid_accuracy": 0.6},
-            {**b, "valid_accuracy": None},
-            {**c, "valid_accuracy": 0.6},
-        ],
+    assert content["tables"]["table2"]["rows"] == {
+        "single": {
+            "command": "python reproduce_tables.py tune",
+            "chosen": a,
+            "candidates": [
+                {**a, "valid_accuracy": 0.6},
+                {**b, "valid_accuracy": None},
+                {**c, "valid_accuracy": 0.6},
+            ],
+        }
     }
     outcomes = {("table4", "joint"): [(b, [0.5, 0.7])]}
-    write_choice(file, "mini", outcomes, command, [7, 8], [], "print")
-    write_choice(file, "digits", outcomes, command, [7, 8], ["--epochs", "2"], "print")
+    write_choice(file, "mini", outcomes, *how)
+    write_choice(file, "digits", outcomes, *how)
     found = Hyperparameters(file, "digits")
     assert found.of("table2", "single") == a
-    assert found.of("table4", "joint") == found.of("table4", "joint_task_loss"[:10]) == b
+    assert found.of("table4", "joint") == found.of("table4", "joint_task") == b
     assert found.of("table3", "single") == {}
     assert Hyperparameters(file, "mini").of("table4", "joint_task") == b
-    assert "on seed 7, 8" in found.note("table4")
-    # Tuning under other flags replaces what was tuned before.
-    write_choice(file, "digits", outcomes, command, [7, 8], [], "print")
-    assert Hyperparameters(file, "digits").of("table2", "single") == {}
-    with pytest.raises(UserError, match="no candidate of single in table2"):
-        write_choice(file, "digits", {("table2", "single"): [(a, [None])]}, command, [1], [], "p")
+
+    # What was chosen in another way is not replaced, and a table says what it takes.
+    with pytest.raises(UserError, match="give another --hyperparameters"):
+        write_choice(file, "digits", outcomes, how[0], [9], *how[2:])
+    with pytest.raises(UserError, match="--seeds 8 is what the hyper-parameters"):
+        found.check([1, 8])
+    said = found.notes("table4", ["single", "joint", "joint_task"], ["--epochs", "2"], "print")
+    assert len(said) == 2
+    assert "best of 1 candidates" in said[0] and "on seed 7, 8" in said[0]
+    assert said[1].endswith("as in the commands: Single task.")
+    said = found.notes("table2", ["single"], [], "other")
+    assert "`--epochs 2`, not `none`" in said[1]
+    assert said[2] == "They were chosen on other data or another split."
 
 
 def test_trials_are_a_row_of_equal_budget_each():
-    found = trials(["table2", "table4"], ["single", "joint", "joint_task"])
-    assert len(found) == 2 * 2 * 6  # an ablation takes what is chosen for joint
+    found = trials("digits", ["table2", "table4"], ["single", "joint", "joint_task"])
+    assert len(found) == 2 * 2 * BUDGET  # an ablation takes what is chosen for joint
     assert {setting for _, _, setting, _ in found} == {"supervised", "corrupted_0.4"}
+
+
+GOOD = {"command": "x", "chosen": {"main_lr": 0.1}, "candidates": [{"main_lr": 0.1}]}
+FRAME = {"seeds": [1], "flags": [], "fingerprint": "x"}
+
+
+def tables(**change):
+    return {"digits": {**FRAME, "tables": {"table2": {"rows": {"single": {**GOOD, **change}}}}}}
 
 
 @pytest.mark.parametrize(
@@ -357,15 +430,33 @@ def test_trials_are_a_row_of_equal_budget_each():
     [
         [],
         {"digits": 3},
-        {"digits": {"tables": []}},
-        {"digits": {"tables": {"table2": {"rows": {"single": {"chosen": {"epochs": 3}}}}}}},
-        {"digits": {"tables": {"table2": {"rows": {"single": {"chosen": {"main_lr": "x"}}}}}}},
+        {"digits": {"tables": {}}},
+        {"digits": {**FRAME, "seeds": 5, "tables": {}}},
+        {"digits": {**FRAME, "seeds": [], "tables": {}}},
+        {"digits": {**FRAME, "tables": []}},
+        {"digits": {**FRAME, "tables": {"table9": {"rows": {}}}}},
+        {"digits": {**FRAME, "tables": {"table2": {"rows": []}}}},
+        tables(command=None),
+        tables(candidates=[]),
+        tables(chosen=["main_lr"]),
+        tables(chosen={"epochs": 3}),
+        tables(chosen={"main_lr": "x"}),
+        tables(chosen={"main_lr": True}),
+        tables(chosen={"main_lr": -1e-5}),
+        tables(chosen={"dev_epochs": 2.5}),
     ],
 )
 def test_a_file_of_something_else_is_refused(content, tmp_path):
     write_json(tmp_path / "h.json", content)
+    with pytest.raises(UserError, match=r"h\.json: .*not written by reproduce_tables\.py tune"):
+        Hyperparameters(tmp_path / "h.json", "digits")
     with pytest.raises(UserError, match=r"h\.json"):
-        Hyperparameters(tmp_path / "h.json", "digits").of("table2", "single")
+        write_choice(tmp_path / "h.json", "digits", {}, "x", [1], [], "x")
+
+
+def test_a_file_that_is_right_is_taken(tmp_path):
+    write_json(tmp_path / "h.json", tables())
+    assert Hyperparameters(tmp_path / "h.json", "digits").of("table2", "single") == {"main_lr": 0.1}
 
 
 def test_tune_writes_what_the_tables_use(places, tmp_path, command):
@@ -373,9 +464,24 @@ def test_tune_writes_what_the_tables_use(places, tmp_path, command):
     shared = [*places, "--hyperparameters", str(file), "--methods", "single"]
     code, out, err = command(reproduce_tables.main, "tune", *shared, "--seeds", "9")
     # Table 3 needs five labelled images per class, which the tiny data set does not have.
+    assert code == 1
+    assert "6 of 18 runs ended without a result" in err
+    assert "--labeled_per_class 5 is more than class" in err
+    assert "table3 single: all runs failed" in out
+    tuned = json.loads(file.read_text())["cub"]["tables"]
+    assert list(tuned) == ["table2", "table4"]
+    of_row = tuned["table2"]["rows"]["single"]
+    accuracies = [c["valid_accuracy"] for c in of_row["candidates"]]
+    assert len(accuracies) == BUDGET
+    assert (
+        of_row["chosen"]["main_lr"]
+        == (of_row["candidates"][accuracies.index(max(accuracies))]["main_lr"])
+    )
+    code, out, err = command(reproduce_tables.main, "table2", *shared, "--seeds", "1", "--dry_run")
+    assert f"--main_lr {of_row['chosen']['main_lr']}" in out or of_row["chosen"]["main_lr"] == 1e-4
+    code, out, err = command(reproduce_tables.main, "table2", *shared, "--seeds", "9")
     assert code == 2
-    assert "no candidate of single in table3 has been trained" in err
-    assert not file.exists()
+    assert_one_error_line(err, "--seeds 9 is what the hyper-parameters")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -429,6 +535,11 @@ def test_what_a_table_says_of_its_runs(places, tmp_path, command):
         (["table2", "--run_flags", "'--epochs"], "No closing quotation"),
         (["table2", "--run_flags=--main_lr -1"], "--main_lr must be greater than 0"),
         (["table2", "--run_flags=--nothing 1"], "unrecognized arguments: --nothing"),
+        (["table2", "--run_flags=--help"], "flags of train_bilevel.py"),
+        (["table2", "--epochs", "0"], "expected an integer from 1 up"),
+        (["table2", "--sbatch", "account"], "expected OPTION=VALUE"),
+        (["table2", "--hyperparameters", "x" * 300], "File name too long"),
+        (["table2", "--paper", "nothing.csv"], "nothing.csv"),
     ],
 )
 def test_bad_input(words, part, command, tmp_path):

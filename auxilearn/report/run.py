@@ -204,9 +204,7 @@ def _load(checkpoint, run, split, samples, device):
     class_counts = [len(split.class_names)] + [2] * (config.task_num - 1)
     backbone = build_backbone(config.backbone, config.in_dim)
     model = TaskModel(backbone, config.in_dim, class_counts, config.aux_weight)
-    scheduler = run.method.build(
-        Problem(config.task_num, config.in_dim, samples, config.aux_hidden_dim)
-    )
+    scheduler = run.method.build(Problem.of(config, samples))
     for module, part in ((model, "model"), (scheduler, "scheduler")):
         load_matching(module, state[part], f"{checkpoint}: the {part} does not fit {CONFIG_FILE}")
     return model.to(device, memory_format=torch.channels_last), scheduler.to(device), state["epoch"]

@@ -49,7 +49,7 @@ def launch(jobs, count, gpus=()):
 
     Args:
         jobs: have ``argv`` (flags of train_bilevel.py) and ``log`` (file, appended to).
-        gpus: numbers of the GPUs, dealt out evenly; empty leaves CUDA_VISIBLE_DEVICES as it is.
+        gpus: names of GPUs for CUDA_VISIBLE_DEVICES, dealt out evenly; empty leaves it as it is.
 
     Where the caller is interrupted (Ctrl-C, SIGTERM) or killed, the runs end after their step, with
     a checkpoint. Raises Interrupted for SIGTERM.
@@ -101,6 +101,7 @@ def _run(argv, log, gpu):
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.close(output)
+    os.setpgid(0, 0)  # Ctrl-C reaches the sweep alone, whose one signal ends the run
     threading.Thread(target=_end_with_parent, daemon=True).start()
     sys.argv = ["train_bilevel.py", *argv]
     run_script(lambda: train(parse()))
@@ -117,10 +118,17 @@ def usable_cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def check_gpus(gpus):
-    """Raises UserError where a number in ``gpus`` is not that of a GPU here."""
+def chosen_gpus(numbers):
+    """Names for CUDA_VISIBLE_DEVICES of the GPUs ``numbers``, by default all that are visible.
+
+    Raises UserError where a number is not that of a visible GPU.
+    """
     import torch
 
-    for gpu in gpus:
-        if not 0 <= gpu < torch.cuda.device_count():
-            raise UserError(f"--gpus {gpu}: there are {torch.cuda.device_count()} GPUs here")
+    count = torch.cuda.device_count()
+    for number in numbers:
+        if not 0 <= number < count:
+            raise UserError(f"--gpus {number}: {count} GPUs are visible here, counted from 0")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",") if visible else [str(number) for number in range(count)]
+    return [names[number] for number in (numbers or range(count))]

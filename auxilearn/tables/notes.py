@@ -9,7 +9,7 @@ from auxilearn.record import CONFIG_FILE, SUMMARY_FILE, read_json
 def notes(results, command, hyperparameters):
     """Lines for below a table: its command, its hyper-parameters, what its runs ran on.
 
-    Args: ``results`` of the table; ``hyperparameters``: how they were chosen, a sentence.
+    Args: ``results`` of the table; ``hyperparameters``: how they were chosen, sentences.
     """
     environments, fingerprints, seconds = {}, {}, 0.0
     directories = {r.directory for r in results if r.state == "done"}
@@ -29,7 +29,7 @@ def notes(results, command, hyperparameters):
             raise UserError(f"{directory}: not what a run leaves; remove it") from None
         environments[kind] = environments.get(kind, 0) + 1
         fingerprints[data] = None
-    lines = [f"Command: `{command}`.", hyperparameters]
+    lines = [f"Command: `{command}`.", *hyperparameters]
     lines += [f"{count} runs on {kind}." for kind, count in environments.items()]
     if directories:
         lines.append(

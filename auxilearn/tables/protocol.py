@@ -72,30 +72,35 @@ TABLES = {
 class DataSet(NamedTuple):
     """``generate``: what data_preprocess.py is asked to write, or None where data must be there.
 
-    ``flags``: of all its runs. Rows without tuned hyper-parameters train with these alone.
+    ``flags``: of all its runs; ``main_lr`` as well. Rows without tuned hyper-parameters train with
+    these alone.
     """
 
     title: str
     generate: str | None
+    main_lr: float
     flags: tuple
 
 
-_SMALL = ("--backbone", "convnet", "--in_dim", "128", "--main_lr", "2e-3", "--num_workers", "0")
+_SMALL = ("--backbone", "convnet", "--in_dim", "128", "--num_workers", "0")
 DATASETS = {
     "cub": DataSet(
         "CUB-200-2011",
         None,
+        1e-4,
         ("--epochs", "100", "--train_batch_size", "64", "--aux_lr", "1e-2", "--auxw_decay", "5e-5"),
     ),
     "mini": DataSet(
         "embedded miniature",
         "mini",
+        2e-3,
         (*_SMALL, "--threads", "1", "--image_size", "24", "--epochs", "10")
         + ("--hyperstep", "10", "--aux_batch_size", "20", "--dev_epochs", "10"),
     ),
     "digits": DataSet(
         "scanned digits",
         "digits",
+        2e-3,
         (*_SMALL, "--threads", "1", "--image_size", "16", "--epochs", "12")
         + ("--hyperstep", "5", "--aux_batch_size", "10", "--dev_epochs", "10"),
     ),
@@ -107,39 +112,48 @@ PAPER_FLAGS = {("cub", "naive"): ("--aux_weight", "0.1", "--auxw_decay", "5e-3")
 # Tuning: on validation accuracy, the same number of candidates for every row
 # --------------------------------------------------------------------------------------------------
 
-_RATES = tuple({"main_lr": rate} for rate in (5e-4, 1e-3, 2e-3, 3e-3, 5e-3, 1e-2))
+BUDGET = 6  # candidates of every row
 
 
-def _each(*choices):
-    return tuple({"main_lr": rate, **choice} for rate in (2e-3, 5e-3) for choice in choices)
+def candidates(dataset, row):
+    """The ``BUDGET`` candidates of a row that is tuned, each {setting of Config: value}.
+
+    Learning rates of the task model are multiples of the data set's.
+    """
+    unit = DATASETS[dataset].main_lr
+
+    def rates(*factors):
+        return [float(f"{factor * unit:.3g}") for factor in factors]
+
+    def each(*choices):
+        return tuple({"main_lr": rate, **c} for rate in rates(1, 2.5) for c in choices)
+
+    if row in ("single", "common"):
+        return tuple({"main_lr": rate} for rate in rates(0.25, 0.5, 1, 1.5, 2.5, 5))
+    if row == "common_tuned":
+        return each({"aux_weight": 0.3}, {"aux_weight": 0.1}, {"aux_weight": 0.03})
+    if row == "common_dev":
+        slow, fast = rates(0.05, 0.5)
+        return each(
+            {"aux_weight": 1.0, "dev_lr": fast, "dev_epochs": 30},
+            {"aux_weight": 0.3, "dev_lr": fast, "dev_epochs": 30},
+            {"aux_weight": 0.3, "dev_lr": slow, "dev_epochs": 30},
+        )
+    if row in ("uncertainty", "gcs"):
+        return each({"aux_weight": 1.0}, {"aux_weight": 0.3}, {"aux_weight": 0.1})
+    if row == "naive":  # a weight of a single sample moves little in a step
+        return each(
+            {"aux_weight": 1.0, "aux_lr": 3e-2},
+            {"aux_weight": 0.3, "aux_lr": 3e-2},
+            {"aux_weight": 0.3, "aux_lr": 3e-1},
+        )
+    return each(
+        {"aux_weight": 1.0, "aux_lr": 3e-3},
+        {"aux_weight": 1.0, "aux_lr": 3e-4},
+        {"aux_weight": 0.3, "aux_lr": 3e-3},
+    )
 
 
-_AUX_WEIGHTS = _each({"aux_weight": 1.0}, {"aux_weight": 0.3}, {"aux_weight": 0.1})
-_SCHEDULES = _each(
-    {"aux_weight": 1.0, "aux_lr": 3e-3},
-    {"aux_weight": 1.0, "aux_lr": 3e-4},
-    {"aux_weight": 0.3, "aux_lr": 3e-3},
-)
-CANDIDATES = {
-    "single": _RATES,
-    "common": _RATES,
-    "common_tuned": _each({"aux_weight": 0.3}, {"aux_weight": 0.1}, {"aux_weight": 0.03}),
-    "common_dev": _each(
-        {"aux_weight": 1.0, "dev_lr": 1e-3, "dev_epochs": 30},
-        {"aux_weight": 0.3, "dev_lr": 1e-3, "dev_epochs": 30},
-        {"aux_weight": 0.3, "dev_lr": 1e-4, "dev_epochs": 30},
-    ),
-    "uncertainty": _AUX_WEIGHTS,
-    "gcs": _AUX_WEIGHTS,
-    "linear": _SCHEDULES,
-    "task": _SCHEDULES,
-    "naive": _each(
-        {"aux_weight": 1.0, "aux_lr": 3e-2},
-        {"aux_weight": 0.3, "aux_lr": 3e-2},
-        {"aux_weight": 0.3, "aux_lr": 3e-1},
-    ),
-    "joint": _SCHEDULES,
-}
 TUNED_ON = {"table2": "supervised", "table3": "semi", "table4": "corrupted_0.4"}
 
 

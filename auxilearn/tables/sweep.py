@@ -7,8 +7,8 @@ same command finds what is finished and goes on with the rest.
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
+import io
 import json
 import os
 import shlex
@@ -22,12 +22,25 @@ from tqdm import tqdm
 
 from auxilearn.config import NEUTRAL, Config, check, flags_of, parse
 from auxilearn.errors import RunError, UserError
-from auxilearn.record import CONFIG_FILE, LOG_FILE, SUMMARY_FILE, read_json
+from auxilearn.record import (
+    CONFIG_FILE,
+    LOG_FILE,
+    SUMMARY_FILE,
+    differences_of_run,
+    is_locked,
+    read_json,
+)
 from auxilearn.tables.local import ROOT
 from auxilearn.tables.protocol import DATASETS, PAPER_FLAGS, ROWS, SETTINGS
 from auxilearn.tables.statistics import Result
 
 POLL = 5  # seconds between looks at runs that another process is busy with
+STOPPED = (130, 143, -2, -15)  # exit codes of a run that somebody asked to end
+# What a table says of a run in words, so that further flags may not change it.
+OWNED = (
+    *("method", "factors", "whether_aux", "corrupted", "corrupted_rate", "labeled_per_class"),
+    *("seed", "exp_name", "record_dir", "split_dir", "data_root", "resume", "overwrite"),
+)
 
 
 class Places(NamedTuple):
@@ -93,22 +106,23 @@ def make_job(places, dataset, row, setting, seed, hyperparameters=None, flags=()
 
     Args: keys of DATASETS, ROWS and SETTINGS; ``hyperparameters`` {setting of Config: value} over
     the data set's flags; ``flags`` of train_bilevel.py over all of them. Raises UserError for
-    values out of range; argparse exits with code 2 on flags it does not know.
+    flags that are unknown, out of range, or not for the user of a table to set.
     """
-    hyperparameters = hyperparameters or {}
-    chosen = [word for name, value in hyperparameters.items() for word in (f"--{name}", str(value))]
-    config = parse(
-        [
-            *DATASETS[dataset].flags,
-            *([] if hyperparameters else PAPER_FLAGS.get((dataset, row), ())),
-            *chosen,
-            *flags,
-            *ROWS[row].flags,
-            *SETTINGS[setting].flags,
-            *("--seed", str(seed)),
-        ]
-    )
-    check(config)
+    of_dataset = DATASETS[dataset]
+    base = ["--main_lr", str(of_dataset.main_lr), *of_dataset.flags]
+    base += PAPER_FLAGS.get((dataset, row), ())
+    chosen = [
+        word
+        for name, value in (hyperparameters or {}).items()
+        for word in (f"--{name}", str(value))
+    ]
+    fixed = [*ROWS[row].flags, *SETTINGS[setting].flags, "--seed", str(seed)]
+    plain = _parsed([*base, *chosen])
+    with_flags = _parsed([*base, *chosen, *flags])
+    for name in OWNED:
+        if getattr(plain, name) != getattr(with_flags, name):
+            raise UserError(f"--run_flags: --{name} is set by the table, by row, setting and seed")
+    config = _parsed([*base, *chosen, *flags, *fixed])
     identity = _identity(config)
     name = f"{config.method}_seed{seed}_{identity}"
     config = dataclasses.replace(
@@ -119,7 +133,21 @@ def make_job(places, dataset, row, setting, seed, hyperparameters=None, flags=()
         exp_name=name,
         resume=True,
     )
+    check(config)
     return Job(name, identity, config, places.logs)
+
+
+def _parsed(words):
+    """``parse``, with argparse's complaint as a UserError in one line."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+            return parse(words)
+    except SystemExit:
+        last = said.getvalue().strip().rpartition("\n")[2]
+        raise UserError(
+            f"flags of train_bilevel.py: {last.partition('error: ')[2] or last}"
+        ) from None
 
 
 def _determining(config):
@@ -138,67 +166,68 @@ def _identity(config):
 # --------------------------------------------------------------------------------------------------
 
 
-def state_of(job, fingerprint=None):
+def state_of(job, fingerprint):
     """(state, summary or None) of a job: to do, incomplete, running, failed or done.
 
-    ``fingerprint`` of the data, None where they are not there yet. Raises UserError: the folder
-    holds a run of another configuration or of other data.
+    Raises UserError: its folder holds a run of another configuration or of other data than those
+    with this ``fingerprint``, or something else.
     """
     directory = job.directory
     if not directory.is_dir():
+        if directory.exists() or directory.is_symlink():
+            raise UserError(f"{directory}: expected the folder of a run; remove it")
         return ("failed" if job.failure.exists() else "to do"), None
-    if (directory / CONFIG_FILE).exists():
-        _check_configuration(job, fingerprint)
-    if (directory / SUMMARY_FILE).exists():
-        summary = read_json(directory / SUMMARY_FILE)
-        accuracies = ("test_accuracy", "valid_accuracy")
-        if not isinstance(summary, dict) or not all(
-            isinstance(summary.get(name), float) and 0 <= summary[name] <= 1 for name in accuracies
-        ):
+    has_summary = (directory / SUMMARY_FILE).exists()
+    if has_summary or (directory / CONFIG_FILE).exists():
+        settings = _determining(job.config)
+        differences = differences_of_run(
+            directory,
+            {name: value for name, value in settings.items() if value is not None},
+            fingerprint,
+        )
+        if differences:
             raise UserError(
-                f"{directory / SUMMARY_FILE}: not the summary of a run; remove {directory} to "
+                f"{directory} holds the run of another configuration: {'; '.join(differences)}; "
+                "remove it, or give another --sweep_dir"
+            )
+    if has_summary:
+        summary = read_json(directory / SUMMARY_FILE)
+        expected = {
+            "method": job.config.method,
+            "seed": job.config.seed,
+            "exp_name": job.name,
+            "fingerprint": fingerprint,
+        }
+        if not _is_summary(summary, expected):
+            raise UserError(
+                f"{directory / SUMMARY_FILE}: not the summary of this run; remove {directory} to "
                 "train it again"
             )
         return "done", summary
-    if _is_busy(directory):
+    if _is_busy(directory / LOG_FILE):
         return "running", None
     return ("failed" if job.failure.exists() else "incomplete"), None
 
 
-def _check_configuration(job, fingerprint):
-    path = job.directory / CONFIG_FILE
-    recorded = read_json(path)
-    try:
-        settings, data = dict(recorded["config"]), recorded["data"]["fingerprint"]
-    except (KeyError, TypeError, ValueError):
-        raise UserError(f"{path}: not written by a run; remove {job.directory}") from None
-    differences = [
-        f"{name} is {settings.get(name)!r} there and {value!r} here"
-        for name, value in _determining(job.config).items()
-        if value is not None and settings.get(name) != value  # None was resolved from the data
-    ]
-    if fingerprint is not None and data != fingerprint:
-        differences.append("its data or their split are others")
-    if differences:
-        raise UserError(
-            f"{job.directory} holds the run of another configuration: {'; '.join(differences)}; "
-            "remove it, or give another --sweep_dir"
-        )
-
-
-def _is_busy(directory):
-    """Whether a process is writing the run in ``directory``: it holds a lock on its log."""
-    try:
-        with open(directory / LOG_FILE, "r+") as log:
-            fcntl.lockf(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        return True
-    except OSError:  # no log yet, or a file system without locks
+def _is_summary(summary, expected):
+    if not isinstance(summary, dict) or any(summary.get(k) != v for k, v in expected.items()):
         return False
-    return False
+    accuracies = [summary.get(name) for name in ("test_accuracy", "valid_accuracy")]
+    return all(isinstance(value, float) and 0 <= value <= 1 for value in accuracies)
 
 
-def result_of(job, row, setting, fingerprint=None):
+def _is_busy(log):
+    """Whether a process is writing the run with this log: it holds a lock on it."""
+    try:
+        with open(log, "r+") as file:
+            return is_locked(file)
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise UserError(f"{log} cannot be opened ({error.strerror})") from None
+
+
+def result_of(job, row, setting, fingerprint):
     """The ``Result`` of a job as the run of a cell."""
     state, summary = state_of(job, fingerprint)
     return Result(
@@ -219,8 +248,9 @@ def result_of(job, row, setting, fingerprint=None):
 # --------------------------------------------------------------------------------------------------
 
 
-def run(jobs, launch, fingerprint=None, *, elsewhere=True):
-    """Run what is not done of ``jobs``. Returns the list of (job, how it failed).
+def run(jobs, launch, fingerprint, *, elsewhere=True):
+    """Run what is not done of ``jobs``. Returns the list of (job, how it ended) of those that ended
+    without a result.
 
     Args:
         launch: callable (list of jobs) -> iterator of (job, Outcome) as they end.
@@ -235,10 +265,10 @@ def run(jobs, launch, fingerprint=None, *, elsewhere=True):
     left = [job for job, state in zip(jobs, states, strict=True) if state != "done"]
     counts = {state: states.count(state) for state in dict.fromkeys(states)}
     print(f"{len(jobs)} runs: {', '.join(f'{n} {state}' for state, n in counts.items())}")
-    failed = []
+    failed, waited = [], False
     start, ended, total = time.monotonic(), 0, len(left)
     with (
-        _full_disk(jobs),
+        disk_errors(jobs[0].logs),
         tqdm(total=total, unit="run", dynamic_ncols=True, disable=None) as bar,
     ):
         for job in left:
@@ -248,8 +278,12 @@ def run(jobs, launch, fingerprint=None, *, elsewhere=True):
                 job for job in left if not elsewhere or state_of(job, fingerprint)[0] != "running"
             ]
             if not ready:
+                if not waited:
+                    print(f"waiting for {len(left)} runs of another process", flush=True)
+                waited = True
                 time.sleep(POLL)
                 continue
+            logged = {job.name: _size(job.log) for job in ready}
             for job in ready:
                 job.failure.unlink(missing_ok=True)
             for job, outcome in launch(ready):
@@ -262,9 +296,11 @@ def run(jobs, launch, fingerprint=None, *, elsewhere=True):
                 if state == "done":
                     said = f"test accuracy {summary['test_accuracy']:.4f}"
                 else:
-                    said = f"FAILED, {_reason(job, outcome)}"
-                    job.failure.write_text(f"{outcome}\n", encoding="utf-8")
-                    failed.append((job, _reason(job, outcome)))
+                    reason = _reason(job, outcome, logged[job.name])
+                    said = f"ended without a result: {reason}"
+                    failed.append((job, reason))
+                    if outcome.code not in STOPPED:
+                        job.failure.write_text(f"{reason}\n", encoding="utf-8")
                 seconds = (time.monotonic() - start) / ended * (total - ended)
                 rest = f"about {_duration(seconds)} left" if ended < total else "the last one"
                 line = f"{ended} of {total}: {job.name}: {said}; {rest}"
@@ -272,10 +308,14 @@ def run(jobs, launch, fingerprint=None, *, elsewhere=True):
     return failed
 
 
-def _reason(job, outcome):
-    """How a run ended, in the words of its log."""
+def _size(path):
+    return path.stat().st_size if path.exists() else 0
+
+
+def _reason(job, outcome, logged):
+    """How a run ended, in the words of its log beyond the first ``logged`` bytes."""
     with contextlib.suppress(OSError):
-        lines = job.log.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = job.log.read_bytes()[logged:].decode(errors="replace").splitlines()
         errors = [line for line in lines if line.startswith("error: ")]
         if errors:
             return f"{outcome}: {errors[-1].removeprefix('error: ')}"
@@ -290,11 +330,12 @@ def _duration(seconds):
 
 
 @contextlib.contextmanager
-def _full_disk(jobs):
+def disk_errors(place):
+    """A full or failing disk, in one line; ``place`` is named where the error names none."""
     try:
         yield
     except OSError as error:
-        place = error.filename or (jobs[0].logs if jobs else "the sweep's folder")
         raise RunError(
-            f"{place}: {error.strerror or error}; finished runs are kept, the same command goes on"
+            f"{error.filename or place}: {error.strerror or error}; finished runs are kept, the "
+            "same command goes on"
         ) from None

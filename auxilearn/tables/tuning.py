@@ -1,11 +1,12 @@
 """Hyper-parameters of the tables: chosen on validation accuracy, from equally many candidates.
 
 One readable file holds, by data set and table, what was chosen for every row, from which
-candidates, on which seeds, and the validation accuracy of each:
+candidates, and the validation accuracy of each (null: its run failed):
 
-    {"digits": {"command": "...", "seeds": [101], "flags": [...], "fingerprint": "...",
+    {"digits": {"seeds": [101], "flags": [...], "fingerprint": "...",
      "tables": {"table2": {"setting": "supervised", "rows":
-      {"joint": {"chosen": {"main_lr": 0.002, ...},
+      {"joint": {"command": "python reproduce_tables.py tune ...",
+                 "chosen": {"main_lr": 0.002, ...},
                  "candidates": [{"main_lr": 0.002, ..., "valid_accuracy": 0.91}, ...]}}}}}}
 
 A table of several settings is tuned on one of them (``TUNED_ON``). Ablations take what was chosen
@@ -14,110 +15,199 @@ for the full schedule. The test set plays no part.
 
 from pathlib import Path
 
+from auxilearn.config import Config
 from auxilearn.errors import UserError
 from auxilearn.record import read_json, write_json
-from auxilearn.tables.protocol import CANDIDATES, TABLES, TUNED_ON, tuned_as
+from auxilearn.tables.protocol import ROWS, TABLES, TUNED_ON, candidates, tuned_as
 from auxilearn.tables.statistics import mean
+
+SETTABLE = ("main_lr", "aux_weight", "aux_lr", "dev_lr", "dev_epochs")
 
 
 class Hyperparameters:
-    """The tuned hyper-parameters of a data set. Raises UserError where the file is not one.
+    """The tuned hyper-parameters of a data set.
 
     Args: ``file`` (need not exist: then nothing is tuned; None: nothing is to be), ``dataset`` a
-    key of DATASETS.
+    key of DATASETS. Raises UserError where the file is not one that ``write_choice`` wrote.
     """
 
     def __init__(self, file, dataset):
         self.file = Path(file) if file else None
-        self.dataset = dataset
-        content = read_json(self.file) if self.file and self.file.exists() else {}
-        self.entry = _mapping(content, self.file).get(dataset, {})
-        self.tables = _mapping(_mapping(self.entry, self.file).get("tables", {}), self.file)
+        self.entry = _read(self.file).get(dataset) if self.file else None
 
     def of(self, table, row):
         """{setting of Config: value} for a row of a table; {} where nothing was tuned."""
-        rows = _mapping(_mapping(self.tables.get(table, {}), self.file).get("rows", {}), self.file)
-        chosen = _mapping(rows.get(tuned_as(row), {}), self.file).get("chosen", {})
-        known = {name for candidate in CANDIDATES[tuned_as(row)] for name in candidate}
-        for name, value in _mapping(chosen, self.file).items():
-            if name not in known or not isinstance(value, (int, float)) or value != value:
-                raise UserError(
-                    f"{self.file}: {self.dataset}, {table}, {row}: {name} = {value!r}: expected "
-                    f"a number for some of {', '.join(sorted(known))}"
+        found = self._row(table, row)
+        return dict(found["chosen"]) if found else {}
+
+    def _row(self, table, row):
+        tables = self.entry["tables"] if self.entry else {}
+        return tables.get(table, {"rows": {}})["rows"].get(tuned_as(row))
+
+    def check(self, seeds):
+        """Raises UserError where hyper-parameters were chosen on one of ``seeds``."""
+        shared = set(seeds) & set(self.entry["seeds"] if self.entry else ())
+        if shared:
+            raise UserError(
+                f"--seeds {min(shared)} is what the hyper-parameters in {self.file} were chosen "
+                "on: tables take other seeds"
+            )
+
+    def notes(self, table, rows, flags, fingerprint):
+        """How the hyper-parameters of ``rows`` of a table came about, a list of sentences.
+
+        ``flags`` and ``fingerprint`` are those of the table's runs.
+        """
+        tuned = [row for row in rows if self._row(table, row)]
+        sentences = []
+        if tuned:
+            budgets = {len(self._row(table, row)["candidates"]) for row in tuned}
+            commands = dict.fromkeys(self._row(table, row)["command"] for row in tuned)
+            sentences.append(
+                f"Hyper-parameters: for every method the best of {_either(budgets)} candidates by "
+                f"validation accuracy in the setting {TUNED_ON[table]}, on seed "
+                f"{', '.join(map(str, self.entry['seeds']))}, which the table does not use; "
+                f"ablations take those of JTDS. All candidates: `{self.file}`, by "
+                f"{', '.join(f'`{command}`' for command in commands)}."
+            )
+            if flags != self.entry["flags"]:
+                sentences.append(
+                    f"They were chosen under other flags than the table's: "
+                    f"`{' '.join(self.entry['flags']) or 'none'}`, not "
+                    f"`{' '.join(flags) or 'none'}`."
                 )
-        return chosen
-
-    def note(self, table):
-        """How the hyper-parameters of a table came about, a sentence."""
-        if table not in self.tables:
-            return "Hyper-parameters were not tuned: the same for every row, as in the commands."
-        seeds = ", ".join(map(str, self.entry["seeds"]))
-        budget = len(CANDIDATES["joint"])
-        return (
-            f"Hyper-parameters: for every method the best of {budget} candidates by validation "
-            f"accuracy in the setting {TUNED_ON[table]}, on seed {seeds}, which the table does "
-            f"not use; ablations take those of JTDS. All candidates are in "
-            f"`{self.file}`, which `{self.entry['command']}` writes."
-        )
+            if fingerprint != self.entry["fingerprint"]:
+                sentences.append("They were chosen on other data or another split.")
+        untuned = [ROWS[row].title for row in rows if row not in tuned]
+        if untuned:
+            sentences.append(
+                f"Not tuned, with the data set's settings as in the commands: {'; '.join(untuned)}."
+            )
+        return sentences
 
 
-def _mapping(value, file):
-    if not isinstance(value, dict):
-        raise UserError(
-            f"{file}: not written by reproduce_tables.py tune (expected an object, found "
-            f"{str(value):.40})"
-        )
-    return value
+def _either(numbers):
+    return " or ".join(map(str, sorted(numbers)))
 
 
-def trials(tables, rows):
+def trials(dataset, tables, rows):
     """(table, row, setting, candidate) of every run that tuning needs, for one seed."""
     tuned = list(dict.fromkeys(tuned_as(row) for row in rows))
     return [
         (table, row, TUNED_ON[table], candidate)
         for table in tables
         for row in tuned
-        for candidate in CANDIDATES[row]
+        for candidate in candidates(dataset, row)
     ]
+
+
+def check_file(file, dataset, seeds, flags, fingerprint):
+    """Raises UserError unless choices made in this way may go into ``file``."""
+    if not file:
+        raise UserError("tune writes --hyperparameters: give it a file")
+    entry = _read(Path(file)).get(dataset)
+    if entry and (entry["seeds"], entry["flags"], entry["fingerprint"]) != (
+        seeds,
+        flags,
+        fingerprint,
+    ):
+        raise UserError(
+            f"{file} holds hyper-parameters of {dataset} that were chosen on other seeds, flags or "
+            "data: give another --hyperparameters, or remove them there"
+        )
 
 
 def write_choice(file, dataset, outcomes, command, seeds, flags, fingerprint):
     """Choose, for every row of every table, the candidate with the best mean validation accuracy.
 
     Args:
-        outcomes: {(table, row): [(candidate, [validation accuracy by seed, None if missing])]}.
+        outcomes: {(table, row): [(candidate, [validation accuracy by seed, None if it failed])]}.
         command, seeds, flags, fingerprint: of the tuning, for the record.
 
-    A candidate without all its runs is not chosen; of equals, the first is. Other entries of the
-    file stay. Returns {(table, row): chosen}. Raises UserError: no candidate of a row has all runs.
+    A candidate with a failed run is not chosen; of equals, the first is. Other rows, tables and
+    data sets of the file stay. Returns {(table, row): chosen}; a row whose candidates all failed is
+    left out. Raises UserError as ``check_file``.
     """
+    check_file(file, dataset, seeds, flags, fingerprint)
     file = Path(file)
-    content = _mapping(read_json(file) if file.exists() else {}, file)
-    entry = _mapping(content.get(dataset, {}), file)
-    same = (entry.get("seeds"), entry.get("flags"), entry.get("fingerprint"))
-    kept = entry.get("tables", {}) if same == (seeds, flags, fingerprint) else {}
-    tables = {table: dict(found) for table, found in kept.items()}
+    content = _read(file)
+    entry = content.setdefault(
+        dataset, {"seeds": seeds, "flags": flags, "fingerprint": fingerprint, "tables": {}}
+    )
     chosen = {}
-    for (table, row), candidates in outcomes.items():
+    for (table, row), tried in outcomes.items():
         scored = [
             {**candidate, "valid_accuracy": mean(values) if None not in values else None}
-            for candidate, values in candidates
+            for candidate, values in tried
         ]
-        complete = [s["valid_accuracy"] for s in scored if s["valid_accuracy"] is not None]
-        if not complete:
-            raise UserError(f"no candidate of {row} in {table} has been trained: nothing is chosen")
-        best = [s["valid_accuracy"] for s in scored].index(max(complete))
-        chosen[table, row] = candidates[best][0]
-        found = tables.setdefault(table, {})
-        found["setting"] = TUNED_ON[table]
-        found.setdefault("rows", {})[row] = {"chosen": candidates[best][0], "candidates": scored}
-    content[dataset] = {
-        "command": command,
-        "seeds": seeds,
-        "flags": flags,
-        "fingerprint": fingerprint,
-        "tables": {table: tables[table] for table in TABLES if table in tables},
+        accuracies = [-1.0 if s["valid_accuracy"] is None else s["valid_accuracy"] for s in scored]
+        if max(accuracies) < 0:
+            continue
+        chosen[table, row] = tried[accuracies.index(max(accuracies))][0]
+        of_table = entry["tables"].setdefault(table, {"setting": TUNED_ON[table], "rows": {}})
+        of_table["rows"][row] = {
+            "command": command,
+            "chosen": chosen[table, row],
+            "candidates": scored,
+        }
+    entry["tables"] = {
+        table: entry["tables"][table] for table in TABLES if table in entry["tables"]
     }
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_json(file, content)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, content)
+    except OSError as error:
+        raise UserError(f"{file} cannot be written ({error.strerror})") from None
     return chosen
+
+
+def _read(file):
+    """The file's content, {} if there is none. UserError where it is of another shape."""
+    try:
+        if not file.exists():
+            return {}
+    except OSError as error:
+        raise UserError(f"{str(file)[:80]}: {error.strerror}") from None
+    content = read_json(file)
+    problem = _problem(content)
+    if problem:
+        raise UserError(f"{file}: {problem}: not written by reproduce_tables.py tune")
+    return content
+
+
+def _problem(content):
+    """What is wrong with the content of a file, or None."""
+    if not isinstance(content, dict):
+        return "expected an object by data set"
+    for dataset, entry in content.items():
+        match entry:
+            case {
+                "seeds": [int(), *_],
+                "flags": list(flags),
+                "fingerprint": str(),
+                "tables": dict(tables),
+            } if all(isinstance(flag, str) for flag in flags):
+                pass
+            case _:
+                return f"{dataset}: expected seeds, flags, fingerprint and tables"
+        for table, found in tables.items():
+            rows = found.get("rows") if isinstance(found, dict) else None
+            if table not in TABLES or not isinstance(rows, dict):
+                return f"{dataset}, {table}: expected a table with rows"
+            for row, values in rows.items():
+                match values:
+                    case {"command": str(), "chosen": dict(chosen), "candidates": [_, *_]}:
+                        pass
+                    case _:
+                        return f"{dataset}, {table}, {row}: expected command, chosen, candidates"
+                for name, value in chosen.items():
+                    kind = type(getattr(Config(), name, None))
+                    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+                    if name not in SETTABLE or not number or not 0 <= value < float("inf"):
+                        known = ", ".join(SETTABLE)
+                        return (
+                            f"{dataset}, {table}, {row}: {name} = {value!r}: a number for {known}"
+                        )
+                    if kind is int and not isinstance(value, int):
+                        return f"{dataset}, {table}, {row}: {name} = {value!r}: a whole number"
+    return None
