@@ -1,6 +1,7 @@
 """The baselines' numbers: uncertainty weights, gradient cosines, ablated schedules, fine-tuning."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -297,3 +298,47 @@ def test_fine_tuning_starts_at_the_best_checkpoint(tiny_run):
     assert run.summary["test_accuracy"] == plain.summary["test_accuracy"] or (
         run.summary["best_epoch"] > 3  # batch norm's statistics have moved all the same
     )
+
+
+def test_killed_while_fine_tuning_it_goes_on_to_the_same_numbers(tiny_config, tmp_path):
+    """The best checkpoint has been overwritten since the checkpoint that the run goes on from."""
+    torch.set_default_dtype(torch.float32)
+    settings = {"method": "common_dev", "epochs": 1, "main_lr": 1e-6, "save_every": 4, "seed": 1}
+    settings |= {"dev_lr": 0.02, "dev_epochs": 20, "exp_name": "one", "resume": True}
+
+    def trainer_and_record(name):
+        config = tiny_config(**settings, record_dir=str(tmp_path / name))
+        trainer = trainer_of(config)
+        return trainer, RunRecord(tmp_path / name, trainer.description(), resume=True)
+
+    trainer, record = trainer_and_record("undisturbed")
+    expected = trainer.fit(record)
+    record.close()
+    assert expected["best_epoch"] > 1
+
+    class Killed(Exception):
+        pass
+
+    trainer, record = trainer_and_record("killed")
+    save = record.save_best
+
+    def save_and_die(checkpoint):
+        result = save(checkpoint)
+        if checkpoint["epoch"] > 1:
+            raise Killed
+        return result
+
+    record.save_best = save_and_die
+    with pytest.raises(Killed):
+        trainer.fit(record)
+    record.close()
+    trainer, record = trainer_and_record("killed")
+    # The last checkpoint is that of the last step before fine-tuning.
+    assert record.load_checkpoint()["step"] == trainer.main_steps
+    actual = trainer.fit(record)
+    record.close()
+    for name in ("test_accuracy", "valid_accuracy", "best_epoch"):
+        assert actual[name] == expected[name]
+    rows = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("undisturbed", "killed")]
+    timeless = [re.sub(r'"\w+_seconds": [^,}]+', "", text) for text in rows]
+    assert timeless[0] == timeless[1]

@@ -341,11 +341,13 @@ def test_killed_half_way_and_continued_it_is_the_same_table(places, tmp_path, co
     assert out.splitlines()[0] == "12 runs: 12 done"
 
 
-def test_sigterm_ends_with_checkpoints_and_goes_on(places, tmp_path, command):
-    wanted = ["table2", *places, "--methods", "joint", "--seeds", "1", "--epochs", "500"]
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_asked_to_end_it_leaves_checkpoints(number, places, tmp_path):
+    wanted = ["table2", *places, "--methods", "joint", "--seeds", "1"]
     wanted[wanted.index("--run_flags") + 1] = f"{SHORT} --epochs 500 --save_every 100000"
     line = [sys.executable, str(ROOT / "reproduce_tables.py"), *wanted]
-    with subprocess.Popen(line, stderr=subprocess.PIPE, text=True) as process:
+    pipe = {"stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    with subprocess.Popen(line, **pipe) as process:
         deadline = time.monotonic() + 60
         while not any(
             path.stat().st_size
@@ -353,12 +355,29 @@ def test_sigterm_ends_with_checkpoints_and_goes_on(places, tmp_path, command):
         ):
             assert time.monotonic() < deadline and process.poll() is None
             time.sleep(0.02)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 143
-        assert "the same command goes on from here" in process.stderr.read()
+        if number == signal.SIGINT:  # a terminal's Ctrl-C reaches all processes of the group
+            os.killpg(process.pid, number)
+        else:
+            process.send_signal(number)
+        assert process.wait(30) == (130 if number == signal.SIGINT else 143)
+        assert process.stderr.read().count("\n") == 1
     (run,) = tmp_path.glob("sweeps/cub/bird_record/full/*")
     assert list(run.glob("step-*.pt"))
     assert not (run / "summary.json").exists()
+    assert not list(tmp_path.glob("sweeps/cub/logs/*.failed"))
+
+
+def test_two_sweeps_at_once_share_the_work(tmp_path):
+    line = [sys.executable, str(ROOT / "reproduce_tables.py"), "table2", "--dataset", "digits"]
+    line += ["--methods", "single", "common", "--seeds", "1", "--sweep_dir", str(tmp_path)]
+    line += ["--run_flags", "--max_steps 60 --epochs 60", "--hyperparameters", "none"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    both = [subprocess.Popen(line, **pipes) for _ in range(2)]
+    ends = [process.communicate(timeout=120) for process in both]
+    assert [process.returncode for process in both] == [0, 0], ends
+    runs = [Run(path) for path in (tmp_path / "digits/bird_record/full").iterdir()]
+    assert len(runs) == 2
+    assert all(len(run.rows_of("epoch")) == 3 for run in runs)  # 23 steps each
 
 
 # --------------------------------------------------------------------------------------------------
