@@ -293,7 +293,7 @@ def test_what_is_asked_of_sbatch(tmp_path, programs):
     [
         (Outcome(0, "COMPLETED"), "exit code 0"),
         (Outcome(2, "COMPLETED"), "exit code 2"),
-        (Outcome(-9, "COMPLETED"), "killed by SIGKILL, as a node does where memory runs out"),
+        (Outcome(-9, "COMPLETED"), "killed by SIGKILL, as happens where memory runs out"),
         (Outcome(-11, "COMPLETED"), "killed by SIGSEGV"),
         (Outcome(None, "NODE_FAIL"), "Slurm: NODE_FAIL"),
     ],
