@@ -162,6 +162,7 @@ def parse_arguments(argv=None):
     args.methods = [row for row in ROWS if row in args.methods]
     args.tables = list(TABLES) if args.what in ("all", "tune") else [args.what]
     args.flags = [*(["--epochs", str(args.epochs)] if args.epochs else []), *_split(args.run_flags)]
+    args.main_lr = sweep.learning_rate(args.dataset, args.flags)
     if args.hyperparameters == "none":
         args.hyperparameters = None
     if args.paper is None and (RESULTS / "paper_numbers.csv").exists():
@@ -244,7 +245,7 @@ def main(argv=None):
     if args.what == "tune":
         wanted = [
             (table, row, setting, seed, candidate)
-            for table, row, setting, candidate in trials(args.dataset, args.tables, args.methods)
+            for table, row, setting, candidate in trials(args.tables, args.methods, args.main_lr)
             for seed in args.seeds
         ]
     else:
@@ -288,7 +289,7 @@ def main(argv=None):
 def wanted_runs(args, tuned, tables):
     """(table, row, setting, seed, hyper-parameters) of every run of the tables."""
     return [
-        (table, row, setting, seed, tuned.of(table, row))
+        (table, row, setting, seed, tuned.of(table, row, args.flags))
         for row in args.methods
         for table in tables
         for setting in TABLES[table].settings

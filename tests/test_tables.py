@@ -78,7 +78,7 @@ def train_as(job):
 @pytest.mark.parametrize("dataset", DATASETS)
 def test_every_row_has_the_same_number_of_candidates(dataset):
     for row in ROWS:
-        found = candidates(dataset, tuned_as(row))
+        found = candidates(tuned_as(row), DATASETS[dataset].main_lr)
         assert len({json.dumps(c) for c in found}) == len(found) == BUDGET
         assert DATASETS[dataset].main_lr in [c["main_lr"] for c in found]
 
@@ -411,10 +411,15 @@ def test_the_best_mean_validation_accuracy_is_chosen(tmp_path):
     write_choice(file, "mini", outcomes, *how)
     write_choice(file, "digits", outcomes, *how)
     found = Hyperparameters(file, "digits")
-    assert found.of("table2", "single") == a
-    assert found.of("table4", "joint") == found.of("table4", "joint_task") == b
-    assert found.of("table3", "single") == {}
-    assert Hyperparameters(file, "mini").of("table4", "joint_task") == b
+    same = ["--epochs", "2"]
+    assert found.of("table2", "single", same) == a
+    assert found.of("table4", "joint", same) == found.of("table4", "joint_task", same) == b
+    assert found.of("table3", "single", same) == {}
+    assert Hyperparameters(file, "mini").of("table4", "joint_task", same) == b
+    # A flag of the table's runs wins, unless it is one that the tuning was done under.
+    assert found.of("table2", "single", ["--main_lr", "1"]) == {}
+    assert found.of("table2", "single", ["--main_lr=1"]) == {}
+    assert found.of("table2", "single", ["--w_decay", "1"]) == a
 
     # What was chosen in another way is not replaced, and a table says what it takes.
     with pytest.raises(UserError, match="give another --hyperparameters"):
@@ -431,7 +436,8 @@ def test_the_best_mean_validation_accuracy_is_chosen(tmp_path):
 
 
 def test_trials_are_a_row_of_equal_budget_each():
-    found = trials("digits", ["table2", "table4"], ["single", "joint", "joint_task"])
+    found = trials(["table2", "table4"], ["single", "joint", "joint_task"], 0.04)
+    assert {c["main_lr"] for _, row, _, c in found if row == "joint"} == {0.04, 0.1}
     assert len(found) == 2 * 2 * BUDGET  # an ablation takes what is chosen for joint
     assert {setting for _, _, setting, _ in found} == {"supervised", "corrupted_0.4"}
 
@@ -475,7 +481,9 @@ def test_a_file_of_something_else_is_refused(content, tmp_path):
 
 def test_a_file_that_is_right_is_taken(tmp_path):
     write_json(tmp_path / "h.json", tables())
-    assert Hyperparameters(tmp_path / "h.json", "digits").of("table2", "single") == {"main_lr": 0.1}
+    assert Hyperparameters(tmp_path / "h.json", "digits").of("table2", "single", []) == {
+        "main_lr": 0.1
+    }
 
 
 def test_tune_writes_what_the_tables_use(places, tmp_path, command):

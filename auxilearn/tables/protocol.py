@@ -115,12 +115,11 @@ PAPER_FLAGS = {("cub", "naive"): ("--aux_weight", "0.1", "--auxw_decay", "5e-3")
 BUDGET = 6  # candidates of every row
 
 
-def candidates(dataset, row):
+def candidates(row, unit):
     """The ``BUDGET`` candidates of a row that is tuned, each {setting of Config: value}.
 
-    Learning rates of the task model are multiples of the data set's.
+    Learning rates of the task model are multiples of ``unit``.
     """
-    unit = DATASETS[dataset].main_lr
 
     def rates(*factors):
         return [float(f"{factor * unit:.3g}") for factor in factors]

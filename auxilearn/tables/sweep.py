@@ -104,13 +104,11 @@ def _inside(folder):
 def make_job(places, dataset, row, setting, seed, hyperparameters=None, flags=()):
     """The job of a cell and seed.
 
-    Args: keys of DATASETS, ROWS and SETTINGS; ``hyperparameters`` {setting of Config: value} over
-    the data set's flags; ``flags`` of train_bilevel.py over all of them. Raises UserError for
-    flags that are unknown, out of range, or not for the user of a table to set.
+    Args: keys of DATASETS, ROWS and SETTINGS; ``flags`` of train_bilevel.py over the data set's;
+    ``hyperparameters`` {setting of Config: value} over all of them. Raises UserError for flags that
+    are unknown, out of range, or not for the user of a table to set.
     """
-    of_dataset = DATASETS[dataset]
-    base = ["--main_lr", str(of_dataset.main_lr), *of_dataset.flags]
-    base += PAPER_FLAGS.get((dataset, row), ())
+    base = [*_base(dataset), *PAPER_FLAGS.get((dataset, row), ())]
     chosen = [
         word
         for name, value in (hyperparameters or {}).items()
@@ -118,11 +116,11 @@ def make_job(places, dataset, row, setting, seed, hyperparameters=None, flags=()
     ]
     fixed = [*ROWS[row].flags, *SETTINGS[setting].flags, "--seed", str(seed)]
     plain = _parsed([*base, *chosen])
-    with_flags = _parsed([*base, *chosen, *flags])
+    with_flags = _parsed([*base, *flags, *chosen])
     for name in OWNED:
         if getattr(plain, name) != getattr(with_flags, name):
             raise UserError(f"--run_flags: --{name} is set by the table, by row, setting and seed")
-    config = _parsed([*base, *chosen, *flags, *fixed])
+    config = _parsed([*base, *flags, *chosen, *fixed])
     identity = _identity(config)
     name = f"{config.method}_seed{seed}_{identity}"
     config = dataclasses.replace(
@@ -135,6 +133,15 @@ def make_job(places, dataset, row, setting, seed, hyperparameters=None, flags=()
     )
     check(config)
     return Job(name, identity, config, places.logs)
+
+
+def learning_rate(dataset, flags):
+    """--main_lr of a data set's runs under further ``flags``, before any tuning."""
+    return _parsed([*_base(dataset), *flags]).main_lr
+
+
+def _base(dataset):
+    return ["--main_lr", str(DATASETS[dataset].main_lr), *DATASETS[dataset].flags]
 
 
 def _parsed(words):

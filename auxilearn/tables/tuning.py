@@ -35,10 +35,17 @@ class Hyperparameters:
         self.file = Path(file) if file else None
         self.entry = _read(self.file).get(dataset) if self.file else None
 
-    def of(self, table, row):
-        """{setting of Config: value} for a row of a table; {} where nothing was tuned."""
+    def of(self, table, row, flags):
+        """{setting of Config: value} for a row of a table; {} where nothing was tuned.
+
+        What ``flags`` of the table's runs set themselves is left out, unless it was tuned under
+        these very flags.
+        """
         found = self._row(table, row)
-        return dict(found["chosen"]) if found else {}
+        if not found:
+            return {}
+        given = {word.partition("=")[0] for word in flags} if flags != self.entry["flags"] else ()
+        return {k: v for k, v in found["chosen"].items() if f"--{k}" not in given}
 
     def _row(self, table, row):
         tables = self.entry["tables"] if self.entry else {}
@@ -90,14 +97,17 @@ def _either(numbers):
     return " or ".join(map(str, sorted(numbers)))
 
 
-def trials(dataset, tables, rows):
-    """(table, row, setting, candidate) of every run that tuning needs, for one seed."""
+def trials(tables, rows, main_lr):
+    """(table, row, setting, candidate) of every run that tuning needs, for one seed.
+
+    Learning rates are tried around ``main_lr``.
+    """
     tuned = list(dict.fromkeys(tuned_as(row) for row in rows))
     return [
         (table, row, TUNED_ON[table], candidate)
         for table in tables
         for row in tuned
-        for candidate in candidates(dataset, row)
+        for candidate in candidates(row, main_lr)
     ]
 
 
