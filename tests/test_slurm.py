@@ -193,17 +193,20 @@ def test_a_controller_that_starts_again_submits_nothing_twice(
     cluster("scancel", pending)
     wait_until(lambda: in_the_middle(Run(tmp_path / "record/full/cancelled")))
     cluster("scancel", running)
-    assert {j.name: outcome for j, outcome in again} == {
+    outcomes = {j.name: outcome for j, outcome in again}
+    # Slurm forgets at once what is cancelled before it begins; a fast node may have begun.
+    forgotten = outcomes.pop("cancelled in the queue")
+    assert forgotten in (Outcome(None, slurm.GONE), Outcome(None, "CANCELLED"))
+    assert outcomes == {
         "runs": Outcome(0, "COMPLETED"),
         "cancelled": Outcome(None, "CANCELLED"),
-        "cancelled in the queue": Outcome(None, slurm.GONE),
         "new": Outcome(2, "COMPLETED"),
     }
-    assert [j.log.exists() for j in jobs] == [True, True, False]
+    assert jobs[0].log.exists() and jobs[1].log.exists()
     submitted = cluster("squeue", "--noheader", "--array", "--states=all", "--format=%j").split()
     arrays = read_json(tmp_path / "sweep/slurm/submissions.json")
-    # Slurm forgets at once what is cancelled before it begins.
-    assert sorted(submitted.count(name) for name in arrays) == [1, 2]
+    known = 2 if forgotten.state == slurm.GONE else 3
+    assert sorted(submitted.count(name) for name in arrays) == [1, known]
     for j in jobs[:2]:
         assert j.log.read_text().count("recording in") == 1
     assert "as asked; continue with" in jobs[1].log.read_text()
