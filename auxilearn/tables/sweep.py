@@ -10,7 +10,6 @@ import dataclasses
 import hashlib
 import io
 import json
-import os
 import shlex
 import shutil
 import sys
@@ -91,14 +90,12 @@ class Job(NamedTuple):
 
 def script(name):
     """The words that run a script of this project from the current folder."""
-    python = sys.executable
-    if shutil.which("python") == python:
-        python = "python"
-    return [python, os.path.relpath(ROOT / name) if _inside(ROOT) else str(ROOT / name)]
-
-
-def _inside(folder):
-    return Path.cwd().resolve().is_relative_to(folder)
+    python = Path(sys.executable)
+    if shutil.which("python") == sys.executable:
+        python = Path("python")
+    here = Path.cwd()
+    words = [python, ROOT / name]
+    return [str(w.relative_to(here) if w.is_relative_to(here) else w) for w in words]
 
 
 def make_job(places, dataset, row, setting, seed, hyperparameters=None, flags=()):
