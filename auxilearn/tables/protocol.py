@@ -94,8 +94,8 @@ DATASETS = {
         "embedded miniature",
         "mini",
         2e-3,
-        (*_SMALL, "--threads", "1", "--image_size", "24", "--epochs", "8")
-        + ("--hyperstep", "8", "--aux_batch_size", "20", "--dev_epochs", "10"),
+        (*_SMALL, "--threads", "1", "--image_size", "32", "--epochs", "12")
+        + ("--hyperstep", "10", "--aux_batch_size", "20", "--dev_epochs", "10"),
     ),
     "digits": DataSet(
         "scanned digits",
