@@ -460,13 +460,6 @@ def when_ready(log, action):
     return thread
 
 
-def child():
-    (pid,) = (
-        Path(f"/proc/self/task/{threading.main_thread().native_id}/children").read_text().split()
-    )
-    return int(pid)
-
-
 @pytest.mark.parametrize(
     "signals, end",
     [
@@ -486,7 +479,7 @@ def test_signals_of_slurm_reach_the_training_once(
     run, log = training(COUNTING), tmp_path / "logs/run.log"
 
     def send():
-        pid = child()
+        pid = run._pid  # other tests may have left helpers of multiprocessing behind
         for number in signals:
             os.kill(pid, number)
             os.kill(os.getpid(), number)
