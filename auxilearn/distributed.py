@@ -113,8 +113,23 @@ def joined(device=None):
     if on_gpu:
         torch.cuda.set_device(local)
     dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT)
-    try:
+    with leaving():
         yield Ranks(rank, size, place)
+
+
+@contextmanager
+def leaving():
+    """Leave the process group after the block.
+
+    gloo's threads let go of a collective's tensors some time after the call has returned, and need
+    the interpreter for that: one that is late by then aborts the process as it ends
+    (https://github.com/pytorch/pytorch/pull/179291). While this one waits for the other ranks,
+    its threads get their turn.
+    """
+    try:
+        yield
+        with _rank_errors():
+            dist.barrier()
     finally:
         dist.destroy_process_group()
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-from auxilearn.distributed import Ranks
+from auxilearn.distributed import Ranks, leaving
 from auxilearn.hypernet import MonoJoint, MonoLinearHyperNet, Naive_hyper
 from auxilearn.implicit_diff import conjugate_gradient, neumann
 from auxilearn.upper_level import TaskLosses, UpperLevel, scheduled_loss
@@ -82,9 +82,9 @@ def one_step(method, reduction, ranks):
 def worker(rank, method, reduction, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    result = one_step(method, reduction, Ranks(rank, 2))
-    torch.save(result, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    with leaving():
+        result = one_step(method, reduction, Ranks(rank, 2))
+        torch.save(result, f"{folder}/{rank}.pt")
 
 
 def two_processes(method, reduction, folder):

@@ -146,11 +146,7 @@ def candidates(row, unit):
             {"aux_weight": 0.3, "aux_lr": 3e-2},
             {"aux_weight": 0.3, "aux_lr": 3e-1},
         )
-    return each(
-        {"aux_weight": 1.0, "aux_lr": 3e-3},
-        {"aux_weight": 1.0, "aux_lr": 3e-4},
-        {"aux_weight": 0.3, "aux_lr": 3e-3},
-    )
+    return each({"aux_lr": 1e-2}, {"aux_lr": 3e-3}, {"aux_lr": 3e-4})
 
 
 TUNED_ON = {"table2": "supervised", "table3": "semi", "table4": "corrupted_0.4"}
