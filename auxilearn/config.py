@@ -34,7 +34,14 @@ def _names(bilevel):
     return f"{', '.join(most)} and {last}"
 
 
-def _setting(default, group, text, *, kind=None, choices=None, aliases=(), many=False):
+def _fine_tuned():
+    return [name for name, method in METHODS.items() if method.fine_tuned]
+
+
+def _setting(
+    default, group, text, *, kind=None, choices=None, aliases=(), many=False, by_method=None
+):
+    """A field. ``by_method``: where None is left to the method, what most methods take."""
     metadata = {
         "group": group,
         "help": text,
@@ -42,6 +49,7 @@ def _setting(default, group, text, *, kind=None, choices=None, aliases=(), many=
         "choices": choices,
         "aliases": aliases,
         "many": many,
+        "by_method": by_method,
     }
     if many:
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
@@ -173,16 +181,32 @@ class Config:
     dev_epochs: int = _setting(
         20,
         LOWER,
-        "with --method common_dev: passes over the development set after --epochs, from the best "
-        "checkpoint so far",
+        f"with --method {' or '.join(_fine_tuned())}: passes over the development set after "
+        "--epochs, from the best checkpoint so far; 0 leaves them out",
     )
     dev_lr: float | None = _setting(
         None, LOWER, "learning rate of Adam in these passes (default: --main_lr)", kind=float
     )
 
-    aux_lr: float = _setting(1e-3, UPPER, "learning rate of SGD with momentum 0.9")
-    auxw_decay: float = _setting(1e-5, UPPER, "weight decay of that SGD")
-    hyperstep: int = _setting(20, UPPER, "lower steps between two upper steps")
+    aux_lr: float | None = _setting(
+        None, UPPER, "learning rate of --upper_optimizer", kind=float, by_method=1e-3
+    )
+    auxw_decay: float = _setting(1e-5, UPPER, "weight decay of --upper_optimizer")
+    upper_optimizer: str | None = _setting(
+        None,
+        UPPER,
+        "sgd has momentum 0.9; adam moves every parameter by about --aux_lr, whatever the size of "
+        "the hypergradient",
+        kind=str,
+        choices=("sgd", "adam"),
+        by_method="sgd",
+    )
+    warmup_epochs: int | None = _setting(
+        None, UPPER, "epochs before the first upper step", kind=int, by_method=0
+    )
+    hyperstep: int | None = _setting(
+        None, UPPER, "lower steps between two upper steps", kind=int, by_method=20
+    )
     aux_batch_size: int = _setting(50, UPPER, "images in a development batch")
     dev_batches: str = _setting(
         "random",
@@ -197,7 +221,7 @@ class Config:
     factors: list[str] = _setting(
         FACTORS,
         UPPER,
-        "with --method joint: the factors of the schedule that are learned; one left out is the "
+        "with --method joint or joint_stable: the factors of the schedule that are learned; one left out is the "
         "constant around which it starts",
         choices=FACTORS,
         kind=str,
@@ -206,12 +230,23 @@ class Config:
     aux_hidden_dim: list[int] = _setting(
         (10, 10, 10, 10), UPPER, "hidden sizes of --method task", kind=int, many=True
     )
-    solver: str = _setting(
-        "neumann",
+    solver: str | None = _setting(
+        None,
         UPPER,
         "how the inverse Hessian is approximated: neumann = truncated series; identity = not at "
         "all; cg = damped conjugate gradients; exact = dense, for a few thousand parameters",
+        kind=str,
         choices=SOLVERS,
+        by_method="neumann",
+    )
+    precondition: str | None = _setting(
+        None,
+        UPPER,
+        "the step of the lower level to which the hypergradient is the response: none is plain "
+        "gradient descent's, adam the one that --main_lr's Adam really takes",
+        kind=str,
+        choices=("none", "adam"),
+        by_method="none",
     )
     neumann_alpha: float | None = _setting(
         None, UPPER, "step alpha of the Neumann series (default: --main_lr)", kind=float
@@ -248,7 +283,13 @@ class Config:
         "the largest stable alpha",
         choices=("warn", "identity"),
     )
-    max_grad_norm: float = _setting(10.0, UPPER, "the hypergradient is clipped to this norm")
+    max_grad_norm: float | None = _setting(
+        None,
+        UPPER,
+        "the hypergradient is clipped to this norm; 0 is no clipping",
+        kind=float,
+        by_method=10.0,
+    )
 
     exp_name: str | None = _setting(
         None,
@@ -328,14 +369,17 @@ def parse(argv=None, description=None):
         options = {"nargs": "+"} if info["many"] else {}
         if info["choices"]:
             options["choices"] = info["choices"]
+            if len(info["choices"]) > 5:  # argparse cannot break the line that lists them
+                options["metavar"] = "NAME"
         else:
             options["metavar"] = {bool: "0|1", int: "N", float: "X"}.get(info["kind"], "NAME")
         default = list(field.default_factory()) if info["many"] else field.default
+        shown = _shown_default(field.name, info, default)
         groups[info["group"]].add_argument(
             *names,
             type=kind,
             default=default,
-            help=_help(info, default),
+            help=_help(info, shown),
             dest=field.name,
             **options,
         )
@@ -355,12 +399,21 @@ def flags_of(config):
     return flags
 
 
+def _shown_default(name, info, default):
+    """The default as text, or None where the help text says it all."""
+    if info["by_method"] is not None:
+        own = [f"{m} {method.defaults[name]}" for m, method in METHODS.items() if name in method.defaults]
+        return "; ".join([f"{info['by_method']}", *own])
+    if default is None:
+        return None
+    if info["many"]:
+        return " ".join(map(str, default))
+    return str(int(default) if isinstance(default, bool) else default)
+
+
 def _help(info, default):
     text = info["help"].replace("%(default)s", str(default))
-    if default is None or "(default" in text:
-        return text
-    shown = " ".join(map(str, default)) if info["many"] else default
-    return f"{text} (default: {int(shown) if isinstance(shown, bool) else shown})"
+    return text if default is None or "(default" in text else f"{text} (default: {default})"
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -385,7 +438,9 @@ _AT_LEAST = {
     "w_decay": 0,
     "aux_weight": 0,
     "auxw_decay": 0,
-    "dev_epochs": 1,
+    "dev_epochs": 0,
+    "max_grad_norm": 0,
+    "warmup_epochs": 0,
     "hyperstep": 1,
     "aux_batch_size": 1,
     "n_meta_loss_accum": 1,
@@ -410,7 +465,7 @@ NEUTRAL = (
     "data_root",
     "record_dir",
 )
-_ABOVE_ZERO = ("main_lr", "dev_lr", "aux_lr", "neumann_alpha", "max_grad_norm")
+_ABOVE_ZERO = ("main_lr", "dev_lr", "aux_lr", "neumann_alpha")
 
 
 def check(config):
@@ -485,8 +540,14 @@ def resolve(config, split):
     pretrain = config.backbone_pretrain
     if pretrain is None:
         pretrain = config.backbone == "resnet18" and not config.backbone_weights
+    left_to_method = {
+        field.name: method.defaults.get(field.name, field.metadata["by_method"])
+        for field in dataclasses.fields(config)
+        if field.metadata["by_method"] is not None and getattr(config, field.name) is None
+    }
     resolved = dataclasses.replace(
         config,
+        **left_to_method,
         data_root=str(split.data_root),
         task_num=task_num,
         whether_aux=whether_aux,

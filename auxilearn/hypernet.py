@@ -162,10 +162,7 @@ class MonoJoint(MonoHyperNet):
         factors=FACTORS,
     ):
         super().__init__(main_task, input_dim)
-        unknown = set(factors) - set(FACTORS)
-        if unknown or not factors:
-            raise ValueError(f"factors must be some of {FACTORS}, not {tuple(factors)}")
-        self.learned = tuple(name for name in FACTORS if name in factors)
+        self.learned = _checked_factors(factors)
         if "feature" in self.learned:
             self.feature_sel = nn.Linear(feature_dim, input_dim)
         if "task" in self.learned:
@@ -218,6 +215,80 @@ class MonoJoint(MonoHyperNet):
             if saved is not None and saved.numel() == parameter.numel():
                 state_dict[prefix + name] = saved.reshape(parameter.shape)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class StableJoint(MonoHyperNet):
+    r"""JTDS's three factors without the direction in which its weights run away.
+
+        W_ik = r_ik / mean_i r_ik * 2 sigmoid(t_k)           t_0 = 0: the target's mean weight is 1
+        r_ik = 2 sigmoid(a_k . G_i) * 2 sigmoid(u_k z_ik)
+               feature factor         loss factor
+
+    with z the standardised losses, as in ``MonoJoint``, and G the features of the batch, centred,
+    each sample's scaled to length 1 / sqrt(d). Three differences, each for a reason:
+
+    - A lower optimiser like Adam does not feel the scale of the loss, so nothing holds the scale of
+      a schedule. Here every task's weights are divided by their mean over the batch (over the
+      samples that have a loss), and the target's task factor is 1: no parameter can change it.
+    - Bounded factors: an auxiliary task counts 0 to 2 times as much as the target, and no sample
+      dominates a batch.
+    - All parameters are 0 at first, where W = 1 exactly: equal weights, until the development set
+      says otherwise. With inputs of that size, a step of Adam on a, u or t at rate r moves each
+      factor's logit by about r at most.
+
+    K (d + 2) parameters: feature_sel.weight a (K, d), loss_w u (K,), task_prior t (K,).
+
+    Args: ``input_dim`` is K, ``feature_dim`` is d; ``factors``: those that are learned.
+    """
+
+    def __init__(self, main_task, input_dim, feature_dim, *, factors=FACTORS):
+        super().__init__(main_task, input_dim)
+        self.learned = _checked_factors(factors)
+        if "feature" in self.learned:
+            self.feature_sel = nn.Linear(feature_dim, input_dim, bias=False)
+            nn.init.zeros_(self.feature_sel.weight)
+        if "loss" in self.learned:
+            self.loss_w = nn.Parameter(torch.zeros(input_dim))
+        if "task" in self.learned:
+            self.task_prior = nn.Parameter(torch.zeros(input_dim))
+
+    def factors(self, features, losses, mask=None):
+        """Feature (B, K), loss (B, K), task (K,); the last divided by the mean of the product."""
+        feature = loss = torch.zeros_like(losses.detach())
+        task = torch.zeros_like(losses[0].detach())
+        if "feature" in self.learned:
+            centred = features.detach() - features.detach().mean(dim=0)
+            feature = self.feature_sel(F.normalize(centred, dim=1)) / features.shape[1] ** 0.5
+        if "loss" in self.learned:
+            loss = self.loss_w * standardise(losses.detach(), mask)
+        if "task" in self.learned:
+            task = self.task_prior - self.task_prior[self.main_task]
+        feature, loss, task = (2 * torch.sigmoid(score) for score in (feature, loss, task))
+        means = masked_column_means(feature * loss, mask)
+        return feature, loss, task / torch.where(means > 0, means, 1.0)
+
+    def schedule(self, features, losses, mask=None):
+        """The schedule W (B, K); differentiable in the scheduler, constant in the model."""
+        feature, loss, task = self.factors(features, losses, mask)
+        return feature * loss * task
+
+    def forward(self, features, losses, to_train=True, mask=None):
+        """The scheduled loss sum_k mean_i W_ik L_ik, a scalar; as ``MonoJoint.forward``."""
+        weights = self.schedule(features, losses, mask)
+        return _weighted_mean(weights.detach() if to_train else weights, losses, mask)
+
+    def scheduled_loss(self, losses, features=None, sample_id=None, mask=None):
+        return self(features, losses, to_train=False, mask=mask)
+
+    def clamp(self):
+        """Nothing to project: every value of the parameters gives positive weights."""
+
+
+def _checked_factors(factors):
+    unknown = set(factors) - set(FACTORS)
+    if unknown or not factors:
+        raise ValueError(f"factors must be some of {FACTORS}, not {tuple(factors)}")
+    return tuple(name for name in FACTORS if name in factors)
 
 
 class Naive_hyper(MonoHyperNet):

@@ -192,6 +192,37 @@ def exact(damping=0.0, max_parameters=EXACT_LIMIT):
     return solve
 
 
+def preconditioned(solver, scale):
+    """``solver`` for a lower level whose optimiser divides every gradient by a scale D > 0.
+
+    Such an optimiser (Adam: D = square root of the second moment, see ``optim.adam_scale``) steps
+    by -eta D^-1 g. With D held fixed, what its steps make of a small change of g is
+
+        n steps          eta sum_{j<n} (I - eta D^-1 H)^j D^-1,  so one step  eta D^-1
+        their limit      H^-1, or (H + D / (eta n))^-1 for about n of them
+
+    and p is that times v: the implicit function theorem on the optimiser's own step (Lorraine et
+    al. 2020, section 3) in place of plain gradient descent's. The solver is handed H and v in the
+    coordinates D^1/2 theta, where the step is plain gradient descent's: ``identity`` becomes D^-1 v,
+    ``neumann`` sum_j (I - alpha D^-1 H)^j D^-1 v, ``conjugate_gradient`` (H + damping D)^-1 v.
+    Residuals are measured in these coordinates.
+
+    Args: ``scale``: callable that returns D now, a list of tensors shaped like theta.
+    """
+
+    def solve(hvp, v):
+        roots = [d.sqrt() for d in scale()]
+
+        def divided(vector):
+            return [t / r for t, r in zip(vector, roots, strict=True)]
+
+        solution = solver(lambda u: divided(hvp(divided(u))), divided(v))
+        solution.vector = divided(solution.vector)
+        return solution
+
+    return solve
+
+
 def _dot(a, b):
     return sum(torch.sum(x * y).item() for x, y in zip(a, b, strict=True))
 

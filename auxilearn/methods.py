@@ -14,6 +14,7 @@ from auxilearn.hypernet import (
     MonoLinearHyperNet,
     MonoNonlinearHyperNet,
     Naive_hyper,
+    StableJoint,
     Uncertainty,
 )
 
@@ -48,7 +49,7 @@ class Method(NamedTuple):
     """``build``: ``Problem`` -> scheduler. ``learned``: the level whose optimiser trains the
     scheduler, upper (by hypergradients on the development set) or lower (with the task model), or
     None. ``auxiliary``: uses the auxiliary tasks. ``fine_tuned``: training ends on the development
-    set."""
+    set. ``defaults``: {setting of Config: value} where it takes another value than most methods."""
 
     title: str
     paper: str
@@ -56,6 +57,7 @@ class Method(NamedTuple):
     auxiliary: bool
     build: Callable[[Problem], object]
     fine_tuned: bool = False
+    defaults: dict[str, object] = {}
 
     @property
     def bilevel(self):
@@ -70,6 +72,23 @@ METHODS = {
         learned=UPPER,
         auxiliary=True,
         build=lambda p: MonoJoint(0, p.tasks, p.feature_dim, K=p.tasks, factors=p.factors),
+    ),
+    "joint_stable": Method(
+        "JTDS with a schedule that cannot run away, then the target task on the development set",
+        "this project, docs/stability.md",
+        learned=UPPER,
+        auxiliary=True,
+        build=lambda p: StableJoint(0, p.tasks, p.feature_dim, factors=p.factors),
+        fine_tuned=True,
+        defaults={
+            "aux_lr": 0.03,
+            "upper_optimizer": "adam",
+            "warmup_epochs": 5,
+            "hyperstep": 5,
+            "solver": "identity",
+            "precondition": "adam",
+            "max_grad_norm": 0.0,
+        },
     ),
     "naive": Method(
         "N-JTDS: a free weight per training sample and task",

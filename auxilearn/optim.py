@@ -19,6 +19,24 @@ def apply_hypergradient(meta_optimizer, aux_params, hypergrads, max_grad_norm):
     return norm.item()
 
 
+def adam_scale(optimizer, parameters):
+    """What Adam divides the gradient of each of ``parameters`` by: sqrt(second moment) + eps.
+
+    The bias-corrected moment of the last step (Kingma and Ba, 2015, Algorithm 1); ones for a
+    parameter that has not been stepped. For ``implicit_diff.preconditioned``.
+    """
+    groups = {p: group for group in optimizer.param_groups for p in group["params"]}
+    scales = []
+    for parameter in parameters:
+        state, group = optimizer.state.get(parameter), groups[parameter]
+        if not state:
+            scales.append(torch.ones_like(parameter))
+            continue
+        correction = 1 - group["betas"][1] ** float(state["step"])
+        scales.append((state["exp_avg_sq"] / correction).sqrt() + group["eps"])
+    return scales
+
+
 class MetaOptimizer:
     """Upper-level optimiser on graphs that the caller has built (double backward).
 

@@ -1,11 +1,11 @@
 """The bilevel training loop, one for every method.
 
 lower step   Adam on theta with the gradient of the scheduled loss of a training batch
-upper step   every ``hyperstep`` lower steps: SGD on phi with the hypergradient
+upper step   every ``hyperstep`` lower steps: SGD or Adam on phi with the hypergradient
 epoch        accuracy on the validation set; the best checkpoint is kept, and tested at the end
 
 A method that is fine-tuned ends with passes over the development set, whose steps are lower steps
-on the target task alone.
+on the target task alone, without upper steps.
 """
 
 import contextlib
@@ -37,17 +37,19 @@ from auxilearn.implicit_diff import (
     exact,
     identity,
     neumann,
+    preconditioned,
     stable_alpha,
 )
 from auxilearn.methods import LOWER, METHODS, Problem
 from auxilearn.models import TaskModel, build_backbone
-from auxilearn.optim import apply_hypergradient
+from auxilearn.optim import adam_scale, apply_hypergradient
 from auxilearn.randomness import derived_seed
 from auxilearn.record import START_FILE, NoRecord, RunRecord, environment, free_name
 from auxilearn.report.history import ScheduleHistory
 from auxilearn.signals import StopRequest
 from auxilearn.upper_level import UpperLevel, scheduled_loss
 
+UPPER_BETAS = 0.9, 0.99  # upper steps are few: the usual 0.999 remembers a thousand of them
 # Mean weights of a schedule over the samples of the last lower steps, in its collapse:
 VANISHING = 1e-4  # the largest of the tasks' is below
 DOMINATING = 0.99  # the largest has this share of their sum
@@ -150,7 +152,8 @@ class Trainer:
         if config.max_steps is not None:
             self.main_steps = min(self.main_steps, config.max_steps)
         self.total_steps = self.main_steps
-        if self.method.fine_tuned:
+        self.fine_tuned = self.method.fine_tuned and config.dev_epochs > 0
+        if self.fine_tuned:
             self.dev_set = sample_set(split, "dev", config.task_num)
             self.steps_per_dev_epoch = math.ceil(len(self.dev_set) / config.aux_batch_size)
             self.total_steps += config.dev_epochs * self.steps_per_dev_epoch
@@ -189,14 +192,17 @@ class Trainer:
             self.in_lower_level = self.theta + self.phi
             self.lower_optimizer.add_param_group({"params": self.phi, "weight_decay": 0.0})
         if self.method.bilevel:
-            self.upper_optimizer = torch.optim.SGD(
-                self.phi, lr=config.aux_lr, momentum=0.9, weight_decay=config.auxw_decay
-            )
+            self.clip_at = config.max_grad_norm or math.inf
+            self.upper_optimizer = build_upper_optimizer(config, self.phi)
             exact = config.reduction == "exact"
+            solver = build_solver(config)
+            if config.precondition == "adam":
+                optimizer, theta = self.lower_optimizer, self.theta
+                solver = preconditioned(solver, lambda: adam_scale(optimizer, theta))
             self.upper_level = UpperLevel(
                 self.model,
                 self.scheduler,
-                build_solver(config),
+                solver,
                 average=self._average if exact else None,
             )
 
@@ -208,7 +214,7 @@ class Trainer:
         lower = EndlessBatches(len(self.train_set), config.train_batch_size, config.seed, "lower")
         self.lower_batches = self._stream(self.train_set, lower, "lower", augment=True)
         self.valid_batches = self._evaluation_stream("valid")
-        if self.method.fine_tuned:
+        if self.fine_tuned:
             order = EndlessBatches(
                 len(self.dev_set), config.aux_batch_size, config.seed, "fine-tuning"
             )
@@ -282,6 +288,12 @@ class Trainer:
             + (f" and {self.ranks.size - 1} more" if self.ranks.size > 1 else "")
         )
         self._say(f"recording in {record.directory}")
+        if self.method.bilevel and not self._upper_steps(self.main_steps):
+            self._say(
+                f"warning: {self.main_steps} lower steps end before the first upper step "
+                f"(--warmup_epochs {config.warmup_epochs} --hyperstep {config.hyperstep}): the "
+                "schedule stays as it starts"
+            )
         torch.manual_seed(derived_seed(config.seed, "training", self.ranks.rank))
         self.best = {"valid_accuracy": -1.0}
         self.skipped = 0
@@ -291,12 +303,12 @@ class Trainer:
         done = self._restored(state) if state else 0
         with StopRequest() as stop, self._progress_bar(done) as bar:
             lower_iterator = self.lower_batches.after(done)
-            if self.method.fine_tuned:
+            if self.fine_tuned:
                 fine_tuning_iterator = self.fine_tuning_batches.after(
                     max(0, done - self.main_steps)
                 )
             if self.method.bilevel:
-                upper = done // config.hyperstep
+                upper = self._upper_steps(done)
                 self.upper_iterator = self.upper_batches.after(
                     upper * config.n_meta_train_loss_accum
                 )
@@ -313,7 +325,7 @@ class Trainer:
                     row = window.close(step, self.ranks)
                     record.metrics("step", epoch=self._epoch(step), **row)
                     bar.set_postfix(loss=f"{row['loss']:.3f}", accuracy=row["accuracy"])
-                if self.method.bilevel and step % config.hyperstep == 0:
+                if self._upper_steps(step) > self._upper_steps(step - 1):
                     if self.history:
                         self._report_collapse(step, bar)
                         self.history.write(step)
@@ -386,6 +398,14 @@ class Trainer:
         corrupted = self.config.effective_corrupted_rate > 0
         return ScheduleHistory.of_run(self.record.directory, self.split, self.train_set, corrupted)
 
+    def _upper_steps(self, step):
+        """How many upper steps there are up to the end of lower step ``step``."""
+        if not self.method.bilevel:
+            return 0
+        every = self.config.hyperstep
+        before = self.config.warmup_epochs * self.steps_per_epoch // every
+        return max(0, min(step, self.main_steps) // every - before)
+
     def _epoch(self, step):
         """The epoch of a step, from 1; those of fine-tuning are counted on."""
         if step <= self.main_steps:
@@ -418,7 +438,7 @@ class Trainer:
         if not math.isfinite(value):
             self._diverged(step, f"the scheduled training loss is {value}")
         self.lower_optimizer.zero_grad()
-        if self.history:
+        if self.history and step <= self.main_steps:
             self.history.watch(outputs)
         loss.backward(inputs=self.in_lower_level)
         self.ranks.average_gradients(self.in_lower_level, len(batch.sample_id))
@@ -457,9 +477,7 @@ class Trainer:
             self._report_divergence(step, solution, stable, bar)
         norm = None
         if finite:
-            norm = apply_hypergradient(
-                self.upper_optimizer, self.phi, hypergrads, config.max_grad_norm
-            )
+            norm = apply_hypergradient(self.upper_optimizer, self.phi, hypergrads, self.clip_at)
             self.scheduler.clamp()
         else:
             self.skipped += 1
@@ -468,7 +486,7 @@ class Trainer:
             step=step,
             dev_loss=dev_loss,
             hypergradient_norm=norm,
-            clipped=finite and norm > config.max_grad_norm,
+            clipped=finite and norm > self.clip_at,
             skipped=not finite,
             residual=solution.residual,
             products=solution.products,
@@ -547,7 +565,10 @@ class Trainer:
         if self.ranks.first:
             best = self.record.load_best(self.best["hash"], keep_as)
             self.model.load_state_dict(best["model"])
-        self.ranks.same_as_first([p.data for p in self.theta] + list(self.model.buffers()))
+            self.scheduler.load_state_dict(best["scheduler"])
+        self.ranks.same_as_first(
+            [p.data for p in self.theta + self.phi] + list(self.model.buffers())
+        )
 
     def _finish(self, seconds):
         self._load_best()
@@ -677,6 +698,15 @@ def evaluate(model, batches, ranks):
         images += len(batch.images)
     hits, images = ranks.total(hits, images)
     return hits / images
+
+
+def build_upper_optimizer(config, phi):
+    """The optimiser of the scheduler that a resolved configuration names."""
+    if config.upper_optimizer == "adam":
+        return torch.optim.Adam(
+            phi, lr=config.aux_lr, betas=UPPER_BETAS, weight_decay=config.auxw_decay
+        )
+    return torch.optim.SGD(phi, lr=config.aux_lr, momentum=0.9, weight_decay=config.auxw_decay)
 
 
 def build_solver(config):

@@ -25,6 +25,7 @@ TINY = {
     "aux_batch_size": 3,
     "dev_epochs": 1,
     "hyperstep": 2,
+    "warmup_epochs": 0,
     "neumann_terms": 1,
     "log_every": 2,
     "num_workers": 0,

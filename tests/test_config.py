@@ -94,10 +94,29 @@ def test_both_spellings_of_the_corruption_flags(name):
     assert config.setting == "noisy"
 
 
-def test_the_defaults_are_the_released_ones():
+def test_the_defaults_are_the_released_ones(tiny_split):
     config = parse([])
     assert config == Config()
-    assert {name: getattr(config, name) for name in DEFAULTS} == DEFAULTS
+    resolved = resolve(parse(["--device", "cpu"]), load_split(tiny_split))
+    assert (config.aux_lr, config.hyperstep) == (None, None)  # the method's to say
+    found = {name: getattr(config, name) for name in DEFAULTS}
+    found |= {name: getattr(resolved, name) for name in ("aux_lr", "hyperstep")}
+    assert found == DEFAULTS
+
+
+def test_what_is_left_open_is_taken_from_the_method(tiny_split):
+    split = load_split(tiny_split)
+    flags = ["--device", "cpu", "--backbone", "convnet", "--train_batch_size", "3"]
+    released = resolve(parse([*flags, "--method", "joint"]), split)
+    stable = resolve(parse([*flags, "--method", "joint_stable"]), split)
+    names = ["upper_optimizer", "solver", "precondition", "warmup_epochs", "max_grad_norm"]
+    assert [getattr(released, name) for name in names] == ["sgd", "neumann", "none", 0, 10.0]
+    assert [getattr(stable, name) for name in names] == ["adam", "identity", "adam", 5, 0.0]
+    asked = ["--solver", "cg", "--precondition", "none", "--max_grad_norm", "3", "--aux_lr", "0.2"]
+    asked = resolve(parse([*flags, "--method", "joint_stable", *asked]), split)
+    assert (asked.solver, asked.precondition, asked.max_grad_norm) == ("cg", "none", 3.0)
+    assert (asked.aux_lr, asked.hyperstep) == (0.2, stable.hyperstep)
+    assert resolve(released, split) == released
 
 
 def test_what_is_left_open_is_taken_from_the_data(tiny_split):
@@ -235,7 +254,8 @@ BAD_VALUES = {
     "--neumann_terms -1": "--neumann_terms",
     "--damping -1": "--damping",
     "--cg_iterations 0": "--cg_iterations",
-    "--max_grad_norm 0": "--max_grad_norm",
+    "--max_grad_norm -1": "--max_grad_norm",
+    "--warmup_epochs -1": "--warmup_epochs",
     "--seed -1": "--seed",
     "--log_every 0": "--log_every",
     "--task_num 0": "--task_num",

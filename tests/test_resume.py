@@ -44,6 +44,8 @@ def config(split_dir, record_dir, **changes):
         "train_batch_size": 4,
         "aux_batch_size": 2,
         "hyperstep": 2,
+        "warmup_epochs": 0,
+        "dev_epochs": 2,
         "epochs": 3,
         "log_every": 3,
         "num_workers": 0,

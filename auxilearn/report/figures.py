@@ -177,7 +177,7 @@ def _hypergradient(findings):
     if not rows:
         return None
     step, norm = column(rows, "hypergradient_norm")
-    bound = findings.run.config.max_grad_norm
+    bound = findings.run.config.max_grad_norm or np.inf
     figure, axes = new_axes("lower step", "norm of the hypergradient")
     clipped = norm > bound
     points = {"ls": "", "ms": 4, "markeredgewidth": 0}
@@ -186,7 +186,8 @@ def _hypergradient(findings):
     if clipped.any():
         label = f"clipped ({clipped.mean():.0%})"
         axes.plot(step[clipped], norm[clipped], "s", color=COLOURS["orange"], label=label, **points)
-    axes.axhline(bound, color=COLOURS["muted"], ls="--", lw=1, label=f"bound {bound:g}")
+    if np.isfinite(bound):
+        axes.axhline(bound, color=COLOURS["muted"], ls="--", lw=1, label=f"bound {bound:g}")
     logarithmic(axes.yaxis, norm)
     if axes.get_yscale() == "linear":
         axes.set_ylim(bottom=0)

@@ -544,6 +544,8 @@ def _files(findings):
     )
     meaning = {
         "joint": "W of the schedule's formula, losses standardised over the whole training set.",
+        "joint_stable": "W of the schedule's formula, with standardised losses, centred features "
+        "and mean weights of the whole training set.",
         "naive": "the sample's own learned weight.",
     }.get(
         findings.run.config.method,
