@@ -221,8 +221,8 @@ class Config:
     factors: list[str] = _setting(
         FACTORS,
         UPPER,
-        "with --method joint or joint_stable: the factors of the schedule that are learned; one left out is the "
-        "constant around which it starts",
+        "with --method joint or joint_stable: the factors of the schedule that are learned; one "
+        "left out is the constant around which it starts",
         choices=FACTORS,
         kind=str,
         many=True,
@@ -402,7 +402,11 @@ def flags_of(config):
 def _shown_default(name, info, default):
     """The default as text, or None where the help text says it all."""
     if info["by_method"] is not None:
-        own = [f"{m} {method.defaults[name]}" for m, method in METHODS.items() if name in method.defaults]
+        own = [
+            f"{m} {method.defaults[name]}"
+            for m, method in METHODS.items()
+            if name in method.defaults
+        ]
         return "; ".join([f"{info['by_method']}", *own])
     if default is None:
         return None

@@ -203,8 +203,12 @@ def preconditioned(solver, scale):
 
     and p is that times v: the implicit function theorem on the optimiser's own step (Lorraine et
     al. 2020, section 3) in place of plain gradient descent's. The solver is handed H and v in the
-    coordinates D^1/2 theta, where the step is plain gradient descent's: ``identity`` becomes D^-1 v,
-    ``neumann`` sum_j (I - alpha D^-1 H)^j D^-1 v, ``conjugate_gradient`` (H + damping D)^-1 v.
+    coordinates D^1/2 theta, where the step is plain gradient descent's:
+
+        identity              D^-1 v
+        neumann               sum_j (I - alpha D^-1 H)^j D^-1 v
+        conjugate_gradient    (H + damping D)^-1 v
+
     Residuals are measured in these coordinates.
 
     Args: ``scale``: callable that returns D now, a list of tensors shaped like theta.

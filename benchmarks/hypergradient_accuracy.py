@@ -178,7 +178,9 @@ def _loss_of(model, scheduler):
 
     def training(theta, phi, batch):
         named = {f"model.{k}": v for k, v in theta.items()}
-        return functional_call(both, named | {f"scheduler.{k}": v for k, v in phi.items()}, (batch,))
+        return functional_call(
+            both, named | {f"scheduler.{k}": v for k, v in phi.items()}, (batch,)
+        )
 
     def development(theta, batch):
         return functional_call(model, theta, (batch,)).losses[:, 0].mean()
@@ -231,7 +233,9 @@ def one_schedule(args, name, steps):
         optimizer.step()
     with torch.no_grad():
         outputs = model(sets["train"])
-        hits = (model.heads.target_logits(outputs.features).argmax(1) == sets["train"][1][:, 0]).sum()
+        hits = (
+            model.heads.target_logits(outputs.features).argmax(1) == sets["train"][1][:, 0]
+        ).sum()
     generator = torch.Generator().manual_seed(args.seed)
     shifts = directions(scheduler, outputs, args.directions, generator)
     truth = realised(
@@ -277,7 +281,9 @@ def main():
                 f"\n{name}, {args.optimizer} {args.lr:g}, after {steps} steps: development loss "
                 f"{dev_loss:.3f}, {accuracy:.0%} of the given labels learned"
             )
-            print(f"{'solver':45s}" + "".join(f"{f'n = {n}':>10s}" for n in args.after) + "  residual")
+            print(
+                f"{'solver':45s}" + "".join(f"{f'n = {n}':>10s}" for n in args.after) + "  residual"
+            )
             for title, correlations, solution in rows:
                 cells = "".join(f"{c:10.2f}" for c in correlations)
                 print(f"{title:45s}{cells}{solution.residual:10.2g}")

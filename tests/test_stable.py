@@ -1,0 +1,273 @@
+"""joint_stable: its schedule by loops, its hypergradient by double backward, what it predicts."""
+
+import argparse
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from auxilearn.config import resolve
+from auxilearn.data.cub import load_split
+from auxilearn.hypernet import Identity, StableJoint
+from auxilearn.implicit_diff import (
+    conjugate_gradient,
+    exact,
+    identity,
+    neumann,
+    preconditioned,
+)
+from auxilearn.optim import adam_scale
+from auxilearn.record import RunRecord
+from auxilearn.trainer import Trainer
+from auxilearn.upper_level import scheduled_loss
+from benchmarks import hypergradient_accuracy as accuracy
+from tests import reference
+
+B, K, D = 7, 4, 5
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(0)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def scheduler(size=1.0, **options):
+    """A scheduler with random parameters."""
+    net = StableJoint(0, K, D, **options)
+    for parameter in net.parameters():
+        torch.nn.init.normal_(parameter, std=size)
+    return net
+
+
+def batch():
+    return torch.randn(B, D), torch.randn(B, K).exp()
+
+
+def some_mask():
+    """Column 0 partly masked, column 1 with one entry, column 2 with none."""
+    mask = torch.ones(B, K, dtype=torch.bool)
+    mask[::2, 0] = False
+    mask[:, 1] = False
+    mask[3, 1] = True
+    mask[:, 2] = False
+    return mask
+
+
+# ------------------------------------------------------------------ the schedule
+
+
+def schedule_loops(net, features, losses, mask):
+    a, u, t = (
+        parameter.detach().numpy()
+        for parameter in (net.feature_sel.weight, net.loss_w, net.task_prior)
+    )
+    features = features.numpy()
+    z = reference.standardise_loops(losses.numpy(), mask)
+    centre = [math.fsum(features[:, j]) / B for j in range(D)]
+    weights = np.zeros((B, K))
+    for k in range(K):
+        inside = [i for i in range(B) if mask is None or mask[i][k]]
+        for i in range(B):
+            centred = [features[i, j] - centre[j] for j in range(D)]
+            length = math.sqrt(math.fsum(c * c for c in centred)) * math.sqrt(D)
+            score = math.fsum(a[k, j] * centred[j] / length for j in range(D))
+            weights[i, k] = reference.sigmoid(score) * reference.sigmoid(u[k] * z[i, k])
+        if inside:
+            weights[:, k] /= math.fsum(weights[i, k] for i in inside) / len(inside)
+        weights[:, k] *= 2 * reference.sigmoid(t[k] - t[0])
+    return weights
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_formula(masked):
+    net, (features, losses) = scheduler(), batch()
+    mask = some_mask() if masked else None
+    expected = schedule_loops(net, features, losses, None if mask is None else mask.numpy())
+    found = net.schedule(features, losses, mask).detach().numpy()
+    inside = np.ones((B, K), dtype=bool) if mask is None else mask.numpy()
+    np.testing.assert_allclose(found[inside], expected[inside], rtol=1e-12)
+    feature, loss, task = net.factors(features, losses, mask)
+    np.testing.assert_allclose((feature * loss * task).detach()[inside], expected[inside])
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_it_starts_with_equal_weights(masked):
+    net, (features, losses) = StableJoint(0, K, D), batch()
+    mask = some_mask() if masked else None
+    equal = Identity(0, K).scheduled_loss(losses, mask=mask)
+    assert torch.equal(net.scheduled_loss(losses, features, mask=mask), equal)
+    assert sum(p.numel() for p in net.parameters()) == K * (D + 2)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("size", [1.0, 30.0])
+def test_no_parameter_moves_the_target_s_mean_weight(masked, size):
+    """The direction along which JTDS's weights drift is not there any more."""
+    net, (features, losses) = scheduler(size), batch()
+    mask = some_mask() if masked else torch.ones(B, K, dtype=torch.bool)
+    weights = net.schedule(features, losses, mask)
+    inside = [weights[mask[:, k], k] for k in range(K)]
+    assert inside[0].mean().item() == pytest.approx(1.0, abs=1e-12)
+    slopes = torch.autograd.grad(inside[0].mean(), list(net.parameters()))
+    assert max(slope.abs().max().item() for slope in slopes) < 1e-12
+    for column in inside[1:]:
+        assert len(column) == 0 or 0 <= column.mean().item() <= 2 + 1e-12
+    assert torch.isfinite(weights).all()
+
+
+def test_shift_and_scale_of_features_and_losses_change_nothing():
+    net, (features, losses) = scheduler(), batch()
+    weights = net.schedule(features, losses)
+    moved = net.schedule(3 * features + torch.randn(D), 5 * losses + 2)
+    torch.testing.assert_close(moved, weights, rtol=1e-5, atol=0)  # std + 1e-6 has a scale
+
+
+def test_masked_losses_and_equal_samples_are_no_numbers_to_it():
+    net, (features, losses) = scheduler(), batch()
+    mask = some_mask()
+    junk = torch.where(mask, losses, torch.nan)
+    values = [
+        torch.autograd.grad(net.scheduled_loss(x, features, mask=mask), list(net.parameters()))
+        for x in (losses, junk)
+    ]
+    assert all(torch.equal(one, other) for one, other in zip(*values, strict=True))
+    same = net.schedule(features[:1].expand(B, D), losses[:1].expand(B, K))
+    assert torch.equal(same[:, 0], torch.ones(B))
+
+
+def test_a_factor_left_out_has_no_parameters():
+    assert [n for n, _ in StableJoint(0, K, D, factors=["loss"]).named_parameters()] == ["loss_w"]
+    with pytest.raises(ValueError, match="factors must be"):
+        StableJoint(0, K, D, factors=["colour"])
+
+
+# ------------------------------------------------------------------ preconditioned solvers
+
+
+def test_preconditioned_solvers_against_dense_algebra():
+    size = 6
+    root = torch.randn(size, size)
+    hessian, scale, v = root @ root.T, torch.rand(size) + 0.1, torch.randn(size)
+    inverse = torch.diag(1 / scale)
+
+    def solved(solver):
+        def hvp(u):
+            return [hessian @ u[0]]
+
+        return preconditioned(solver, lambda: [scale])(hvp, [v]).vector[0]
+
+    def equals(found, expected):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+    equals(solved(identity()), v / scale)
+    alpha = 0.01
+    step = torch.eye(size) - alpha * inverse @ hessian
+    powers = sum(torch.linalg.matrix_power(step, j) for j in range(5))
+    equals(solved(neumann(alpha, 4)), powers @ inverse @ v)
+    damped = hessian + 0.3 * torch.diag(scale)
+    equals(solved(conjugate_gradient(0.3, 50)), torch.linalg.solve(damped, v))
+    equals(solved(exact(0.3)), torch.linalg.solve(damped, v))
+    equals(solved(exact()), torch.linalg.solve(hessian, v))  # the limit does not depend on it
+
+
+def test_adam_scale_is_what_adam_divides_by():
+    weights = torch.nn.Parameter(torch.randn(3, 2))
+    unused = torch.nn.Parameter(torch.randn(2))
+    optimizer = torch.optim.Adam([weights, unused], lr=0.1, betas=(0.8, 0.95), eps=1e-3)
+    for _ in range(3):
+        before = weights.detach().clone()
+        weights.grad = torch.randn(3, 2)
+        optimizer.step()
+    scale, ones = adam_scale(optimizer, [weights, unused])
+    momentum = optimizer.state[weights]["exp_avg"] / (1 - 0.8**3)
+    torch.testing.assert_close(before - weights.detach(), 0.1 * momentum / scale)
+    assert torch.equal(ones, torch.ones(2))
+
+
+def stable_trainer(tiny_config, **changes):
+    config = tiny_config(method="joint_stable", **changes)
+    split = load_split(config.split_dir, config.data_root)
+    return Trainer(resolve(config, split), split)
+
+
+def test_the_trainer_s_hypergradient_against_double_backward(tiny_config, tmp_path):
+    """- d/dphi <g, D^-1 v>, D as Adam has it, after two lower steps."""
+    trainer = stable_trainer(tiny_config, max_steps=2, hyperstep=100, dev_epochs=0)
+    trainer.model.double()
+    trainer.scheduler.double()
+    record = RunRecord(tmp_path / "run", trainer.description())
+    trainer.fit(record)
+    record.close()
+    trainer.model.train()
+    for parameter in trainer.scheduler.parameters():
+        torch.nn.init.normal_(parameter)
+    train, dev = next(iter(trainer.upper_batches)), next(iter(trainer.dev_batches))
+    found, solution, _ = trainer.upper_level.hypergradient([train], [dev])
+    assert solution.products == 0
+
+    beta = 0.999
+    scale = []
+    for parameter in trainer.theta:
+        state = trainer.lower_optimizer.state[parameter]
+        scale.append((state["exp_avg_sq"] / (1 - beta ** int(state["step"]))).sqrt() + 1e-8)
+    v = torch.autograd.grad(
+        trainer.model(dev).losses[:, 0].mean(),
+        trainer.theta,
+        materialize_grads=True,
+        allow_unused=True,
+    )
+    g = torch.autograd.grad(
+        scheduled_loss(trainer.scheduler, trainer.model(train)), trainer.theta, create_graph=True
+    )
+    inner = sum((a * b / d).sum() for a, b, d in zip(g, v, scale, strict=True))
+    expected = torch.autograd.grad(-inner, trainer.phi)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9 * other.abs().max().item())
+
+
+def test_under_adam_the_preconditioned_hypergradient_predicts_best():
+    """What docs/stability.md recommends, on a problem of seconds: real steps of the real Adam."""
+    args = argparse.Namespace(
+        optimizer="adam", lr=2e-3, width=8, batch=50, corrupted_rate=0.4, after=[1, 10, 50],
+        directions=24, alphas=[1e-4], dampings=[1.0], seed=0,
+    )  # fmt: skip
+    rows, _, _ = accuracy.one_schedule(args, "joint_stable", steps=60)
+    found = {title: correlations for title, correlations, _ in rows}
+    plain, better = found["identity"], found["identity, preconditioned"]
+    assert better[1] > 0.95
+    assert all(b > p for b, p in zip(better, plain, strict=True))
+
+
+# ------------------------------------------------------------------ training
+
+
+def test_upper_steps_begin_after_the_warm_up_and_end_before_fine_tuning(tiny_run):
+    # 16 images, 6 at a time: epochs of 3 steps; 2 steps over the 4 development images.
+    run = tiny_run(method="joint_stable", epochs=4, warmup_epochs=1, dev_epochs=2, hyperstep=2)
+    assert [row["step"] for row in run.rows_of("upper")] == [4, 6, 8, 10, 12]
+    assert [row["step"] for row in run.rows_of("epoch")] == [3, 6, 9, 12, 14, 16]
+    assert not any(row["clipped"] for row in run.rows_of("upper"))
+
+
+def test_no_fine_tuning(tiny_run):
+    run = tiny_run(method="joint_stable", dev_epochs=0)
+    assert [row["step"] for row in run.rows_of("epoch")] == [3, 6]
+
+
+def test_a_run_that_ends_before_its_first_upper_step_says_so(tiny_run, capfd):
+    tiny_run(method="joint_stable", warmup_epochs=2)
+    assert (
+        "warning: 6 lower steps end before the first upper step (--warmup_epochs 2 --hyperstep 2)"
+        in capfd.readouterr().out
+    )
+
+
+def test_adam_above_moves_every_parameter_by_its_rate(tiny_run):
+    run = tiny_run(method="joint_stable", aux_lr=0.25, max_steps=2, auxw_decay=0, dev_epochs=0)
+    (task,) = [v for k, v in run.checkpoint["scheduler"].items() if k == "task_prior"]
+    # One step of Adam: lr * sign; the target's own is zero up to its share in every difference.
+    torch.testing.assert_close(task.abs(), torch.full_like(task, 0.25), rtol=1e-3, atol=0)
