@@ -516,6 +516,26 @@ def check(config):
         raise UserError(f"--in_dim {config.in_dim} is too large")
 
 
+def default_of(field):
+    """The default of a field of ``Config``; of one left to the method, what most methods take."""
+    if field.metadata["by_method"] is not None:
+        return field.metadata["by_method"]
+    return field.default_factory() if field.metadata["many"] else field.default
+
+
+def with_method_defaults(config):
+    """A copy in which the method has said what was left to it."""
+    own = METHODS[config.method].defaults
+    return dataclasses.replace(
+        config,
+        **{
+            field.name: own.get(field.name, default_of(field))
+            for field in dataclasses.fields(config)
+            if field.metadata["by_method"] is not None and getattr(config, field.name) is None
+        },
+    )
+
+
 def resolve(config, split):
     """A copy in which nothing is left open; checked against the data.
 
@@ -544,14 +564,8 @@ def resolve(config, split):
     pretrain = config.backbone_pretrain
     if pretrain is None:
         pretrain = config.backbone == "resnet18" and not config.backbone_weights
-    left_to_method = {
-        field.name: method.defaults.get(field.name, field.metadata["by_method"])
-        for field in dataclasses.fields(config)
-        if field.metadata["by_method"] is not None and getattr(config, field.name) is None
-    }
     resolved = dataclasses.replace(
-        config,
-        **left_to_method,
+        with_method_defaults(config),
         data_root=str(split.data_root),
         task_num=task_num,
         whether_aux=whether_aux,

@@ -245,16 +245,17 @@ def is_locked(log):
     return False
 
 
-def differences_of_run(directory, settings, fingerprint):
+def differences_of_run(directory, settings, fingerprint, defaults=None):
     """What the run recorded in ``directory`` does otherwise, a list of phrases.
 
-    Args: ``settings`` {name: value} that it should have, ``fingerprint`` of its data. Raises
-    UserError: there is no record of a run.
+    Args: ``settings`` {name: value} that it should have, ``fingerprint`` of its data, ``defaults``
+    {name: value} of settings that its record may be too old to know. Raises UserError: there is
+    no record of a run.
     """
     path = Path(directory) / CONFIG_FILE
     recorded = read_json(path)
     try:
-        found, data = dict(recorded["config"]), recorded["data"]["fingerprint"]
+        found, data = (defaults or {}) | recorded["config"], recorded["data"]["fingerprint"]
     except (KeyError, TypeError, ValueError):
         raise UserError(f"{path}: not written by a run") from None
     differences = [

@@ -28,6 +28,7 @@ ROWS = {
     "task": Row("AuxiLearn, network", BASELINE, ("--method", "task")),
     "naive": Row("N-JTDS", SCHEDULE, ("--method", "naive")),
     "joint": Row("JTDS", SCHEDULE, ("--method", "joint")),
+    "joint_stable": Row("JTDS, stable form", SCHEDULE, ("--method", "joint_stable")),
 }
 for _factors in ("task", "feature", "loss", "feature loss", "feature task", "loss task"):
     ROWS["joint_" + _factors.replace(" ", "_")] = Row(
@@ -145,6 +146,12 @@ def candidates(row, unit):
             {"aux_weight": 1.0, "aux_lr": 3e-2},
             {"aux_weight": 0.3, "aux_lr": 3e-2},
             {"aux_weight": 0.3, "aux_lr": 3e-1},
+        )
+    if row == "joint_stable":
+        return each(
+            {"aux_weight": 1.0, "aux_lr": 3e-2},
+            {"aux_weight": 1.0, "aux_lr": 1e-1},
+            {"aux_weight": 0.3, "aux_lr": 3e-2},
         )
     return each({"aux_lr": 1e-2}, {"aux_lr": 3e-3}, {"aux_lr": 3e-4})
 

@@ -19,7 +19,15 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from auxilearn.config import NEUTRAL, Config, check, flags_of, parse
+from auxilearn.config import (
+    NEUTRAL,
+    Config,
+    check,
+    default_of,
+    flags_of,
+    parse,
+    with_method_defaults,
+)
 from auxilearn.errors import RunError, UserError
 from auxilearn.record import (
     CONFIG_FILE,
@@ -156,12 +164,15 @@ def _parsed(words):
 
 def _determining(config):
     """{setting: value} of all that determines a run beside its data."""
-    values = dataclasses.asdict(config)
+    values = dataclasses.asdict(with_method_defaults(config))
     return {k: v for k, v in values.items() if k not in (*NEUTRAL, "exp_name", "device")}
 
 
 def _identity(config):
-    text = json.dumps(_determining(config), sort_keys=True)
+    """A hash of what is no default: so that a setting to come does not give old runs new names."""
+    defaults = {field.name: default_of(field) for field in dataclasses.fields(config)}
+    special = {k: v for k, v in _determining(config).items() if v != defaults[k]}
+    text = json.dumps({"method": config.method, **special}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:10]
 
 
@@ -188,6 +199,7 @@ def state_of(job, fingerprint):
             directory,
             {name: value for name, value in settings.items() if value is not None},
             fingerprint,
+            defaults={field.name: default_of(field) for field in dataclasses.fields(job.config)},
         )
         if differences:
             raise UserError(
