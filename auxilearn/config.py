@@ -227,6 +227,12 @@ class Config:
         kind=str,
         many=True,
     )
+    fixed_scale: bool = _setting(
+        True,
+        UPPER,
+        "with --method joint_stable: 1 holds the mean of every task's weights, the target's at 1, "
+        "so that only the task factor moves it; 0 lets it drift, for ablations",
+    )
     aux_hidden_dim: list[int] = _setting(
         (10, 10, 10, 10), UPPER, "hidden sizes of --method task", kind=int, many=True
     )
@@ -352,12 +358,32 @@ class Config:
         return self.corrupted_rate if self.corrupted else 0.0
 
 
+# Sets of settings by name: --preset makes them the defaults of a command line.
+PRESETS = {
+    "paper": {
+        "method": "joint",
+        "epochs": 100,
+        "train_batch_size": 64,
+        "main_lr": 1e-4,
+        "aux_lr": 1e-2,
+        "auxw_decay": 5e-5,
+        "hyperstep": 20,
+    }
+}
+
+
 def parse(argv=None, description=None):
     """``Config`` from a command line. argparse exits with code 2 on what it cannot read."""
     parser = argparse.ArgumentParser(
         description=description,
         formatter_class=_HelpFormatter,
         allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--preset",
+        choices=tuple(PRESETS),
+        help="settings to start from; flags beside it win. paper: "
+        + " ".join(f"--{name} {value}" for name, value in PRESETS["paper"].items()),
     )
     groups = {}
     for field in dataclasses.fields(Config):
@@ -383,7 +409,12 @@ def parse(argv=None, description=None):
             dest=field.name,
             **options,
         )
-    return Config(**vars(parser.parse_args(argv)))
+    given = vars(parser.parse_args(argv))
+    if given["preset"]:
+        parser.set_defaults(**PRESETS[given["preset"]])
+        given = vars(parser.parse_args(argv))
+    del given["preset"]
+    return Config(**given)
 
 
 def flags_of(config):

@@ -238,12 +238,14 @@ class StableJoint(MonoHyperNet):
 
     K (d + 2) parameters: feature_sel.weight a (K, d), loss_w u (K,), task_prior t (K,).
 
-    Args: ``input_dim`` is K, ``feature_dim`` is d; ``factors``: those that are learned.
+    Args: ``input_dim`` is K, ``feature_dim`` is d; ``factors``: those that are learned;
+    ``fixed_scale=False``, for ablations: r_ik is not divided by its mean, and t_0 is learned.
     """
 
-    def __init__(self, main_task, input_dim, feature_dim, *, factors=FACTORS):
+    def __init__(self, main_task, input_dim, feature_dim, *, factors=FACTORS, fixed_scale=True):
         super().__init__(main_task, input_dim)
         self.learned = _checked_factors(factors)
+        self.fixed_scale = fixed_scale
         if "feature" in self.learned:
             self.feature_sel = nn.Linear(feature_dim, input_dim, bias=False)
             nn.init.zeros_(self.feature_sel.weight)
@@ -262,8 +264,12 @@ class StableJoint(MonoHyperNet):
         if "loss" in self.learned:
             loss = self.loss_w * standardise(losses.detach(), mask)
         if "task" in self.learned:
-            task = self.task_prior - self.task_prior[self.main_task]
+            task = self.task_prior
+            if self.fixed_scale:
+                task = task - task[self.main_task]
         feature, loss, task = (2 * torch.sigmoid(score) for score in (feature, loss, task))
+        if not self.fixed_scale:
+            return feature, loss, task
         means = masked_column_means(feature * loss, mask)
         return feature, loss, task / torch.where(means > 0, means, 1.0)
 

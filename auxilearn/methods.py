@@ -27,6 +27,7 @@ class Problem(NamedTuple):
     samples: int  # size of the training set
     hidden_sizes: list[int]  # of the monotone network
     factors: list[str]  # of JTDS's schedule, those that are learned
+    fixed_scale: bool  # of joint_stable's
     weighted_cosines: bool  # which of the two versions of gcs
 
     @classmethod
@@ -38,6 +39,7 @@ class Problem(NamedTuple):
             samples,
             config.aux_hidden_dim,
             config.factors,
+            config.fixed_scale,
             config.gcs == "weighted",
         )
 
@@ -78,7 +80,9 @@ METHODS = {
         "this project, docs/stability.md",
         learned=UPPER,
         auxiliary=True,
-        build=lambda p: StableJoint(0, p.tasks, p.feature_dim, factors=p.factors),
+        build=lambda p: StableJoint(
+            0, p.tasks, p.feature_dim, factors=p.factors, fixed_scale=p.fixed_scale
+        ),
         fine_tuned=True,
         defaults={
             "aux_lr": 0.03,

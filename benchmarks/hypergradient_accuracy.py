@@ -7,9 +7,9 @@ A small network is trained on the scanned digits, with wrong labels among them, 
 From there, the schedule is perturbed in random directions, both ways, and the lower level runs on
 for n steps with the same batches each time: the difference of the two development losses is what
 really happened. A hypergradient computed before the first of these steps predicts it, as its inner
-product with the direction. The table is the correlation of the two over the directions (Pearson),
-for every solver and every n; a correlation of 1 means that an upper step goes where it should, up
-to its length.
+product with the direction. The table is the correlation of the two over the directions (Pearson,
+mean over seeds), for every solver and every n; a correlation of 1 means that an upper step goes
+where it should, up to its length.
 
 The directions are drawn factor by factor: each factor's changes the logarithm of the weights by the
 same root mean square.
@@ -97,34 +97,28 @@ def build_optimizer(args, parameters):
 
 
 def solvers(args, optimizer, theta):
-    """{name: solver}; Adam's own scale where it is the lower optimiser."""
-    named = {
-        "identity": identity(),
-        **{f"neumann, alpha {a:g}, 3 terms": neumann(a, 3) for a in args.alphas},
-        **{f"cg, damping {d:g}": conjugate_gradient(d, 50) for d in args.dampings},
-        f"exact, damping {args.dampings[0]:g}": exact(args.dampings[0]),
-    }
-    if args.optimizer == "adam":
+    """{title: solver}. A series of n - 1 terms at alpha = lr is n steps of gradient descent seen
+    through, damping 1 / (lr n) about as many."""
 
-        def scale():
-            return adam_scale(optimizer, theta)
-
-        named |= {
-            "identity, preconditioned": preconditioned(identity(), scale),
+    def seen_through(wrap):
+        return {
+            "identity": wrap(identity()),
+            **{f"neumann, {n - 1} terms": wrap(neumann(args.lr, n - 1)) for n in args.horizons},
             **{
-                f"neumann, alpha {a:g}, {n} terms, preconditioned": preconditioned(
-                    neumann(a, n), scale
+                f"cg, damping {1 / (args.lr * n):.3g}": wrap(
+                    conjugate_gradient(1 / (args.lr * n), 50)
                 )
-                for a in args.alphas
-                for n in (3, 30)
-            },
-            **{
-                f"cg, damping {d:g}, preconditioned": preconditioned(
-                    conjugate_gradient(d, 50), scale
-                )
-                for d in args.dampings
+                for n in args.horizons
             },
         }
+
+    named = {"neumann, alpha 1e-4, 3 terms (released)": neumann(1e-4, 3)}
+    named |= seen_through(lambda solver: solver)
+    if not args.no_exact:
+        named["exact, damping 1"] = exact(1.0)
+    if args.optimizer == "adam":
+        better = seen_through(lambda s: preconditioned(s, lambda: adam_scale(optimizer, theta)))
+        named |= {f"{title}, preconditioned": solver for title, solver in better.items()}
     return named
 
 
@@ -188,7 +182,7 @@ def _loss_of(model, scheduler):
     return training, development
 
 
-def realised(args, model, scheduler, optimizer, shifts, train, dev, after):
+def realised(args, model, scheduler, optimizer, shifts, stream, dev):
     """{n: (count,)}: the development loss under phi + shift less that under phi - shift, after n
     more steps of the real optimiser. All copies step side by side, on the same batches."""
     phi = {name: p.detach() for name, p in scheduler.named_parameters()}
@@ -205,52 +199,47 @@ def realised(args, model, scheduler, optimizer, shifts, train, dev, after):
     losses_of = vmap(training, in_dims=(0, 0, None))
     dev_losses_of = vmap(development, in_dims=(0, None))
     found = {}
-    stream = batches(train, args.batch, args.seed + 1)
-    for step in range(1, max(after) + 1):
+    for step in range(1, max(args.after) + 1):
         stepping.zero_grad()
         losses_of(dict(zip(names, stacked, strict=True)), both, next(stream)).sum().backward()
         stepping.step()
-        if step in after:
+        if step in args.after:
             with torch.no_grad():
                 ends = dev_losses_of(dict(zip(names, stacked, strict=True)), dev)
             found[step] = ends[: copies // 2] - ends[copies // 2 :]
     return found
 
 
-def one_schedule(args, name, steps):
-    """Rows (solver, [correlation at every n], residual) after ``steps`` lower steps."""
-    torch.manual_seed(args.seed)
+def correlations(args, name, steps, seed):
+    """{solver: [correlation at every n]} after ``steps`` lower steps, in the order of ``args``."""
+    torch.manual_seed(seed)
     tasks = 1 + len(INFORMATIVE) + COINS
-    sets = data(args.seed, args.corrupted_rate)
+    sets = data(seed, args.corrupted_rate)
     model = Network(tasks, args.width)
     scheduler = SCHEDULES[name](0, tasks, args.width)
     theta = list(model.parameters())
     optimizer = build_optimizer(args, theta)
-    stream = batches(sets["train"], args.batch, args.seed)
+    stream = batches(sets["train"], args.batch, seed)
     for _ in range(steps):
         optimizer.zero_grad()
         scheduled_loss(scheduler, model(next(stream))).backward(inputs=theta)
         optimizer.step()
     with torch.no_grad():
         outputs = model(sets["train"])
-        hits = (
-            model.heads.target_logits(outputs.features).argmax(1) == sets["train"][1][:, 0]
-        ).sum()
-    generator = torch.Generator().manual_seed(args.seed)
+    generator = torch.Generator().manual_seed(seed)
     shifts = directions(scheduler, outputs, args.directions, generator)
-    truth = realised(
-        args, model, scheduler, optimizer, shifts, sets["train"], sets["dev"], args.after
-    )
-    rows = []
+    stream = batches(sets["train"], args.batch, seed + 1)
+    truth = realised(args, model, scheduler, optimizer, shifts, stream, sets["dev"])
+    found = {}
     for title, solver in solvers(args, optimizer, theta).items():
         upper = UpperLevel(model, scheduler, solver)
-        hypergrads, solution, dev_loss = upper.hypergradient([sets["train"]], [sets["dev"]])
+        hypergrads, _, _ = upper.hypergradient([sets["train"]], [sets["dev"]])
         predicted = sum(
             (shifts[key] * h).flatten(1).sum(dim=1)
             for (key, _), h in zip(scheduler.named_parameters(), hypergrads, strict=True)
         )
-        rows.append((title, [_correlation(predicted, truth[n]) for n in args.after], solution))
-    return rows, dev_loss, hits.item() / SIZES["train"]
+        found[title] = [_correlation(predicted, truth[n]) for n in args.after]
+    return found
 
 
 def _correlation(a, b):
@@ -269,24 +258,21 @@ def main():
     parser.add_argument("--steps", type=int, nargs="+", default=[50, 300], help="before the test")
     parser.add_argument("--after", type=int, nargs="+", default=[1, 10, 100, 1000], help="n")
     parser.add_argument("--directions", type=int, default=64)
-    parser.add_argument("--alphas", type=float, nargs="+", default=[1e-4, 1e-2, 1e-1])
-    parser.add_argument("--dampings", type=float, nargs="+", default=[1.0, 0.1])
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--horizons", type=int, nargs="+", default=[4, 10, 100], help="n that solvers see through"
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="averaged over")
+    parser.add_argument("--no_exact", action="store_true", help="leave out the dense solve")
     args = parser.parse_args()
     torch.set_default_dtype(torch.float64)
     for name in SCHEDULES:
         for steps in args.steps:
-            rows, dev_loss, accuracy = one_schedule(args, name, steps)
-            print(
-                f"\n{name}, {args.optimizer} {args.lr:g}, after {steps} steps: development loss "
-                f"{dev_loss:.3f}, {accuracy:.0%} of the given labels learned"
-            )
-            print(
-                f"{'solver':45s}" + "".join(f"{f'n = {n}':>10s}" for n in args.after) + "  residual"
-            )
-            for title, correlations, solution in rows:
-                cells = "".join(f"{c:10.2f}" for c in correlations)
-                print(f"{title:45s}{cells}{solution.residual:10.2g}")
+            print(f"\n{name}, {args.optimizer} at {args.lr:g}, after {steps} steps")
+            print(f"{'':45s}" + "".join(f"{f'n = {n}':>10s}" for n in args.after), flush=True)
+            found = [correlations(args, name, steps, seed) for seed in args.seeds]
+            for title in found[0]:
+                means = np.mean([one[title] for one in found], axis=0)
+                print(f"{title:45s}" + "".join(f"{mean:10.2f}" for mean in means), flush=True)
 
 
 if __name__ == "__main__":

@@ -132,6 +132,17 @@ def test_what_is_left_open_is_taken_from_the_data(tiny_split):
     assert resolve(parse(["--neumann_alpha", "0.5"]), split).neumann_alpha == 0.5
 
 
+def test_the_paper_s_settings_are_a_flag_away():
+    """What SPEC's documented command line says, whatever stands before or behind --preset."""
+    typed = parse(shlex.split(TYPED))
+    places = ["--task_num", "313", "--whether_aux", "1", "--exp_name", "train_joint_seed5"]
+    assert parse(["--preset", "paper", *places]) == typed
+    config = parse(["--aux_lr", "0.5", "--preset", "paper", "--method", "joint_stable"])
+    assert (config.aux_lr, config.method, config.epochs) == (0.5, "joint_stable", 100)
+    with pytest.raises(SystemExit):
+        parse(["--preset", "mine"])
+
+
 def test_every_field_is_a_flag_of_its_own():
     for field in dataclasses.fields(Config):
         info = field.metadata
