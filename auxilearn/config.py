@@ -344,6 +344,9 @@ class Config:
         False, RUN, "1 compiles the lower level's model with torch.compile; minutes at the start"
     )
     tf32: bool = _setting(False, RUN, "1 lets GPUs round float32 products to TF32")
+    tensorboard: bool = _setting(
+        False, RUN, "1 writes TensorBoard events to the folder tensorboard of the run as it trains"
+    )
     log_every: int = _setting(10, RUN, "lower steps between two rows of metrics.jsonl")
 
     @property
@@ -499,6 +502,7 @@ NEUTRAL = (
     "split_dir",
     "data_root",
     "record_dir",
+    "tensorboard",
 )
 _ABOVE_ZERO = ("main_lr", "dev_lr", "aux_lr", "neumann_alpha")
 

@@ -1,6 +1,7 @@
 """One way to tell a person what is wrong: a single line, exit code 2, no traceback."""
 
 import sys
+from contextlib import contextmanager
 
 
 class UserError(Exception):
@@ -25,6 +26,22 @@ class Interrupted(RunError):
 
 class DivergenceError(RunError):
     """Training left the finite numbers."""
+
+
+@contextmanager
+def needs(package, what, requirements):
+    """UserError where an import in the block fails for want of ``package``.
+
+    ``what`` says for which purpose, in the singular; ``requirements`` is the file that installs it.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name.split(".")[0] != package:
+            raise
+        raise UserError(
+            f"{what} needs {package}: python -m pip install -r {requirements}"
+        ) from None
 
 
 def run_script(main):

@@ -44,6 +44,7 @@ class RunRecord:
         self._make_directory(resume)
         try:
             self._log = self._locked_log()
+            self.events = None  # a ``report.tensorboard.Events`` that gets the rows as well
             self._metrics = open(self.directory / METRICS_FILE, "a", encoding="utf-8")  # noqa: SIM115
             if resume and (self.directory / CONFIG_FILE).exists():
                 self._check_same_run(description, neutral)
@@ -120,6 +121,8 @@ class RunRecord:
         """
         row = {"kind": kind, **{name: _finite(value) for name, value in values.items()}}
         print(json.dumps(row, allow_nan=False), file=self._metrics, flush=True)
+        if self.events is not None:
+            self.events.metrics(row)
 
     def log(self, text):
         """Append a line to log.txt."""
@@ -212,6 +215,8 @@ class RunRecord:
         write_json(self.directory / SUMMARY_FILE, summary)
 
     def close(self):
+        if self.events is not None:
+            self.events.close()
         for file in (self._metrics, self._log):
             with contextlib.suppress(OSError):  # a line that a full disk refused before
                 file.close()

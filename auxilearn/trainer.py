@@ -30,7 +30,7 @@ from auxilearn.data.dataset import (
     training_set_of,
 )
 from auxilearn.distributed import Ranks, joined
-from auxilearn.errors import DivergenceError, RunError, UserError
+from auxilearn.errors import DivergenceError, RunError, UserError, needs
 from auxilearn.implicit_diff import (
     EXACT_LIMIT,
     conjugate_gradient,
@@ -144,6 +144,11 @@ class Trainer:
         )
         self.method = METHODS[config.method]
         self.device = torch.device(config.device)
+        self.open_events = None
+        if config.tensorboard and ranks.first:
+            with needs("tensorboard", "--tensorboard", "requirements-report.txt"):
+                from auxilearn.report.tensorboard import Events
+            self.open_events = Events
         self.train_set = training_set_of(config, split)
         if config.threads is not None:
             torch.set_num_threads(config.threads)
@@ -301,6 +306,10 @@ class Trainer:
         self.window = window = _Window()
         self.start = time.perf_counter()
         done = self._restored(state) if state else 0
+        if self.open_events:
+            record.events = self.open_events(f"{record.directory}/tensorboard", after=done)
+            if self.history:
+                self.history.events = record.events
         with StopRequest() as stop, self._progress_bar(done) as bar:
             lower_iterator = self.lower_batches.after(done)
             if self.fine_tuned:

@@ -21,10 +21,12 @@ import inspect_schedule
 from auxilearn.config import Config
 from auxilearn.data import cub
 from auxilearn.data.dataset import training_set
+from auxilearn.errors import UserError
 from auxilearn.hypernet import LinearHyperNet, MonoJoint, MonoNonlinearHyperNet, Naive_hyper
 from auxilearn.report import schedule_weights, statistics, write
 from auxilearn.report.findings import Findings, Target
 from auxilearn.report.history import QUANTILES, ScheduleHistory, read_rows
+from auxilearn.report.run import read_run
 from auxilearn.report.weights import sample_weights
 from auxilearn.trainer import Trainer, train
 from auxilearn.upper_level import TaskLosses, scheduled_loss
@@ -810,6 +812,37 @@ def test_events_for_tensorboard(make_run, no_charts, command, monkeypatch, tmp_p
     assert weights == [(r["step"], pytest.approx(r["mean_weight"][0])) for r in rows[1:]]
     assert {"upper/dev_loss", "epoch/valid_accuracy", "step/loss"} <= set(events.Tags()["scalars"])
     assert "target_weight/corrupted_50%" in events.Tags()["scalars"]
+
+
+def test_events_as_training_goes_on(tiny_run, monkeypatch):
+    """The same as ``inspect_schedule.py --tensorboard`` makes of the files."""
+    accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    from auxilearn.report.tensorboard import write_events
+
+    run = tiny_run(method="joint", tensorboard=True)
+    live = accumulators.EventAccumulator(str(run.directory / "tensorboard")).Reload()
+    write_events(read_run(run.directory), run.directory / "afterwards")
+    later = accumulators.EventAccumulator(str(run.directory / "afterwards")).Reload()
+    tags = set(live.Tags()["scalars"])
+    assert tags == set(later.Tags()["scalars"])
+    assert {"step/loss", "upper/dev_loss", "epoch/valid_accuracy", "schedule/target"} <= tags
+    for tag in tags:
+        ours, theirs = ([(e.step, e.value) for e in x.Scalars(tag)] for x in (live, later))
+        assert ours == theirs, tag
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    monkeypatch.delitem(sys.modules, "auxilearn.report.tensorboard")
+    plain = tiny_run(method="joint")  # without the flag, nothing is imported
+    assert_same_run(run, plain)
+
+
+def test_without_tensorboard_nothing_is_left_behind(tiny_config, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    for name in [n for n in sys.modules if "utils.tensorboard" in n or "report.tensorboard" in n]:
+        monkeypatch.delitem(sys.modules, name)
+    config = tiny_config(method="joint", tensorboard=True)
+    with pytest.raises(UserError, match="--tensorboard needs tensorboard: .*requirements-report"):
+        train(config)
+    assert not Path(config.record_dir).exists()
 
 
 # --------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from auxilearn.errors import UserError
+from auxilearn.errors import UserError, needs
 from auxilearn.tables.chart import _apart, draw_table, looks, table_figure
 from auxilearn.tables.protocol import (
     ABLATION,
@@ -25,7 +25,7 @@ from auxilearn.tables.protocol import (
     TARGET_ONLY,
 )
 from auxilearn.tables.render import PAPER_HEADER, markdown, read_paper, write_table
-from auxilearn.tables.statistics import Cell, Result, compare, evaluate, holm, needs
+from auxilearn.tables.statistics import Cell, Result, compare, evaluate, holm
 
 SEEDS = (1, 2, 3, 4)
 HEADER = ",".join(PAPER_HEADER) + "\n"
@@ -280,12 +280,12 @@ def test_results_that_cannot_be_true(change, message):
 
 def test_without_scipy_one_line_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "scipy", None)
-    with pytest.raises(UserError, match=r"need scipy: .*pip install -r requirements-tables\.txt"):
+    with pytest.raises(UserError, match=r"needs scipy: .*pip install -r requirements-tables\.txt"):
         evaluate("table2", table(VALUES), SEEDS)
 
 
 def test_another_missing_package_is_not_hidden():
-    with pytest.raises(ModuleNotFoundError), needs("scipy", "the tests"):
+    with pytest.raises(ModuleNotFoundError), needs("scipy", "a test", "file"):
         raise ModuleNotFoundError(name="somethingelse")
 
 
@@ -684,5 +684,5 @@ def test_without_matplotlib_the_table_is_written_and_the_chart_says_what_to_inst
     monkeypatch.delitem(sys.modules, "auxilearn.report.style", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert len(write_table("table2", "mini", table(VALUES), SEEDS, tmp_path)) == 4
-    with pytest.raises(UserError, match=r"need matplotlib: .*-r requirements-tables\.txt"):
+    with pytest.raises(UserError, match=r"needs matplotlib: .*-r requirements-tables\.txt"):
         draw_table("table2", table(VALUES), "mini", tmp_path)

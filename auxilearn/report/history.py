@@ -36,7 +36,9 @@ class ScheduleHistory:
 
     def __init__(self, path, names, corrupted=None):
         self.path = path
+        self.names = names
         self.corrupted = corrupted
+        self.events = None  # a ``tensorboard.Events`` that gets the rows as well
         self._start()
         if not path.exists() or path.stat().st_size == 0:
             self._append({"kind": "tasks", "names": names})
@@ -86,19 +88,20 @@ class ScheduleHistory:
             wrong = self.corrupted[places]
             groups |= {"clean": weights[~wrong], "corrupted": weights[wrong]}
         count = self.count.clamp(min=1) if isinstance(self.count, torch.Tensor) else self.count
-        self._append(
-            {
-                "kind": "schedule",
-                "step": step,
-                "samples": sum(len(weights) for weights, _, _ in self.target),
-                "mean_weight": _short((self.total / count).tolist()),
-                "target_weight": {
-                    name: _short(np.quantile(values, QUANTILES).tolist())
-                    for name, values in groups.items()
-                    if len(values)
-                },
-            }
-        )
+        row = {
+            "kind": "schedule",
+            "step": step,
+            "samples": sum(len(weights) for weights, _, _ in self.target),
+            "mean_weight": _short((self.total / count).tolist()),
+            "target_weight": {
+                name: _short(np.quantile(values, QUANTILES).tolist())
+                for name, values in groups.items()
+                if len(values)
+            },
+        }
+        self._append(row)
+        if self.events is not None:
+            self.events.schedule(self.names, row)
         self._start()
 
     def _target_weights(self):

@@ -1,9 +1,8 @@
 """RUN_DIR/report: the page, its figures and its tables."""
 
-from contextlib import contextmanager
 from pathlib import Path
 
-from auxilearn.errors import UserError
+from auxilearn.errors import UserError, needs
 from auxilearn.record import write_aside
 from auxilearn.report.brief import statements
 from auxilearn.report.findings import find
@@ -11,6 +10,7 @@ from auxilearn.report.page import build_page
 from auxilearn.report.run import BEST_FILE, evaluate_run, read_run
 from auxilearn.report.tables import TABLE_FILES, write_tables
 
+REQUIREMENTS = "requirements-report.txt"
 PAGE_FILE, FIGURES, EVENTS = "index.html", "figures", "tensorboard"
 
 
@@ -73,28 +73,15 @@ def write_report(run_dir, out=None, *, rank_by="auto", sheets=(), tensorboard=Fa
 
 
 def _charts():
-    with _needs("matplotlib", "the report"):
+    with needs("matplotlib", "the report", REQUIREMENTS):
         from auxilearn.report.figures import draw_charts
     return draw_charts
 
 
 def _events():
-    with _needs("tensorboard", "--tensorboard"):
+    with needs("tensorboard", "--tensorboard", REQUIREMENTS):
         from auxilearn.report.tensorboard import write_events
     return write_events
-
-
-@contextmanager
-def _needs(package, what):
-    """One line where an import fails for want of ``package``."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        if error.name.split(".")[0] != package:
-            raise
-        raise UserError(
-            f"{what} needs {package}: python -m pip install -r requirements-report.txt"
-        ) from None
 
 
 def _task_numbers(findings, names):

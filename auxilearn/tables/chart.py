@@ -7,7 +7,7 @@ import io
 from pathlib import Path
 from typing import NamedTuple
 
-from auxilearn.errors import UserError
+from auxilearn.errors import UserError, needs
 from auxilearn.record import write_aside
 from auxilearn.tables.protocol import (
     ABLATION,
@@ -19,7 +19,7 @@ from auxilearn.tables.protocol import (
     TABLES,
     TARGET_ONLY,
 )
-from auxilearn.tables.statistics import Cell, needs, of_kind, runs
+from auxilearn.tables.statistics import Cell, of_kind, runs
 
 DPI = 200
 WIDTH = 7.2  # inches, about that of a page's text
@@ -64,7 +64,7 @@ def table_figure(table_name, results, dataset_name):
     cells, settings = _cells(table_name, results)
     if not any(cell.n for cell in cells.values()):
         return None
-    with needs("matplotlib", "the charts of a table"):
+    with needs("matplotlib", "the chart of a table", "requirements-tables.txt"):
         import matplotlib as mpl
 
         from auxilearn.report import style

@@ -17,7 +17,7 @@ import time
 import uuid
 from pathlib import Path
 
-from auxilearn.errors import Interrupted, UserError
+from auxilearn.errors import Interrupted, UserError, needs
 from auxilearn.tables.local import ROOT, Outcome
 
 WARNING = signal.SIGUSR2  # what Slurm sends ahead of the time limit, and submitit listens to
@@ -200,13 +200,8 @@ def launch(
 
 
 def _submitit():
-    try:
+    with needs("submitit", "--launcher slurm", "requirements-tables.txt"):
         import submitit
-    except ImportError:
-        raise UserError(
-            "jobs are submitted with submitit, which is missing: "
-            "python -m pip install -r requirements-tables.txt"
-        ) from None
     return submitit
 
 

@@ -5,10 +5,9 @@ Accuracies and their differences are in [0, 1] and [-1, 1] here; the table print
 
 import math
 from collections.abc import Mapping
-from contextlib import contextmanager
 from typing import NamedTuple
 
-from auxilearn.errors import UserError
+from auxilearn.errors import needs
 from auxilearn.tables.protocol import (
     ABLATION,
     BASELINE,
@@ -207,19 +206,6 @@ def holm(p_values):
     return corrected
 
 
-@contextmanager
-def needs(package, what):
-    """One line where an import fails for want of ``package``."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] != package:
-            raise
-        raise UserError(
-            f"{what} need {package}: python -m pip install -r requirements-tables.txt"
-        ) from None
-
-
 def of_kind(rows, *kinds):
     return tuple(row for row in rows if ROWS[row].kind in kinds)
 
@@ -269,7 +255,7 @@ def _compare(values, others, row, other, setting):
         else:
             p = 2.0 ** (1 - n)
     elif n > 1:
-        with needs("scipy", "the tests of a table"):
+        with needs("scipy", "testing a table", "requirements-tables.txt"):
             from scipy import stats
         p = float(stats.ttest_rel(one, two).pvalue)
         half = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)) * sd / math.sqrt(n)
