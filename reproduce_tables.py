@@ -50,6 +50,12 @@ def parse_arguments(argv=None):
         help=f"rows, of {', '.join(ROWS)} (default: all)",
     )
     add(
+        "--tables",
+        nargs="+",
+        choices=tuple(TABLES),
+        help="with all and tune (default: all three)",
+    )
+    add(
         "--seeds",
         nargs="+",
         type=int,
@@ -160,7 +166,10 @@ def parse_arguments(argv=None):
     if any("=" not in option for option in args.sbatch):
         parser.error("--sbatch: expected OPTION=VALUE")
     args.methods = [row for row in ROWS if row in args.methods]
-    args.tables = list(TABLES) if args.what in ("all", "tune") else [args.what]
+    if args.tables and args.what in TABLES:
+        parser.error("--tables goes with all and tune")
+    wanted = args.tables or TABLES if args.what in ("all", "tune") else [args.what]
+    args.tables = [table for table in TABLES if table in wanted]
     args.flags = [*(["--epochs", str(args.epochs)] if args.epochs else []), *_split(args.run_flags)]
     args.main_lr = sweep.learning_rate(args.dataset, args.flags)
     if args.hyperparameters == "none":

@@ -3,6 +3,7 @@
 #
 #   sh run_bilevel.sh                                       the settings below
 #   sh run_bilevel.sh --corrupted 1 --corrupted_rate 0.4    any flag of train_bilevel.py, see --help
+#   sh run_bilevel.sh --preset paper                        JTDS as published, with the paper's settings
 #   sh run_bilevel.sh --data_root /data/CUB_200_2011        CUB from another place
 #   sh run_bilevel.sh table4 --dataset mini                 a table of the paper: table2 | table3 |
 #                                                           table4 | all, see reproduce_tables.py
@@ -17,25 +18,20 @@ corrupted=0          # 1: corrupt the training labels of the target task (the pa
 corrupted_rate=0.2   # ... each with this probability; the paper has 0.2, 0.4, 0.6
 labeled_per_class=0  # 5: semi-supervised, 5 labels per class (Table 3); 0: supervised (Table 2)
 
-method=joint         # joint (JTDS) | naive (N-JTDS) | task | linear | common | common_dev |
-                     # uncertainty | gcs | single
+preset=              # paper: JTDS as published, with the paper's upper level, whatever is below
+method=joint_stable  # joint_stable | joint (JTDS) | naive (N-JTDS) | task | linear | common |
+                     # common_dev | uncertainty | gcs | single
 seed=5
 
-# CUB-200-2011: the paper's run. naive was run with aux_weight=0.1 and auxw_decay=5e-3.
+# CUB-200-2011: the lower level is the paper's, the upper level's settings are the method's own.
 epochs=100
 train_batch_size=64
-aux_weight=1.0
 main_lr=1e-4
-aux_lr=1e-2
-auxw_decay=5e-5
-hyperstep=20
-n_meta_train_loss_accum=1
 
 # The miniature: a small network from random weights, so other steps.
 mini_epochs=40
 mini_train_batch_size=32
 mini_main_lr=1e-3
-mini_aux_lr=1e-3
 
 # ---- process settings: faster on the CPU, same results (benchmarks/ measures what they bring) --------
 
@@ -57,7 +53,7 @@ table2 | table3 | table4 | all | tune)
 esac
 find_python requirements.txt
 
-# Two of train_bilevel.py's flags decide what is preprocessed.
+# Three of train_bilevel.py's flags decide what is preprocessed and what is trained.
 data_root=
 split_dir=
 previous=
@@ -65,8 +61,10 @@ for argument in "$@"; do
     case $previous in
     --data_root) data_root=$argument ;;
     --split_dir) split_dir=$argument ;;
+    --preset) preset=$argument ;;
     esac
     case $argument in
+    --preset=*) preset=${argument#*=} ;;
     --data_root=*) data_root=${argument#*=} ;;
     --split_dir=*) split_dir=${argument#*=} ;;
     -h | --help) exec "$python" "$here/train_bilevel.py" --help ;;
@@ -82,21 +80,25 @@ done
 if [ -n "$data_root" ]; then
     split_dir=${split_dir:-$here/preprocess_data}
     "$python" "$here/data_preprocess.py" --data_root "$data_root" --out_dir "$split_dir"
-    set -- --record_dir "$here/bird_record" \
-        --epochs "$epochs" --train_batch_size "$train_batch_size" --aux_weight "$aux_weight" \
-        --main_lr "$main_lr" --aux_lr "$aux_lr" --auxw_decay "$auxw_decay" \
-        --hyperstep "$hyperstep" --n_meta_train_loss_accum "$n_meta_train_loss_accum" "$@"
+    set -- --record_dir "$here/bird_record" "$@"
 else
     echo "##### NO CUB_200_2011 FOUND: TRAINING ON THE EMBEDDED MINIATURE, NOT ON CUB #####"
     data_root=$here/miniature/data
     split_dir=${split_dir:-$here/miniature/preprocess_data}
     "$python" "$here/data_preprocess.py" --generate mini \
         --data_root "$data_root" --out_dir "$split_dir"
+    epochs=$mini_epochs train_batch_size=$mini_train_batch_size main_lr=$mini_main_lr
     set -- --record_dir "$here/miniature/bird_record" --backbone convnet --image_size 64 \
-        --num_workers 1 --epochs "$mini_epochs" --train_batch_size "$mini_train_batch_size" \
-        --main_lr "$mini_main_lr" --aux_lr "$mini_aux_lr" --aux_batch_size 20 "$@"
+        --num_workers 1 --aux_batch_size 20 "$@"
+fi
+
+if [ -n "$preset" ]; then
+    set -- --preset "$preset" "$@"
+else
+    set -- --method "$method" "$@"
 fi
 
 exec "$python" "$here/train_bilevel.py" --data_root "$data_root" --split_dir "$split_dir" \
     --corrupted "$corrupted" --corrupted_rate "$corrupted_rate" \
-    --labeled_per_class "$labeled_per_class" --method "$method" --seed "$seed" "$@"
+    --labeled_per_class "$labeled_per_class" --epochs "$epochs" \
+    --train_batch_size "$train_batch_size" --main_lr "$main_lr" --seed "$seed" "$@"

@@ -516,6 +516,16 @@ def test_tune_writes_what_the_tables_use(places, tmp_path, command):
 # --------------------------------------------------------------------------------------------------
 
 
+def test_some_tables_of_all(places, command):
+    wanted = ["all", *places, "--seeds", "1", "--methods", "single", "--dry_run"]
+    code, out, _ = command(reproduce_tables.main, *wanted, "--tables", "table3", "table2")
+    assert (code, len(out.splitlines())) == (0, 3)
+    assert "--labeled_per_class 5" in out and "--corrupted" not in out
+    wanted = ["table2", *wanted[1:], "--tables", "table3"]
+    code, _, err = command(reproduce_tables.main, *wanted)
+    assert code == 2 and "--tables goes with all and tune" in err
+
+
 def test_every_command_of_a_dry_run_runs(places, tmp_path, command):
     wanted = ["table2", *places, "--seeds", "1", "--methods", "single", "joint_task"]
     code, out, _ = command(reproduce_tables.main, *wanted, "--dry_run")
