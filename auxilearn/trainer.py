@@ -451,6 +451,11 @@ class Trainer:
             self.history.watch(outputs)
         loss.backward(inputs=self.in_lower_level)
         self.ranks.average_gradients(self.in_lower_level, len(batch.sample_id))
+        norm = torch.nn.utils.clip_grad_norm_(self.in_lower_level, math.inf).item()  # clips nothing
+        if not math.isfinite(norm):
+            self._diverged(
+                step, f"the lower level's gradient has norm {norm}, at a scheduled loss of {value}"
+            )
         self.lower_optimizer.step()
         window.add(value, outputs, batch)
         with torch.no_grad():

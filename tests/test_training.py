@@ -598,6 +598,28 @@ def test_divergence_before_the_first_epoch_says_so(tiny_split, tmp_path, command
     assert not (tmp_path / "full" / "wild" / "best.pt").exists()
 
 
+@pytest.mark.parametrize("method", ["joint", "uncertainty"])
+def test_a_gradient_that_is_not_finite_ends_the_run_before_the_step(method, tiny_config, tmp_path):
+    """The loss is finite, its derivative is not: the weights stay those of the step before."""
+    trainer = trainer_of(tiny_config(method=method, save_every=1))
+    calls, kept = [], {}
+
+    def ruin(gradient):
+        calls.append(1)
+        if len(calls) < 4:
+            return gradient
+        kept.update(copy.deepcopy(trainer.model.state_dict()))
+        return gradient * math.inf
+
+    trainer.model.heads.linear.bias.register_hook(ruin)
+    with pytest.raises(DivergenceError, match=r"diverged at step 4: the lower level's gradient"):
+        fit(trainer, tmp_path / "run")
+    assert all(torch.equal(kept[n], p) for n, p in trainer.model.named_parameters())
+    record = RunRecord(tmp_path / "run", trainer.description(), resume=True)
+    assert record.load_checkpoint()["step"] == 3
+    record.close()
+
+
 def test_a_hypergradient_that_is_not_finite_is_divergence(tiny_run):
     with pytest.raises(DivergenceError, match="hypergradient.*--neumann_alpha"):
         tiny_run(method="joint", neumann_alpha=1e20, neumann_terms=3)
