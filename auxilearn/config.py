@@ -162,7 +162,7 @@ class Config:
     max_steps: int | None = _setting(
         None,
         LOWER,
-        "stop after this many lower steps, then evaluate as usual (common_dev: then fine-tune)",
+        "stop after this many lower steps, then go on as usual at the end: fine-tune, evaluate",
         kind=int,
     )
     train_batch_size: int = _setting(32, LOWER, "images per lower step")
@@ -195,8 +195,8 @@ class Config:
     upper_optimizer: str | None = _setting(
         None,
         UPPER,
-        "sgd has momentum 0.9; adam moves every parameter by about --aux_lr, whatever the size of "
-        "the hypergradient",
+        "sgd has momentum 0.9; adam (with decoupled weight decay) moves every parameter by about "
+        "--aux_lr, whatever the size of the hypergradient",
         kind=str,
         choices=("sgd", "adam"),
         by_method="sgd",
@@ -207,7 +207,7 @@ class Config:
     hyperstep: int | None = _setting(
         None, UPPER, "lower steps between two upper steps", kind=int, by_method=20
     )
-    aux_batch_size: int = _setting(50, UPPER, "images in a development batch")
+    aux_batch_size: int = _setting(50, UPPER, "images in a development batch, fine-tuning included")
     dev_batches: str = _setting(
         "random",
         UPPER,
@@ -265,7 +265,12 @@ class Config:
         "to the inverse Hessian's product",
         choices=("released", "alpha"),
     )
-    damping: float = _setting(1.0, UPPER, "added to the Hessian by cg and exact")
+    damping: float = _setting(
+        1.0,
+        UPPER,
+        "added to the Hessian by cg and exact; with --precondition adam, times what Adam divides "
+        "by",
+    )
     cg_iterations: int = _setting(10, UPPER, "most Hessian-vector products of cg")
     reduction: str = _setting(
         "exact",
@@ -371,6 +376,11 @@ PRESETS = {
         "aux_lr": 1e-2,
         "auxw_decay": 5e-5,
         "hyperstep": 20,
+        "upper_optimizer": "sgd",
+        "warmup_epochs": 0,
+        "solver": "neumann",
+        "precondition": "none",
+        "max_grad_norm": 10.0,
     }
 }
 
@@ -556,6 +566,11 @@ def default_of(field):
     if field.metadata["by_method"] is not None:
         return field.metadata["by_method"]
     return field.default_factory() if field.metadata["many"] else field.default
+
+
+def defaults():
+    """{name: default} of all settings, as ``default_of`` says."""
+    return {field.name: default_of(field) for field in dataclasses.fields(Config)}
 
 
 def with_method_defaults(config):

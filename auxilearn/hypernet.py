@@ -220,26 +220,27 @@ class MonoJoint(MonoHyperNet):
 class StableJoint(MonoHyperNet):
     r"""JTDS's three factors without the direction in which its weights run away.
 
-        W_ik = r_ik / mean_i r_ik * 2 sigmoid(t_k)           t_0 = 0: the target's mean weight is 1
+        W_ik = r_ik / mean_i r_ik * 2 sigmoid(t_k)        t = 0 for the target: its mean weight is 1
+                                    task factor
         r_ik = 2 sigmoid(a_k . G_i) * 2 sigmoid(u_k z_ik)
                feature factor         loss factor
 
     with z the standardised losses, as in ``MonoJoint``, and G the features of the batch, centred,
-    each sample's scaled to length 1 / sqrt(d). Three differences, each for a reason:
+    each sample's scaled to length 1 / sqrt(d). What differs from ``MonoJoint``, and why:
 
     - A lower optimiser like Adam does not feel the scale of the loss, so nothing holds the scale of
       a schedule. Here every task's weights are divided by their mean over the batch (over the
       samples that have a loss), and the target's task factor is 1: no parameter can change it.
-    - Bounded factors: an auxiliary task counts 0 to 2 times as much as the target, and no sample
-      dominates a batch.
+    - Bounded factors: an auxiliary task counts 0 to 2 times as much as the target in the mean, and
+      no sample more than 4 / mean r times as much as the mean sample.
     - All parameters are 0 at first, where W = 1 exactly: equal weights, until the development set
-      says otherwise. With inputs of that size, a step of Adam on a, u or t at rate r moves each
-      factor's logit by about r at most.
+      says otherwise. With inputs of that size, a step of Adam at rate r moves the logits of the
+      feature and task factors by about r at most, those of the loss factor by about r |z|.
 
     K (d + 2) parameters: feature_sel.weight a (K, d), loss_w u (K,), task_prior t (K,).
 
     Args: ``input_dim`` is K, ``feature_dim`` is d; ``factors``: those that are learned;
-    ``fixed_scale=False``, for ablations: r_ik is not divided by its mean, and t_0 is learned.
+    ``fixed_scale=False``, for ablations: W_ik = r_ik * 2 sigmoid(t_k), the target's t learned too.
     """
 
     def __init__(self, main_task, input_dim, feature_dim, *, factors=FACTORS, fixed_scale=True):
@@ -255,7 +256,7 @@ class StableJoint(MonoHyperNet):
             self.task_prior = nn.Parameter(torch.zeros(input_dim))
 
     def factors(self, features, losses, mask=None):
-        """Feature (B, K), loss (B, K), task (K,); the last divided by the mean of the product."""
+        """The three factors of the schedule: feature (B, K), loss (B, K), task (K,)."""
         feature = loss = torch.zeros_like(losses.detach())
         task = torch.zeros_like(losses[0].detach())
         if "feature" in self.learned:
@@ -266,17 +267,19 @@ class StableJoint(MonoHyperNet):
         if "task" in self.learned:
             task = self.task_prior
             if self.fixed_scale:
-                task = task - task[self.main_task]
+                others = torch.arange(self.input_dim, device=task.device) != self.main_task
+                task = task * others
         feature, loss, task = (2 * torch.sigmoid(score) for score in (feature, loss, task))
-        if not self.fixed_scale:
-            return feature, loss, task
-        means = masked_column_means(feature * loss, mask)
-        return feature, loss, task / torch.where(means > 0, means, 1.0)
+        return feature, loss, task
 
     def schedule(self, features, losses, mask=None):
         """The schedule W (B, K); differentiable in the scheduler, constant in the model."""
         feature, loss, task = self.factors(features, losses, mask)
-        return feature * loss * task
+        weights = feature * loss
+        if self.fixed_scale:
+            means = masked_column_means(weights, mask)
+            weights = weights / torch.where(means > 0, means, 1.0)
+        return weights * task
 
     def forward(self, features, losses, to_train=True, mask=None):
         """The scheduled loss sum_k mean_i W_ik L_ik, a scalar; as ``MonoJoint.forward``."""

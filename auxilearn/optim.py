@@ -6,14 +6,14 @@ from auxilearn.implicit_diff import Hypergrad
 
 
 def apply_hypergradient(meta_optimizer, aux_params, hypergrads, max_grad_norm):
-    """Clip ``hypergrads`` to ``max_grad_norm`` (None: no clip) and take the optimiser's step.
+    """Clip ``hypergrads`` to ``max_grad_norm`` (None or 0: no clip) and take the optimiser's step.
 
     The scheduler's ``clamp()``, where it has one, is the caller's to call afterwards.
     Returns the norm before clipping, a float.
     """
     for parameter, gradient in zip(aux_params, hypergrads, strict=True):
         parameter.grad = gradient
-    limit = float("inf") if max_grad_norm is None else max_grad_norm
+    limit = max_grad_norm or float("inf")
     norm = torch.nn.utils.clip_grad_norm_(aux_params, limit)
     meta_optimizer.step()
     return norm.item()

@@ -34,10 +34,13 @@ class RunRecord:
         directory: created here; UserError if it is there already, unless ``overwrite``.
         description: JSON-able mapping of everything that determines the run.
         resume: goes on with the run that is there, whose configuration must be the same; with
-            ``neutral``, the settings that may differ because no result depends on them.
+            ``neutral``, the settings that may differ because no result depends on them, and
+        ``defaults``, {name: value} of settings that an older version may not have recorded.
     """
 
-    def __init__(self, directory, description, overwrite=False, resume=False, neutral=()):
+    def __init__(
+        self, directory, description, overwrite=False, resume=False, neutral=(), defaults=None
+    ):
         self.directory = Path(directory)
         if overwrite:
             self._remove_run()
@@ -47,7 +50,7 @@ class RunRecord:
             self.events = None  # a ``report.tensorboard.Events`` that gets the rows as well
             self._metrics = open(self.directory / METRICS_FILE, "a", encoding="utf-8")  # noqa: SIM115
             if resume and (self.directory / CONFIG_FILE).exists():
-                self._check_same_run(description, neutral)
+                self._check_same_run(description, neutral, defaults)
             else:
                 write_json(self.directory / CONFIG_FILE, description)
         except OSError as error:
@@ -87,10 +90,10 @@ class RunRecord:
                 break  # a file system without locks
         return log
 
-    def _check_same_run(self, description, neutral):
+    def _check_same_run(self, description, neutral, defaults):
         settings = {k: v for k, v in description["config"].items() if k not in neutral}
         differences = differences_of_run(
-            self.directory, settings, description["data"]["fingerprint"]
+            self.directory, settings, description["data"]["fingerprint"], defaults
         )
         if differences:
             raise UserError(
@@ -254,7 +257,7 @@ def differences_of_run(directory, settings, fingerprint, defaults=None):
     """What the run recorded in ``directory`` does otherwise, a list of phrases.
 
     Args: ``settings`` {name: value} that it should have, ``fingerprint`` of its data, ``defaults``
-    {name: value} of settings that its record may be too old to know. Raises UserError: there is
+    {name: value} of settings that its record may be too old to hold. Raises UserError: there is
     no record of a run.
     """
     path = Path(directory) / CONFIG_FILE

@@ -17,7 +17,7 @@ import time
 import torch
 from tqdm import tqdm
 
-from auxilearn.config import NEUTRAL, resolve, training_set_name
+from auxilearn.config import NEUTRAL, defaults, resolve, training_set_name
 from auxilearn.data.cache import open_images
 from auxilearn.data.cub import load_split
 from auxilearn.data.dataset import (
@@ -124,6 +124,7 @@ def _open_record(trainer):
         overwrite=config.overwrite,
         resume=config.resume,
         neutral=NEUTRAL,
+        defaults=defaults(),
     )
 
 
@@ -157,8 +158,8 @@ class Trainer:
         if config.max_steps is not None:
             self.main_steps = min(self.main_steps, config.max_steps)
         self.total_steps = self.main_steps
-        self.fine_tuned = self.method.fine_tuned and config.dev_epochs > 0
-        if self.fine_tuned:
+        self.fine_tunes = self.method.fine_tuned and config.dev_epochs > 0
+        if self.fine_tunes:
             self.dev_set = sample_set(split, "dev", config.task_num)
             self.steps_per_dev_epoch = math.ceil(len(self.dev_set) / config.aux_batch_size)
             self.total_steps += config.dev_epochs * self.steps_per_dev_epoch
@@ -219,7 +220,7 @@ class Trainer:
         lower = EndlessBatches(len(self.train_set), config.train_batch_size, config.seed, "lower")
         self.lower_batches = self._stream(self.train_set, lower, "lower", augment=True)
         self.valid_batches = self._evaluation_stream("valid")
-        if self.fine_tuned:
+        if self.fine_tunes:
             order = EndlessBatches(
                 len(self.dev_set), config.aux_batch_size, config.seed, "fine-tuning"
             )
@@ -312,7 +313,7 @@ class Trainer:
                 self.history.events = record.events
         with StopRequest() as stop, self._progress_bar(done) as bar:
             lower_iterator = self.lower_batches.after(done)
-            if self.fine_tuned:
+            if self.fine_tunes:
                 fine_tuning_iterator = self.fine_tuning_batches.after(
                     max(0, done - self.main_steps)
                 )
@@ -419,8 +420,8 @@ class Trainer:
         """The epoch of a step, from 1; those of fine-tuning are counted on."""
         if step <= self.main_steps:
             return (step - 1) // self.steps_per_epoch + 1
-        fine_tuned = step - self.main_steps
-        return self._epoch(self.main_steps) + (fine_tuned - 1) // self.steps_per_dev_epoch + 1
+        beyond = step - self.main_steps
+        return self._epoch(self.main_steps) + (beyond - 1) // self.steps_per_dev_epoch + 1
 
     def _epoch_ends(self, step):
         last = step in (self.main_steps, self.total_steps)
@@ -717,7 +718,8 @@ def evaluate(model, batches, ranks):
 def build_upper_optimizer(config, phi):
     """The optimiser of the scheduler that a resolved configuration names."""
     if config.upper_optimizer == "adam":
-        return torch.optim.Adam(
+        # AdamW: a decay inside Adam would move what has no hypergradient by full steps.
+        return torch.optim.AdamW(
             phi, lr=config.aux_lr, betas=UPPER_BETAS, weight_decay=config.auxw_decay
         )
     return torch.optim.SGD(phi, lr=config.aux_lr, momentum=0.9, weight_decay=config.auxw_decay)

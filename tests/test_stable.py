@@ -1,6 +1,8 @@
 """joint_stable: its schedule by loops, its hypergradient by double backward, what it predicts."""
 
 import argparse
+import dataclasses
+import json
 import math
 
 import numpy as np
@@ -9,6 +11,7 @@ import torch
 
 from auxilearn.config import resolve
 from auxilearn.data.cub import load_split
+from auxilearn.errors import UserError
 from auxilearn.hypernet import Identity, StableJoint
 from auxilearn.implicit_diff import (
     conjugate_gradient,
@@ -19,10 +22,11 @@ from auxilearn.implicit_diff import (
 )
 from auxilearn.optim import adam_scale
 from auxilearn.record import RunRecord
-from auxilearn.trainer import Trainer
+from auxilearn.trainer import Trainer, train
 from auxilearn.upper_level import scheduled_loss
 from benchmarks import hypergradient_accuracy as accuracy
 from tests import reference
+from tests.conftest import Run, assert_same_run
 
 B, K, D = 7, 4, 5
 
@@ -78,7 +82,7 @@ def schedule_loops(net, features, losses, mask):
             weights[i, k] = reference.sigmoid(score) * reference.sigmoid(u[k] * z[i, k])
         if inside:
             weights[:, k] /= math.fsum(weights[i, k] for i in inside) / len(inside)
-        weights[:, k] *= 2 * reference.sigmoid(t[k] - t[0])
+        weights[:, k] *= 2 * reference.sigmoid(t[k] if k else 0.0)
     return weights
 
 
@@ -90,8 +94,18 @@ def test_formula(masked):
     found = net.schedule(features, losses, mask).detach().numpy()
     inside = np.ones((B, K), dtype=bool) if mask is None else mask.numpy()
     np.testing.assert_allclose(found[inside], expected[inside], rtol=1e-12)
-    feature, loss, task = net.factors(features, losses, mask)
-    np.testing.assert_allclose((feature * loss * task).detach()[inside], expected[inside])
+    factors = net.factors(features, losses, mask)
+    expected_task = [1.0] + [2 * reference.sigmoid(x) for x in net.task_prior.tolist()[1:]]
+    np.testing.assert_allclose(factors[2].detach(), expected_task, rtol=1e-12)
+    product = (factors[0] * factors[1]).detach().numpy()
+    for k in range(K):  # up to a number per task, the schedule is the product of its factors
+        rows = inside[:, k]
+        if rows.any():
+            np.testing.assert_allclose(
+                product[rows, k] / product[rows, k].mean() * expected_task[k],
+                expected[rows, k],
+                rtol=1e-10,
+            )
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -123,6 +137,7 @@ def test_without_the_fixed_scale_the_target_s_weight_moves():
     net, (features, losses) = scheduler(fixed_scale=False), batch()
     feature, loss, task = net.factors(features, losses)
     torch.testing.assert_close(task, 2 * torch.sigmoid(net.task_prior))
+    torch.testing.assert_close(net.schedule(features, losses), feature * loss * task)
     mean = net.schedule(features, losses)[:, 0].mean()
     (slope,) = torch.autograd.grad(mean, [net.task_prior])
     assert slope[0].item() == pytest.approx(
@@ -276,8 +291,56 @@ def test_a_run_that_ends_before_its_first_upper_step_says_so(tiny_run, capfd):
     )
 
 
-def test_adam_above_moves_every_parameter_by_its_rate(tiny_run):
+def test_adam_above_moves_every_task_by_its_rate_and_the_target_not_at_all(tiny_run):
     run = tiny_run(method="joint_stable", aux_lr=0.25, max_steps=2, auxw_decay=0, dev_epochs=0)
-    (task,) = [v for k, v in run.checkpoint["scheduler"].items() if k == "task_prior"]
-    # One step of Adam: lr * sign; the target's own is zero up to its share in every difference.
-    torch.testing.assert_close(task.abs(), torch.full_like(task, 0.25), rtol=1e-3, atol=0)
+    task = run.checkpoint["scheduler"]["task_prior"]
+    assert task[0] == 0
+    torch.testing.assert_close(task[1:].abs(), torch.full((4,), 0.25), rtol=1e-3, atol=0)
+
+
+def test_a_killed_run_goes_on_after_its_warm_up(tiny_config, tmp_path, monkeypatch):
+    """At the point where the upper steps have begun, but fewer than without a warm-up."""
+    changes = {"warmup_epochs": 1, "epochs": 3, "dev_epochs": 2, "hyperstep": 2, "save_every": 1}
+    fresh = {**changes, "exp_name": "fresh", "method": "joint_stable"}
+    train(tiny_config(**fresh))
+    stopped = {**changes, "exp_name": "stopped", "method": "joint_stable", "resume": True}
+    original = Trainer._lower_step
+    for dies_at in (2, 7, 10):
+
+        def dying(self, step, *args, dies_at=dies_at):
+            if step == dies_at:
+                raise KeyboardInterrupt
+            return original(self, step, *args)
+
+        monkeypatch.setattr(Trainer, "_lower_step", dying)
+        with pytest.raises(KeyboardInterrupt):
+            train(tiny_config(**stopped))
+    monkeypatch.setattr(Trainer, "_lower_step", original)
+    train(tiny_config(**stopped))
+    folder = tmp_path / "record" / "full"
+    assert_same_run(Run(folder / "fresh"), Run(folder / "stopped"))
+
+
+def test_fine_tuning_starts_with_the_schedule_of_the_best_checkpoint(tiny_config, tmp_path):
+    trainer = stable_trainer(tiny_config, epochs=3, aux_lr=0.3, dev_epochs=1)
+    record = RunRecord(tmp_path / "run", trainer.description())
+    trainer.fit(record)
+    record.close()
+    start = torch.load(tmp_path / "run" / "fine_tuning_start.pt", weights_only=True)
+    for name, value in trainer.scheduler.state_dict().items():
+        assert torch.equal(value, start["scheduler"][name])
+    assert start["step"] in (3, 6, 9)
+
+
+def test_a_run_recorded_before_a_setting_existed_goes_on(tiny_config, tmp_path):
+    """A setting that its config.json lacks had the default's effect."""
+    config = tiny_config(method="joint", exp_name="old", max_steps=3, epochs=2)
+    train(config)
+    path = tmp_path / "record" / "full" / "old" / "config.json"
+    recorded = json.loads(path.read_text())
+    for name in ("precondition", "upper_optimizer", "warmup_epochs", "fixed_scale", "tensorboard"):
+        del recorded["config"][name]
+    path.write_text(json.dumps(recorded))
+    train(dataclasses.replace(config, resume=True))
+    with pytest.raises(UserError, match="precondition was 'none' and is 'adam'"):
+        train(dataclasses.replace(config, resume=True, precondition="adam"))

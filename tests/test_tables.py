@@ -117,6 +117,15 @@ def test_flags_of_a_configuration_make_it_again():
     assert flags_of(Config()) == ["--method", "joint", "--seed", "5"]
 
 
+def test_a_default_that_is_given_names_the_same_run(job_of):
+    """Nor does a setting to come, whose default is what was done before."""
+    plain = job_of("joint_stable").identity
+    assert (
+        job_of("joint_stable", flags=["--precondition", "adam", "--amp", "off"]).identity == plain
+    )
+    assert job_of("joint_stable", flags=["--precondition", "none"]).identity != plain
+
+
 def test_the_identity_depends_on_what_determines_the_run_alone(job_of, tmp_path):
     job = job_of()
     same = sweep.make_job(

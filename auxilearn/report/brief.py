@@ -34,6 +34,8 @@ def _training(findings):
         f"Validation accuracy went from {accuracy[0]:.1%} to {accuracy[best]:.1%}, its best, in "
         f"epoch {epochs[best]['epoch']} of {findings.run.config.epochs}"
     )
+    if findings.run.method.fine_tuned and findings.run.config.dev_epochs:
+        text += f" and {findings.run.config.dev_epochs} of fine-tuning"
     if summary is None:
         done = epochs[-1]["epoch"]
         return Statement("note", "Training", f"{text}; the run is at epoch {done}, not finished.")

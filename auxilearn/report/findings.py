@@ -230,7 +230,8 @@ class Findings:
     def settledness(self):
         """Rank correlations of the auxiliary tasks' mean weights at the end with (those at the
         start, those at half time); None where too little is known."""
-        rows = self.run.schedule
+        # joint_stable's weights are equal at first, and say nothing.
+        rows = [row for row in self.run.schedule if np.ptp(row["mean_weight"][1:] or [0]) > 0]
         if len(rows) < 4 or len(rows[0]["mean_weight"]) < 4:
             return None
         start, half, end = (

@@ -16,7 +16,7 @@ from auxilearn.data.dataset import OrderedBatches, SampleSet, Stream, training_s
 from auxilearn.errors import UserError
 from auxilearn.methods import METHODS, Method, Problem
 from auxilearn.models import TaskModel, build_backbone, load_file, load_matching
-from auxilearn.record import BEST_FILE, CONFIG_FILE, METRICS_FILE, SUMMARY_FILE
+from auxilearn.record import BEST_FILE, CONFIG_FILE, METRICS_FILE, START_FILE, SUMMARY_FILE
 from auxilearn.report.history import SCHEDULE_FILE, read_rows
 from auxilearn.report.weights import ScheduleTable, schedule_weights
 
@@ -111,7 +111,7 @@ def _in_order(rows, kind):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The best checkpoint on the run's training set of n samples, all in the set's order."""
+    """A checkpoint on the run's training set of n samples, all in the set's order."""
 
     split: Split
     samples: SampleSet  # with the labels that were trained on
@@ -133,12 +133,17 @@ class Evaluation:
 def evaluate_run(run, *, split_dir=None, data_root=None, device=None, num_workers=None):
     """The ``Evaluation`` of a ``Run``: one pass over its training set, with a progress bar.
 
+    A schedule is judged with the model that it trained: the checkpoint from which fine-tuning
+    began, where there was any.
+
     Args: where the split and the data are now, if not where they were; ``device`` and
     ``num_workers`` as for training. Raises UserError: data or checkpoint are not (or no longer)
     what the run was trained on.
     """
     config = run.config
     checkpoint = run.directory / BEST_FILE
+    if run.method.bilevel and (run.directory / START_FILE).is_file():
+        checkpoint = run.directory / START_FILE
     if not checkpoint.is_file():
         raise UserError(f"{checkpoint} is missing: no epoch of the run was completed so far")
     split = _the_split_of(run, split_dir, data_root)

@@ -23,7 +23,7 @@ from auxilearn.config import (
     NEUTRAL,
     Config,
     check,
-    default_of,
+    defaults,
     flags_of,
     parse,
     with_method_defaults,
@@ -38,7 +38,7 @@ from auxilearn.record import (
     read_json,
 )
 from auxilearn.tables.local import ROOT
-from auxilearn.tables.protocol import DATASETS, PAPER_FLAGS, ROWS, SETTINGS
+from auxilearn.tables.protocol import DATASETS, ROW_FLAGS, ROWS, SETTINGS
 from auxilearn.tables.statistics import Result
 
 POLL = 5  # seconds between looks at runs that another process is busy with
@@ -113,7 +113,7 @@ def make_job(places, dataset, row, setting, seed, hyperparameters=None, flags=()
     ``hyperparameters`` {setting of Config: value} over all of them. Raises UserError for flags that
     are unknown, out of range, or not for the user of a table to set.
     """
-    base = [*_base(dataset), *PAPER_FLAGS.get((dataset, row), ())]
+    base = [*_base(dataset), *ROW_FLAGS.get((dataset, row), ())]
     chosen = [
         word
         for name, value in (hyperparameters or {}).items()
@@ -170,8 +170,8 @@ def _determining(config):
 
 def _identity(config):
     """A hash of what is no default: so that a setting to come does not give old runs new names."""
-    defaults = {field.name: default_of(field) for field in dataclasses.fields(config)}
-    special = {k: v for k, v in _determining(config).items() if v != defaults[k]}
+    usual = defaults()
+    special = {k: v for k, v in _determining(config).items() if v != usual[k]}
     text = json.dumps({"method": config.method, **special}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:10]
 
@@ -199,7 +199,7 @@ def state_of(job, fingerprint):
             directory,
             {name: value for name, value in settings.items() if value is not None},
             fingerprint,
-            defaults={field.name: default_of(field) for field in dataclasses.fields(job.config)},
+            defaults(),
         )
         if differences:
             raise UserError(
