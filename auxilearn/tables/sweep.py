@@ -113,6 +113,8 @@ def make_job(places, dataset, row, setting, seed, hyperparameters=None, flags=()
     ``hyperparameters`` {setting of Config: value} over all of them. Raises UserError for flags that
     are unknown, out of range, or not for the user of a table to set.
     """
+    if any(flag.split("=")[0] == "--preset" for flag in flags):
+        raise UserError("--run_flags: --preset: give its settings themselves, see --help")
     base = [*_base(dataset), *ROW_FLAGS.get((dataset, row), ())]
     chosen = [
         word
