@@ -24,9 +24,10 @@ from auxilearn.data.dataset import training_set
 from auxilearn.errors import UserError
 from auxilearn.hypernet import LinearHyperNet, MonoJoint, MonoNonlinearHyperNet, Naive_hyper
 from auxilearn.report import schedule_weights, statistics, write
+from auxilearn.report.figures import _scheduled_steps
 from auxilearn.report.findings import Findings, Target
 from auxilearn.report.history import QUANTILES, ScheduleHistory, read_rows
-from auxilearn.report.run import read_run
+from auxilearn.report.run import evaluate_run, read_run
 from auxilearn.report.weights import sample_weights
 from auxilearn.trainer import Trainer, train
 from auxilearn.upper_level import TaskLosses, scheduled_loss
@@ -798,6 +799,26 @@ def test_without_matplotlib_one_line_says_what_to_install(make_run, command, mon
     code, _, err = command(inspect_schedule.main, run)
     assert code == 2
     assert_one_error_line(err, "needs matplotlib", "pip install -r requirements-report.txt")
+
+
+def test_a_fine_tuned_run_is_seen_as_its_schedule_left_it(data, tmp_path):
+    """The weights are those of the model that was trained with them, whichever is tested."""
+    places = {"split_dir": str(data / "split"), "record_dir": str(tmp_path)}
+    changes = {"method": "joint_stable", "aux_lr": 0.5, "dev_lr": 0.05, "dev_epochs": 4}
+    config = Config(**{**TINY, **places, "exp_name": "tuned", "seed": 1, **changes})
+    train(config)
+    run = read_run(tmp_path / "full" / "tuned")
+    found = evaluate_run(run, device="cpu")
+    start = torch.load(run.directory / "fine_tuning_start.pt", weights_only=True)
+    assert (found.before_fine_tuning, found.epoch) == (True, start["epoch"])
+    shutil.copy(run.directory / "fine_tuning_start.pt", run.directory / "best.pt")
+    (run.directory / "fine_tuning_start.pt").unlink()
+    plain = evaluate_run(run, device="cpu")
+    assert not plain.before_fine_tuning
+    np.testing.assert_array_equal(found.table.weights, plain.table.weights)
+    assert np.ptp(found.table.weights[:, 0]) > 0
+    steps = {row["epoch"] for row in run.rows["step"]}
+    assert max(steps) > config.epochs >= max(row["epoch"] for row in _scheduled_steps(run))
 
 
 def test_events_for_tensorboard(make_run, no_charts, command, monkeypatch, tmp_path):

@@ -153,7 +153,7 @@ def _samples(findings):
     if shares := findings.spread_of_samples:
         text += (
             f" {shares['loss']:.0%} of their spread comes from the loss factor, the only one that "
-            f"sees the label, {shares['feature']:.0%} from the features."
+            f"sees the label, {max(shares['feature'], 0):.0%} from the features."
         )
     return Statement("note", "Samples", text)
 

@@ -123,12 +123,18 @@ def _role_legend(axes, tasks, **options):
 # --------------------------------------------------------------------------------------------------
 
 
+def _scheduled_steps(run):
+    """Rows of the lower steps before fine-tuning, whose losses are of other images and one task."""
+    rows, last = run.rows["step"], run.config.epochs
+    return [r for r in rows if not isinstance(r.get("epoch"), int) or r["epoch"] <= last]
+
+
 def _losses(findings):
-    rows = findings.run.rows
-    if not rows["step"]:
+    rows, steps = findings.run.rows, _scheduled_steps(findings.run)
+    if not steps:
         return None
     figure, axes = new_axes("lower step", "mean cross entropy (nats)")
-    step, target, other = column(rows["step"], "target_loss", "aux_loss")
+    step, target, other = column(steps, "target_loss", "aux_loss")
     axes.plot(*thin(step, target), color=COLOURS["blue"], label="target task, training")
     if np.any(other > 0):
         label = "auxiliary tasks, training"
@@ -143,11 +149,11 @@ def _losses(findings):
 
 
 def _accuracy(findings):
-    rows = findings.run.rows
-    if not rows["step"]:
+    rows, steps = findings.run.rows, _scheduled_steps(findings.run)
+    if not steps:
         return None
     figure, axes = new_axes("lower step", "accuracy, target task")
-    step, accuracy = column(rows["step"], "accuracy")
+    step, accuracy = column(steps, "accuracy")
     axes.plot(*thin(step, accuracy, 100), color=COLOURS["blue"], label="training batches")
     if rows["epoch"]:
         step, accuracy = column(rows["epoch"], "valid_accuracy")
@@ -162,10 +168,10 @@ def _accuracy(findings):
 
 
 def _scheduled_loss(findings):
-    rows = findings.run.rows["step"]
-    if not rows or not findings.run.method.bilevel:
+    steps = _scheduled_steps(findings.run)
+    if not steps or not findings.run.method.bilevel:
         return None
-    step, loss = column(rows, "loss")
+    step, loss = column(steps, "loss")
     figure, axes = new_axes("lower step", "scheduled loss")
     axes.plot(*thin(step, loss), color=COLOURS["blue"])
     logarithmic(axes.yaxis, loss)

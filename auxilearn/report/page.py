@@ -87,7 +87,10 @@ def _header(findings, name):
         f"{data.get('classes', '?')} classes, {(config.task_num or 1) - 1} auxiliary tasks"
     )
     if findings.evaluation is not None:
-        facts.append(f"weights of the best checkpoint, epoch {findings.evaluation.epoch}")
+        which = "best checkpoint"
+        if findings.evaluation.before_fine_tuning:
+            which += " before fine-tuning"
+        facts.append(f"weights of the {which}, epoch {findings.evaluation.epoch}")
     return f'<h1>What the scheduler learned: {name}</h1><p class="facts">{"; ".join(facts)}.</p>'
 
 
@@ -146,7 +149,8 @@ def _training(charts):
         _figure(
             charts,
             "hypergradient",
-            "A point for each upper step. Beyond the bound only the direction counts.",
+            "A point for each upper step. Beyond the bound, where there is one, only the direction "
+            "counts.",
         ),
         _figure(
             charts,

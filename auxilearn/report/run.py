@@ -118,6 +118,7 @@ class Evaluation:
     table: ScheduleTable
     images: object  # ``images.load(position)`` gives a uint8 image (3, H, W)
     epoch: int  # of the checkpoint
+    before_fine_tuning: bool = False
 
     @property
     def true_labels(self):
@@ -142,7 +143,8 @@ def evaluate_run(run, *, split_dir=None, data_root=None, device=None, num_worker
     """
     config = run.config
     checkpoint = run.directory / BEST_FILE
-    if run.method.bilevel and (run.directory / START_FILE).is_file():
+    fine_tuned = run.method.bilevel and (run.directory / START_FILE).is_file()
+    if fine_tuned:
         checkpoint = run.directory / START_FILE
     if not checkpoint.is_file():
         raise UserError(f"{checkpoint} is missing: no epoch of the run was completed so far")
@@ -178,7 +180,7 @@ def evaluate_run(run, *, split_dir=None, data_root=None, device=None, num_worker
         ),
         predict=lambda batch, outputs: model.heads.target_logits(outputs.features).argmax(dim=1),
     )
-    return Evaluation(split, samples, table, images, epoch)
+    return Evaluation(split, samples, table, images, epoch, fine_tuned)
 
 
 def _the_split_of(run, split_dir, data_root):
