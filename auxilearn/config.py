@@ -412,7 +412,7 @@ def parse(argv=None, description=None):
                 options["metavar"] = "NAME"
         else:
             options["metavar"] = {bool: "0|1", int: "N", float: "X"}.get(info["kind"], "NAME")
-        default = list(field.default_factory()) if info["many"] else field.default
+        default = _unless_given(field)
         shown = _shown_default(field.name, info, default)
         groups[info["group"]].add_argument(
             *names,
@@ -430,13 +430,17 @@ def parse(argv=None, description=None):
     return Config(**given)
 
 
+def _unless_given(field):
+    """What a field of ``Config`` holds where nothing was given."""
+    return field.default_factory() if field.metadata["many"] else field.default
+
+
 def flags_of(config):
     """The flags of train_bilevel.py that make ``config``: method, seed, and what is no default."""
     flags = []
     for field in dataclasses.fields(config):
         value, info = getattr(config, field.name), field.metadata
-        default = field.default_factory() if info["many"] else field.default
-        if value == default and field.name not in ("method", "seed"):
+        if value == _unless_given(field) and field.name not in ("method", "seed"):
             continue
         values = value if info["many"] else [int(value) if info["kind"] is bool else value]
         flags += [f"--{field.name}", *(str(v) for v in values)]
@@ -565,7 +569,7 @@ def default_of(field):
     """The default of a field of ``Config``; of one left to the method, what most methods take."""
     if field.metadata["by_method"] is not None:
         return field.metadata["by_method"]
-    return field.default_factory() if field.metadata["many"] else field.default
+    return _unless_given(field)
 
 
 def defaults():

@@ -122,9 +122,9 @@ def leaving():
     """Leave the process group after the block.
 
     gloo's threads let go of a collective's tensors some time after the call has returned, and need
-    the interpreter for that: one that is late by then aborts the process as it ends
+    the interpreter for that: one that is late may abort the process as it ends
     (https://github.com/pytorch/pytorch/pull/179291). While this one waits for the other ranks,
-    its threads get their turn.
+    its threads get their turn, which makes no promise.
     """
     try:
         yield

@@ -101,6 +101,15 @@ def tiny_split(tmp_path_factory):
 
 
 @pytest.fixture
+def float64():
+    """Double precision by default, and the global generator seeded."""
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(0)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture
 def tiny_config(tiny_split, tmp_path):
     """``tiny_config(**changes)``: the configuration of a run of a second."""
 

@@ -8,13 +8,7 @@ from torch.func import functional_call, jvp, vjp
 from auxilearn import batch_norm
 from auxilearn.batch_norm import FastBatchNorm
 
-
-@pytest.fixture(autouse=True)
-def float64():
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 LAYERS = {

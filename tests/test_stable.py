@@ -31,12 +31,7 @@ from tests.conftest import Run, assert_same_run
 B, K, D = 7, 4, 5
 
 
-@pytest.fixture(autouse=True)
-def float64():
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def scheduler(size=1.0, **options):

@@ -20,12 +20,7 @@ from auxilearn.upper_level import (
 SAMPLES, TASKS, WIDTH = 12, 4, 6
 
 
-@pytest.fixture(autouse=True)
-def float64():
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 class SmallResNet(nn.Module):
