@@ -28,7 +28,13 @@ class StopRequest:
 
     def __exit__(self, *_):
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            try:
+                signal.signal(number, handler)
+            except BaseException:
+                # It first runs handlers that are due: PyTorch's for SIGCHLD raises where a worker
+                # has died, which is no reason to leave ours installed.
+                self.__exit__()
+                raise
 
     def _note(self, number, _frame):
         if self.signal is not None:

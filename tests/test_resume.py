@@ -17,6 +17,7 @@ from auxilearn.config import Config
 from auxilearn.errors import Interrupted, UserError
 from auxilearn.methods import METHODS
 from auxilearn.record import RunRecord
+from auxilearn.signals import EXIT_CODES, StopRequest
 from auxilearn.trainer import train
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -159,7 +160,7 @@ def test_kill_storm(split_dir, tmp_path, workers):
 def test_a_signal_ends_after_the_step_with_a_checkpoint(
     split_dir, tmp_path, monkeypatch, number, code
 ):
-    original, handler = trainer_module.Trainer._lower_step, signal.getsignal(number)
+    original = trainer_module.Trainer._lower_step
 
     def signalled(self, step, *args):
         if step == 3:
@@ -173,7 +174,24 @@ def test_a_signal_ends_after_the_step_with_a_checkpoint(
     assert caught.value.code == code
     (checkpoint,) = (tmp_path / "full/run").glob("step-*.pt")
     assert checkpoint.name.startswith("step-00000003.")
-    assert signal.getsignal(number) == handler
+    assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
+
+
+def test_handlers_are_put_back_though_that_of_another_signal_raises(monkeypatch):
+    """A dead worker's SIGCHLD may come when the run has ended, and be raised by signal.signal."""
+    before = {number: signal.getsignal(number) for number in EXIT_CODES}
+    original, raised = signal.signal, []
+
+    def interrupted(number, handler):
+        if number == signal.SIGTERM and not raised:
+            raised.append(number)
+            raise RuntimeError("a worker is killed")
+        return original(number, handler)
+
+    with pytest.raises(RuntimeError, match="a worker is killed"), StopRequest():
+        assert all(signal.getsignal(number) != before[number] for number in before)
+        monkeypatch.setattr(signal, "signal", interrupted)
+    assert {number: signal.getsignal(number) for number in EXIT_CODES} == before
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_used(split_dir, tmp_path, capsys):
