@@ -5,6 +5,7 @@ pass) alone, the augmentation of an image on (seed, stream, pass, sample) alone.
 """
 
 import math
+import sys
 import warnings
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -351,6 +352,20 @@ class Shard:
             yield keys[self.rank :: self.size] if len(keys) >= self.size else keys
 
 
+def leave_reports_to_main(_number):
+    """In a worker: no traceback where the main process breaks off while it fetches a batch.
+
+    It does so because another worker died, and says that in one line.
+    """
+    usual = sys.excepthook
+
+    def report(kind, error, traceback):
+        if not issubclass(kind, (ConnectionError, EOFError)):
+            usual(kind, error, traceback)
+
+    sys.excepthook = report
+
+
 class Stream:
     """Iterates over the ``Batch``es of a sample set, loaded and augmented in ``workers``.
 
@@ -372,6 +387,7 @@ class Stream:
             collate_fn=collate,
             num_workers=workers,
             persistent_workers=workers > 0,
+            worker_init_fn=leave_reports_to_main,
             pin_memory=device.type == "cuda",
             generator=torch.Generator(),  # so that it draws nothing from the global one
         )
