@@ -47,6 +47,9 @@ class RunRecord:
         self._make_directory(resume)
         try:
             self._log = self._locked_log()
+            for pattern in (".*.pt.*", ".*.json.*"):
+                for leftover in self.directory.glob(pattern):  # of ``write_aside``, killed in it
+                    leftover.unlink()
             self.events = None  # a ``report.tensorboard.Events`` that gets the rows as well
             self._metrics = open(self.directory / METRICS_FILE, "a", encoding="utf-8")  # noqa: SIM115
             if resume and (self.directory / CONFIG_FILE).exists():
@@ -167,7 +170,10 @@ class RunRecord:
         content = _saved({"state": state, "sizes": sizes})
         path = self.directory / f"step-{step:08d}.{_hash(content)}.pt"
         write_aside(path, lambda file: file.write(content))
-        for old in self._checkpoints()[CHECKPOINTS_KEPT:]:
+        # Of later steps there is only what was not used, as damaged: it takes no good one's place.
+        found = self._checkpoints()
+        earlier = [old for old in found if old.name < f"step-{step:08d}"]
+        for old in set(found) - {path, *earlier[: CHECKPOINTS_KEPT - 1]}:
             old.unlink()
 
     def load_checkpoint(self):

@@ -1,17 +1,13 @@
 """A run that is killed and continued ends as one that was left alone: the same bits."""
 
-import json
+import io
 import os
-import random
 import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
 
+from auxilearn import record as record_module
 from auxilearn import trainer as trainer_module
 from auxilearn.config import Config
 from auxilearn.errors import Interrupted, UserError
@@ -19,8 +15,7 @@ from auxilearn.methods import METHODS
 from auxilearn.record import RunRecord
 from auxilearn.signals import EXIT_CODES, StopRequest
 from auxilearn.trainer import train
-
-ROOT = Path(__file__).resolve().parent.parent
+from tests import kill_storm
 
 
 @pytest.fixture(scope="module")
@@ -55,26 +50,8 @@ def config(split_dir, record_dir, **changes):
     return Config(**(settings | changes))
 
 
-def rows(run, name="metrics.jsonl"):
-    """The rows of a file without what only a clock determines."""
-    lines = (run / name).read_text().splitlines()
-    return [
-        {k: v for k, v in json.loads(line).items() if not k.endswith("seconds")} for line in lines
-    ]
-
-
 def assert_same_run(run, other):
-    assert rows(run) == rows(other)
-    if (run / "schedule.jsonl").exists():
-        assert rows(run, "schedule.jsonl") == rows(other, "schedule.jsonl")
-    ours, theirs = (json.loads((r / "summary.json").read_text()) for r in (run, other))
-    assert {k: v for k, v in ours.items() if k != "seconds"} == {
-        k: v for k, v in theirs.items() if k != "seconds"
-    }
-    ours, theirs = (torch.load(r / "best.pt", weights_only=True) for r in (run, other))
-    for part in ("model", "scheduler"):
-        assert ours[part].keys() == theirs[part].keys()
-        assert all(torch.equal(v, theirs[part][k]) for k, v in ours[part].items())
+    assert not kill_storm.differences(run, other)
 
 
 class Killed(BaseException):
@@ -119,39 +96,38 @@ def test_killed_and_resumed_equals_undisturbed(
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_kill_storm(split_dir, tmp_path, workers):
+def test_kill_storm(tmp_path, workers):
     """Real SIGKILLs at random moments of a real process."""
-    flags = {"epochs": 4, "save_every": 1, "num_workers": workers}
-    train(config(split_dir, tmp_path / "undisturbed", **flags))
-    command = [sys.executable, str(ROOT / "train_bilevel.py"), "--resume", "1"]
-    settings = vars(config(split_dir, tmp_path / "killed", **flags))
-    given = vars(Config())
-    for name, value in settings.items():
-        if value != given[name]:
-            command += [f"--{name}", str(value)]
-    generator = random.Random(workers)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    run = tmp_path / "killed/full/run"
-    for _ in range(3):
-        process = subprocess.Popen(
-            command, env=environment, stdout=subprocess.DEVNULL, start_new_session=True
-        )
-        deadline = time.monotonic() + 60
-        while process.poll() is None and not (run / "metrics.jsonl").exists():
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        before = len((run / "metrics.jsonl").read_text().splitlines())
-        target = before + generator.randint(1, 4)
-        while process.poll() is None and time.monotonic() < deadline:
-            if len((run / "metrics.jsonl").read_text().splitlines()) >= target:
-                break
-            time.sleep(0.005)
-        time.sleep(generator.random() * 0.05)
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
-    assert_same_run(run, tmp_path / "undisturbed/full/run")
+    kill_storm.prepare(tmp_path)
+    where, found = kill_storm.storm(tmp_path, "joint", 3, workers, epochs=8, seed=workers)
+    assert sum(where.values()) == 3
+    assert not found
+
+
+def with_another_weight(content):
+    checkpoint = torch.load(io.BytesIO(content), weights_only=True)
+    next(iter(checkpoint["model"].values())).add_(1)
+    return record_module._saved(checkpoint)
+
+
+def test_the_comparison_after_a_kill_storm_sees_every_difference(split_dir, tmp_path):
+    for name in ("one", "other"):
+        train(config(split_dir, tmp_path / name))
+    one, other = (tmp_path / name / "full/run" for name in ("one", "other"))
+    assert kill_storm.differences(one, other) == []
+    for name, changed, part in [
+        ("metrics.jsonl", lambda c: c.replace(b'"step": 2,', b'"step": 3,'), "metrics.jsonl: "),
+        ("schedule.jsonl", lambda c: c[: c.rindex(b"\n", 0, -1) + 1], "another number of rows"),
+        ("summary.json", lambda c: c.replace(b'"best_epoch"', b'"worst_epoch"'), "summary.json: "),
+        ("best.pt", with_another_weight, "best.pt: "),
+    ]:
+        original = (one / name).read_bytes()
+        (one / name).write_bytes(changed(original))
+        assert any(part in said for said in kill_storm.differences(one, other)), name
+        (one / name).write_bytes(original)
+    for path in sorted(one.glob("step-*.pt"))[1:]:
+        path.unlink()
+    assert "the last checkpoint: step" in kill_storm.differences(one, other)
 
 
 @pytest.mark.parametrize(
@@ -221,7 +197,24 @@ def test_all_checkpoints_damaged_starts_over(split_dir, tmp_path):
         path.write_bytes(b"")
     (run / "summary.json").unlink()
     train(config(split_dir, tmp_path / "damaged", resume=True, **flags))
+    assert len(list(run.glob("step-*.pt"))) == 2
     assert_same_run(run, tmp_path / "undisturbed/full/run")
+
+
+def test_a_checkpoint_that_is_not_used_takes_no_place_of_a_good_one(tmp_path):
+    """A run that had to start over, and is killed again, goes on from its own checkpoints."""
+    for step in (6, 7):
+        (tmp_path / f"step-{step:08d}.0123456789abcdef.pt").write_bytes(b"damaged")
+    record = RunRecord(tmp_path, {"config": {}, "data": {"fingerprint": ""}}, resume=True)
+    assert record.load_checkpoint() is None
+    for step in (1, 2, 3):
+        record.save_checkpoint(step, {"step": step})
+    assert record.load_checkpoint() == {"step": 3}
+    assert [path.name[:13] for path in sorted(tmp_path.glob("step-*.pt"))] == [
+        "step-00000002",
+        "step-00000003",
+    ]
+    record.close()
 
 
 def test_two_checkpoints_are_kept(split_dir, tmp_path):
