@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import math
 import os
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -505,6 +506,17 @@ _AT_LEAST = {
     "log_every": 1,
     "save_every": 0,
 }
+# Beyond what a machine holds, or the eight digits of a step in a checkpoint's name.
+_AT_MOST = {
+    "image_size": 4096,
+    "in_dim": 1 << 16,
+    "num_workers": 1024,
+    "threads": 4096,
+    "epochs": 10**6,
+    "dev_epochs": 10**6,
+    "max_steps": 10**8 - 1,
+    "seed": 2**63 - 1,
+}
 # No result depends on these: a run may be continued with others.
 NEUTRAL = (
     "resume",
@@ -531,6 +543,8 @@ def check(config):
             continue
         if field.name in _AT_LEAST and value < _AT_LEAST[field.name]:
             raise UserError(f"--{field.name} must be at least {_AT_LEAST[field.name]}, not {value}")
+        if field.name in _AT_MOST and value > _AT_MOST[field.name]:
+            raise UserError(f"--{field.name} must be at most {_AT_MOST[field.name]}, not {value}")
         if field.name in _ABOVE_ZERO and value <= 0:
             raise UserError(f"--{field.name} must be greater than 0, not {value}")
         choices = field.metadata["choices"]
@@ -540,6 +554,8 @@ def check(config):
                 raise UserError(f"--{field.name} {one} is unknown: choose from {known}")
     if min(config.aux_hidden_dim, default=0) < 1:
         raise UserError("--aux_hidden_dim takes one or more sizes of at least 1")
+    if max(config.aux_hidden_dim) > 1 << 12:
+        raise UserError(f"--aux_hidden_dim takes sizes of at most {1 << 12}")
     if not config.factors:
         raise UserError(f"--factors takes one or more of {', '.join(FACTORS)}")
     if not 0 <= config.corrupted_rate <= 1:
@@ -561,8 +577,32 @@ def check(config):
         raise UserError("--backbone_weights and --backbone_pretrain 1 exclude each other")
     if not config.record_dir:
         raise UserError("--record_dir must name a folder")
-    if config.in_dim > 1 << 16:
-        raise UserError(f"--in_dim {config.in_dim} is too large")
+
+
+def from_record(settings):
+    """The ``Config`` of recorded ``settings``, {name: value}, any JSON. UserError: it is none.
+
+    Settings that this version does not know are left out.
+    """
+    fields = {field.name: field for field in dataclasses.fields(Config)}
+    known = {name: value for name, value in settings.items() if name in fields}
+    for name, value in known.items():
+        if not _is_of_kind(value, fields[name]):
+            raise UserError(f"{name} cannot be {ascii(value)[:40]}")
+    config = Config(**known)
+    check(config)
+    return config
+
+
+def _is_of_kind(value, field):
+    if field.metadata["many"]:
+        kind = (str,) if field.metadata["choices"] else (int,)
+        return isinstance(value, list) and all(type(one) in kind for one in value)
+    if value is None:
+        return field.default is None
+    if field.metadata["kind"] is float:
+        return type(value) in (int, float) and abs(value) <= sys.float_info.max
+    return type(value) is field.metadata["kind"]
 
 
 def default_of(field):

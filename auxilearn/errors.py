@@ -1,7 +1,8 @@
 """One way to tell a person what is wrong: a single line, exit code 2, no traceback."""
 
+import os
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 
 
 class UserError(Exception):
@@ -47,16 +48,54 @@ def needs(package, what, requirements):
 def run_script(main):
     """Run a script's ``main()`` and turn its errors into one line on stderr and an exit code.
 
-    ``UserError`` exits with 2, ``RunError`` with 1, Ctrl-C with 130.
+    ``UserError`` exits with 2, ``RunError`` with 1, Ctrl-C with 130. Where whoever read the output
+    has gone, as ``head -1`` has after a line, the script does all the same what it was asked to.
     """
-    try:
-        main()
-    except UserError as error:
-        sys.exit(_say(error, 2))
-    except RunError as error:
-        sys.exit(_say(error, getattr(error, "code", 1)))
-    except KeyboardInterrupt:
-        sys.exit(_say("interrupted", 130))
+    with redirect_stdout(_output(sys.stdout)), redirect_stderr(_output(sys.stderr)):
+        try:
+            main()
+        except UserError as error:
+            sys.exit(_say(error, 2))
+        except RunError as error:
+            sys.exit(_say(error, getattr(error, "code", 1)))
+        except KeyboardInterrupt:
+            sys.exit(_say("interrupted", 130))
+        finally:
+            for stream in (sys.stdout, sys.stderr):
+                if stream is not None:
+                    stream.flush()
+
+
+def _output(stream):
+    return None if stream is None else _OutputOfScript(stream)
+
+
+class _OutputOfScript:
+    """A text stream that goes on into nothing when its reader has gone."""
+
+    def __init__(self, stream):
+        self._stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self._stream, name)
+
+    def write(self, text):
+        with self._going_on():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self):
+        with self._going_on():
+            self._stream.flush()
+
+    @contextmanager
+    def _going_on(self):
+        try:
+            yield
+        except BrokenPipeError:
+            nothing = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nothing, self._stream.fileno())  # what is still buffered goes there too
+            os.close(nothing)
 
 
 def _say(message, code):

@@ -10,6 +10,7 @@ from torch import nn
 from torch.func import functional_call
 
 from auxilearn.errors import UserError
+from auxilearn.files import open_regular
 from auxilearn.upper_level import TaskLosses
 
 NORMALISATIONS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
@@ -206,7 +207,8 @@ def load_file(path):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch's readers, about a file that is refused next
-            return torch.load(path, map_location="cpu", weights_only=True)
+            with open_regular(path) as file:
+                return torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except Exception:  # torch.load raises many kinds on a file that is not its own
@@ -237,6 +239,8 @@ def _load_backbone(backbone, path, name):
 def load_matching(module, state, complaint, expected=None):
     """``load_state_dict`` that explains in one line what does not fit."""
     expected = module.state_dict() if expected is None else expected
+    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise UserError(f"{complaint}: expected tensors by name")
     # Files from before batch norm counted its batches lack the counter, which nothing here reads.
     counters = {key for key in expected if key.endswith("num_batches_tracked")}
     state = {key: expected[key] for key in counters} | state
@@ -245,7 +249,7 @@ def load_matching(module, state, complaint, expected=None):
     problems += [
         f"{key} has shape {tuple(state[key].shape)}, expected {tuple(value.shape)}"
         for key, value in expected.items()
-        if isinstance(state.get(key), torch.Tensor) and state[key].shape != value.shape
+        if key in state and state[key].shape != value.shape
     ]
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""

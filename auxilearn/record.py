@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from auxilearn.errors import RunError, UserError
+from auxilearn.files import read_regular
 
 CONFIG_FILE, METRICS_FILE, LOG_FILE = "config.json", "metrics.jsonl", "log.txt"
 BEST_FILE, SUMMARY_FILE = "best.pt", "summary.json"
@@ -149,9 +150,9 @@ class RunRecord:
         path = self.directory / BEST_FILE
         if keep_as:
             kept = self.directory / keep_as
-            if kept.exists() and _hash(kept.read_bytes()) == expected:
+            if kept.exists() and _hash(read_regular(kept)) == expected:
                 path = kept
-        content = path.read_bytes()
+        content = read_regular(path)
         if keep_as and path != kept and _hash(content) == expected:
             write_aside(kept, lambda file: file.write(content))
         if _hash(content) != expected:
@@ -182,7 +183,7 @@ class RunRecord:
         A damaged file is named in a warning, and the one before it is used.
         """
         for path in self._checkpoints():
-            content = path.read_bytes()
+            content = read_regular(path)
             if _hash(content) != path.name.split(".")[1]:
                 problem = "is damaged"
             else:
@@ -330,11 +331,13 @@ def _hash(content):
 def read_json(path):
     """The content of a JSON file; UserError if it cannot be read."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(read_regular(path).decode("utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read ({error})") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON ({error})") from None
 
 
 def write_json(path, content):

@@ -252,6 +252,60 @@ def test_a_read_only_data_root(attempt, own_split):
 
 
 # --------------------------------------------------------------------------------------------------
+# Output that nobody reads any more
+# --------------------------------------------------------------------------------------------------
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+
+
+def with_reader_gone(lines, script, *flags, stderr=subprocess.PIPE):
+    """(exit code, stderr) of a script whose stdout is closed after ``lines`` lines were read."""
+    process = subprocess.Popen(
+        [sys.executable, ROOT / script, *map(str, flags)],
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        text=True,
+    )
+    with process:
+        for _ in range(lines):
+            assert process.stdout.readline()
+        process.stdout.close()
+        said = process.stderr.read() if process.stderr else ""
+    return process.returncode, said
+
+
+@pytest.mark.parametrize("stderr", [subprocess.PIPE, subprocess.STDOUT])
+def test_a_run_whose_output_nobody_reads_any_more_goes_on(tmp_path, tiny_split, stderr):
+    flags = {**FLAGS, "split_dir": tiny_split}
+    code, said = with_reader_gone(
+        1, "train_bilevel.py", *tiny_flags(**flags, record_dir=tmp_path / "one"), stderr=stderr
+    )
+    assert (code, said) == (0, "")
+    run = tmp_path / "one/full/run"
+    assert "test accuracy" in (run / "log.txt").read_text()
+    assert (run / "summary.json").exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("train_bilevel.py", "--help"),
+        ("inspect_schedule.py", "--help"),
+        ("reproduce_tables.py", "table2", "--dry_run", "--dataset", "mini"),
+    ],
+)
+def test_short_output_that_nobody_reads_is_no_error(words):
+    assert with_reader_gone(0, *words) == (0, "")
+
+
+def test_an_error_is_said_though_nobody_reads_the_output(tmp_path):
+    code, said = with_reader_gone(0, "data_preprocess.py", "--data_root", tmp_path / "none")
+    assert code == 2
+    assert_one_error_line(said, tmp_path / "none")
+
+
+# --------------------------------------------------------------------------------------------------
 # Two at once
 # --------------------------------------------------------------------------------------------------
 

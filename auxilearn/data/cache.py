@@ -43,6 +43,7 @@ from auxilearn.data.dataset import (
     shape_to_load,
 )
 from auxilearn.errors import UserError
+from auxilearn.files import open_regular
 from auxilearn.record import write_aside
 
 LAYOUT = 1  # to be raised with every change of the file's content
@@ -54,7 +55,7 @@ class CacheError(UserError):
     """There can be no cache here. The images may be fine all the same."""
 
 
-def open_images(split, image_size, cache, directory, workers):
+def open_images(split, image_size, cache, directory, workers, build=True):
     """What loads the images of a split, resized for crops of ``image_size`` pixels.
 
     Args:
@@ -62,12 +63,15 @@ def open_images(split, image_size, cache, directory, workers):
             with a warning, the latter where no cache can be kept.
         directory: of the cache; made if need be.
         workers: processes that build it, where it is not there yet.
+        build: False takes a cache that is there, and else writes none and decodes.
 
     Raises UserError: an image that cannot be read, or with "on" no place for a cache.
     """
     if cache != "off":
         try:
-            return open_cache(split, image_size, directory, workers)
+            images = open_cache(split, image_size, directory, workers, build)
+            if images is not None:
+                return images
         except CacheError as error:
             if cache == "on":
                 raise UserError(
@@ -83,8 +87,10 @@ def open_images(split, image_size, cache, directory, workers):
     return DecodedImages(split, image_size)
 
 
-def open_cache(split, image_size, directory, workers):
+def open_cache(split, image_size, directory, workers, build=True):
     """The ``ImageCache`` of a split's images in ``directory``, built by ``workers`` if need be.
+
+    None without one if ``build`` is False.
 
     Raises UserError for an image that cannot be read, CacheError where no cache can be kept.
     """
@@ -92,6 +98,8 @@ def open_cache(split, image_size, directory, workers):
     path = Path(directory) / f"images-{files.side}-{files.key()}.cache"
     content = _read_current(path, files)
     if content is None:
+        if not build:
+            return None
         with _alone_in(path.parent):
             content = _read_current(path, files)  # by now another process may have built it
             if content is None:
@@ -199,20 +207,35 @@ def _digest(path):
 def _read(path):
     """(index (n,), pixels) of the cache at ``path``, or None if there is no complete one."""
     try:
-        with open(path, "rb") as file:
-            index = np.lib.format.read_array(file)
-            start = file.tell()
+        with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
-            if index.dtype != INDEX or size != start + _byte_counts(index).sum():
+            index = _read_index(file, size)
+            start = file.tell()
+            if index is None or size != start + _byte_counts(index).sum():
                 return None
             pixels = np.memmap(file, np.uint8, "r", offset=start)
-    except (FileNotFoundError, ValueError, EOFError):
+    except (FileNotFoundError, ValueError, RecursionError, MemoryError):  # of the header's parser
         return None
     except OSError as error:
         raise CacheError(f"the image cache {path} cannot be read ({error.strerror})") from None
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")
         return index, torch.from_numpy(pixels)
+
+
+def _read_index(file, size):
+    """The index at the start of a file of ``size`` bytes, or None where it is none.
+
+    Not ``read_array``, which makes room for as many entries as the file says that it has.
+    """
+    np.lib.format.read_magic(file)
+    shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+    if dtype != INDEX or len(shape) != 1 or not 0 <= shape[0] * INDEX.itemsize <= size:
+        return None
+    index = np.frombuffer(file.read(shape[0] * INDEX.itemsize), INDEX).copy()
+    counts = _byte_counts(index)
+    sound = (index["height"] > 0) & (index["width"] > 0) & (counts > 0) & (counts <= size)
+    return index if len(index) == shape[0] and sound.all() else None
 
 
 def _read_current(path, files):

@@ -28,6 +28,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from auxilearn.errors import UserError
+from auxilearn.files import open_regular, read_regular
 
 IMAGES = "images.txt"
 LABELS = "image_class_labels.txt"
@@ -125,7 +126,7 @@ def _check_root(root):
 def _numbered_lines(path):
     """Yield (line number, text) for each line of a small text file that is not blank."""
     try:
-        data = path.read_bytes()
+        data = read_regular(path)
     except FileNotFoundError:
         raise UserError(
             f"{path} is missing; expected the files of CUB-200-2011: get them with "
@@ -464,7 +465,7 @@ def hash_file(path, algorithm="sha256"):
     """The hex digest of a file. Raises ``UserError`` if it can not be read."""
     digest = hashlib.new(algorithm)
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             while block := file.read(1 << 20):
                 digest.update(block)
     except FileNotFoundError:
@@ -627,7 +628,7 @@ def _keep_edited(split_dir, contents):
     """Copy the files that are neither as recorded nor as they are about to be written."""
     recorded = {}  # without a usable record, whatever is there may be somebody's own work
     with suppress(FileNotFoundError, ValueError, LookupError, TypeError):
-        recorded = json.loads((split_dir / INFO_FILE).read_bytes())["sha256"]
+        recorded = json.loads(read_regular(split_dir / INFO_FILE))["sha256"]
     kept = []
     for name in SPLIT_FILES:
         data = _bytes_or_none(split_dir / name)
@@ -778,7 +779,7 @@ def _read_split_files(split_dir):
     for name in (INFO_FILE, *SPLIT_FILES):
         path = split_dir / name
         try:
-            data = path.read_bytes()
+            data = read_regular(path)
         except OSError as error:
             problem = "is missing" if isinstance(error, FileNotFoundError) else error.strerror
             raise UserError(
@@ -792,7 +793,7 @@ def _read_split_files(split_dir):
 
 def _parse_json(path, data=None):
     try:
-        return json.loads(path.read_bytes() if data is None else data)
+        return json.loads(read_regular(path) if data is None else data)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except json.JSONDecodeError as error:

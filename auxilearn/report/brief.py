@@ -46,7 +46,7 @@ def _training(findings):
 
 
 def _upper_level(findings):
-    rows = findings.run.rows["upper"]
+    rows = [row for row in findings.run.rows["upper"] if row["dev_loss"] is not None]
     if not rows:
         return None
     part = max(1, len(rows) // 10)

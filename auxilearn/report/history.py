@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from auxilearn.files import read_regular
 from auxilearn.report.weights import samples_with_loss
 
 SCHEDULE_FILE = "schedule.jsonl"
@@ -128,14 +129,14 @@ def read_rows(path):
     A line that is being written, or that a crash cut off, is left out.
     """
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = read_regular(path).decode("utf-8").split("\n")
     except (OSError, UnicodeDecodeError):
         return []
     rows = []
     for line in lines:
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(row, dict):
             rows.append(row)

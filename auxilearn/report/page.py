@@ -73,19 +73,15 @@ def _json(data):
 
 def _header(findings, name):
     run = findings.run
-    config, data = run.config, run.recorded.get("data", {})
+    config, data = run.config, run.recorded["data"]
     facts = [f"method <b>{escape(config.method)}</b>: {escape(run.method.title)}"]
     if config.effective_corrupted_rate:
         facts.append(f"{config.effective_corrupted_rate:.0%} of the training labels redrawn")
     if config.labeled_per_class:
         facts.append(f"{config.labeled_per_class} labelled images per class")
-    sizes = data.get("sets", {})
-    trained_on = data.get("trained_on")
-    if trained_on in sizes:
-        facts.append(f"{sizes[trained_on]:,} training images")
-    facts.append(
-        f"{data.get('classes', '?')} classes, {(config.task_num or 1) - 1} auxiliary tasks"
-    )
+    if data["trained_on"] in data["sets"]:
+        facts.append(f"{data['sets'][data['trained_on']]:,} training images")
+    facts.append(f"{data['classes']} classes, {(config.task_num or 1) - 1} auxiliary tasks")
     if findings.evaluation is not None:
         which = "best checkpoint"
         if findings.evaluation.before_fine_tuning:

@@ -1,7 +1,5 @@
 """Reading a training run back: its settings, its metrics, and its checkpoint on its data."""
 
-import dataclasses
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,16 +7,25 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from auxilearn.config import Config, choose_device
+from auxilearn.config import Config, choose_device, from_record
 from auxilearn.data.cache import open_images
 from auxilearn.data.cub import Split, load_split
 from auxilearn.data.dataset import OrderedBatches, SampleSet, Stream, training_set_of
 from auxilearn.errors import UserError
 from auxilearn.methods import METHODS, Method, Problem
 from auxilearn.models import TaskModel, build_backbone, load_file, load_matching
-from auxilearn.record import BEST_FILE, CONFIG_FILE, METRICS_FILE, START_FILE, SUMMARY_FILE
-from auxilearn.report.history import SCHEDULE_FILE, read_rows
+from auxilearn.record import (
+    BEST_FILE,
+    CONFIG_FILE,
+    METRICS_FILE,
+    START_FILE,
+    SUMMARY_FILE,
+    read_json,
+)
+from auxilearn.report.history import QUANTILES, SCHEDULE_FILE, read_rows
 from auxilearn.report.weights import ScheduleTable, schedule_weights
+
+FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True)
@@ -48,20 +55,27 @@ def read_run(directory):
         raise UserError(
             f"{directory} holds no run: {CONFIG_FILE} is missing{_runs_below(directory)}"
         )
-    recorded = _read_json(path)
+    recorded = _read_object(path)
     config = _config(path, recorded)
-    metrics = read_rows(directory / METRICS_FILE)
-    history = read_rows(directory / SCHEDULE_FILE)
-    names = [row["names"] for row in history if row.get("kind") == "tasks"]
+    metrics, history = directory / METRICS_FILE, directory / SCHEDULE_FILE
+    rows = {kind: _in_order(metrics, kind, METRICS[kind]) for kind in METRICS}
+    names = [row["names"] for row in _rows(history, "tasks", {"names": _are_names})]
+    tasks = len(names[-1]) if names else None
+    if names and tasks != (config.task_num or tasks):
+        raise UserError(f"{history} is of {tasks} tasks, and {path} of {config.task_num}")
     summary = directory / SUMMARY_FILE
     return Run(
         directory=directory,
         config=config,
         recorded=recorded,
-        rows={kind: _in_order(metrics, kind) for kind in ("step", "upper", "epoch")},
+        rows=rows,
         task_names=names[-1] if names else None,
-        schedule=_in_order(history, "schedule"),
-        summary=_read_json(summary) if summary.is_file() else None,
+        schedule=_in_order(
+            history,
+            "schedule",
+            {"mean_weight": lambda value: _are_numbers(value, tasks), "target_weight": _are_groups},
+        ),
+        summary=_summary(summary) if summary.is_file() else None,
     )
 
 
@@ -73,13 +87,8 @@ def _runs_below(directory):
     return f"; did you mean {found[0].parent}?" if found else ""
 
 
-def _read_json(path):
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror})") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error})") from None
+def _read_object(path):
+    content = read_json(path)
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected an object, found {type(content).__name__}")
     return content
@@ -87,20 +96,90 @@ def _read_json(path):
 
 def _config(path, recorded):
     """The ``Config`` in config.json; settings this version does not know are left out."""
-    settings = recorded.get("config")
-    if not isinstance(settings, dict) or settings.get("method") not in METHODS:
+    settings, data = recorded.get("config"), recorded.get("data")
+    if not isinstance(settings, dict) or settings.get("method") not in tuple(METHODS):
         raise UserError(f"{path} is not what train_bilevel.py writes: it names no known method")
-    known = {field.name for field in dataclasses.fields(Config)}
-    return Config(**{name: value for name, value in settings.items() if name in known})
+    sizes = data.get("sets") if isinstance(data, dict) else None
+    if not (
+        isinstance(sizes, dict)
+        and all(map(_is_count, [*sizes.values(), data.get("classes")]))
+        and isinstance(data.get("fingerprint"), str)
+        and isinstance(data.get("trained_on"), str)
+    ):
+        raise UserError(f"{path} is not what train_bilevel.py writes: it describes no data")
+    try:
+        return from_record(settings)
+    except UserError as error:
+        raise UserError(f"{path} is not what train_bilevel.py writes: {error}") from None
 
 
-def _in_order(rows, kind):
+def _summary(path):
+    summary = _read_object(path)
+    if not _is_number(summary.get("test_accuracy")):
+        raise UserError(f"{path} is not what train_bilevel.py writes: it has no test accuracy")
+    return summary
+
+
+# --------------------------------------------------------------------------------------------------
+# Rows, and what charts and sentences rely on in them
+# --------------------------------------------------------------------------------------------------
+
+
+def _is_number(value):
+    """As float32 holds them: a longer one is no run's, and no chart's axis."""
+    return type(value) in (int, float) and abs(value) <= FLOAT32_MAX
+
+
+def _is_number_or_null(value):
+    return value is None or _is_number(value)
+
+
+def _is_count(value):
+    return type(value) is int and 0 <= value < 1 << 53
+
+
+def _are_numbers(value, count):
+    """Whether these are ``count`` numbers (None: any one)."""
+    return isinstance(value, list) and len(value) == (count or -1) and all(map(_is_number, value))
+
+
+def _are_groups(value):
+    known = ("all", "clean", "corrupted")
+    return isinstance(value, dict) and all(
+        name in known and _are_numbers(values, len(QUANTILES)) for name, values in value.items()
+    )
+
+
+def _are_names(value):
+    return isinstance(value, list) and value and all(isinstance(name, str) for name in value)
+
+
+METRICS = {  # {kind of row: {field: what it must be}}; null is a number that was not finite
+    "step": dict.fromkeys(("loss", "target_loss", "aux_loss", "accuracy"), _is_number_or_null),
+    "upper": {
+        **dict.fromkeys(("dev_loss", "hypergradient_norm", "residual"), _is_number_or_null),
+        "clipped": lambda value: isinstance(value, bool),
+    },
+    "epoch": {"epoch": _is_count, "valid_accuracy": _is_number},
+}
+
+
+def _rows(path, kind, fields):
+    """The rows of a ``kind``. UserError: one that no run writes."""
+    rows = [row for row in read_rows(path) if row.get("kind") == kind]
+    for row in rows:
+        for name, fits in fields.items():
+            if not fits(row.get(name)):
+                raise UserError(
+                    f"{path} is not what train_bilevel.py writes: in a row of kind {kind}, {name} "
+                    f"is {ascii(row.get(name))[:60]}"
+                )
+    return rows
+
+
+def _in_order(path, kind, fields):
     """Rows of ``kind`` by step; of several with the same step, the last."""
-    by_step = {
-        row["step"]: row
-        for row in rows
-        if row.get("kind") == kind and isinstance(row.get("step"), int)
-    }
+    by_step = {row["step"]: row for row in _rows(path, kind, {"step": _is_count, **fields})}
     return [by_step[step] for step in sorted(by_step)]
 
 
@@ -155,7 +234,8 @@ def evaluate_run(run, *, split_dir=None, data_root=None, device=None, num_worker
     workers = config.num_workers if num_workers is None else num_workers
     workers = min(workers, os.cpu_count() or 1)
     cache_dir = config.cache_dir if split_dir is None else f"{split_dir}/cache"
-    images = open_images(split, config.image_size, config.cache, cache_dir, workers)
+    # The folder is what config.json says: it is read, and nothing is written to it.
+    images = open_images(split, config.image_size, config.cache, cache_dir, workers, build=False)
     batches = Stream(
         images,
         samples,
@@ -192,11 +272,11 @@ def _the_split_of(run, split_dir, data_root):
         split = load_split(split_dir, data_root or config.data_root)
     except UserError as error:
         raise UserError(f"{error}{hint}") from None
-    fingerprint = run.recorded.get("data", {}).get("fingerprint")
+    fingerprint = run.recorded["data"]["fingerprint"]
     if split.fingerprint != fingerprint:
         raise UserError(
             f"{split_dir} is not the split this run was trained on (fingerprint "
-            f"{split.fingerprint[:12]}, the run's is {str(fingerprint)[:12]}): give the run's own "
+            f"{split.fingerprint[:12]}, the run's is {fingerprint[:12]}): give the run's own "
             "with --split_dir"
         )
     return split
@@ -206,7 +286,11 @@ def _load(checkpoint, run, split, samples, device):
     """(model, scheduler, epoch) of a checkpoint."""
     config = run.config
     state = load_file(checkpoint)
-    if not isinstance(state, dict) or not {"model", "scheduler", "epoch"} <= state.keys():
+    if not (
+        isinstance(state, dict)
+        and {"model", "scheduler", "epoch"} <= state.keys()
+        and _is_count(state["epoch"])
+    ):
         raise UserError(f"{checkpoint} is not a checkpoint of train_bilevel.py")
     class_counts = [len(split.class_names)] + [2] * (config.task_num - 1)
     backbone = build_backbone(config.backbone, config.in_dim)

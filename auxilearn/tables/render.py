@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from auxilearn.errors import UserError
+from auxilearn.files import read_regular
 from auxilearn.record import write_aside
 from auxilearn.tables.protocol import (
     ABLATION,
@@ -92,7 +93,7 @@ def read_paper(path):
     path = Path(path)
     columns = ",".join(PAPER_HEADER)
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        text = read_regular(path).decode("utf-8-sig")
     except OSError as error:
         raise UserError(
             f"{path} cannot be read ({error.strerror}); expected a CSV file with the header "
