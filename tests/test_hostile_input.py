@@ -7,9 +7,11 @@ valid content of another meaning. The only outcomes are that it is fine all the 
 
 import io
 import json
+import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
@@ -18,8 +20,15 @@ from hypothesis import strategies as st
 from auxilearn import record as record_module
 from auxilearn.config import Config, resolve
 from auxilearn.data import cub
+from auxilearn.data.cache import INDEX, open_cache
 from auxilearn.errors import RunError, UserError
 from auxilearn.models import build_backbone
+from auxilearn.report import write
+from auxilearn.report.run import read_run
+from auxilearn.tables import slurm, sweep
+from auxilearn.tables.notes import notes
+from auxilearn.tables.render import markdown, read_paper
+from auxilearn.tables.tuning import Hyperparameters, check_file
 from auxilearn.trainer import Trainer, train
 from tests.conftest import TINY, prepare
 
@@ -71,6 +80,8 @@ def with_field(data, where, value):
     try:
         content = json.loads(data)
     except ValueError:
+        return data
+    if not content:
         return data
     if isinstance(content, dict):
         names = list(content)
@@ -255,3 +266,300 @@ def test_weights_files_of_other_content(tmp_path_factory, state):
     path.write_bytes(buffer.getvalue())
     with pytest.raises(UserError, match=str(path)):
         build_backbone("convnet", 8, weights_path=str(path))
+
+
+# --------------------------------------------------------------------------------------------------
+# What a report reads
+# --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def report(monkeypatch, tmp_path):
+    """``report(run)`` writes one without charts, which take seconds, outside the run's folder."""
+    monkeypatch.setattr(write, "_charts", lambda: lambda findings, directory: {})
+    return lambda run: write.write_report(run, out=tmp_path / "report")
+
+
+@pytest.mark.parametrize("name", ["config.json", "summary.json", "metrics.jsonl", "schedule.jsonl"])
+@few
+@given(change=damage())
+@example(change=lambda data: DEEP)
+@example(change=lambda data: LONG_NUMBER)
+@example(change=lambda data: data.replace(b'"step": 2', b'"step": ' + b"9" * 400))
+@example(change=lambda data: data.replace(b'"accuracy": 0', b'"accuracy": 1e400, "x": 0'))
+@example(change=lambda data: data.replace(b'"in_dim": 8', b'"in_dim": 1000000000000'))
+@example(change=lambda data: data.replace(b'"image_size": 16', b'"image_size": "16"'))
+@example(change=lambda data: data.replace(b'"task_num": 4', b'"task_num": 3'))
+@example(change=lambda data: data.replace(b'"names": [', b'"names": ["one more", '))
+@example(change=lambda data: data.replace(b'"mean_weight": [', b'"mean_weight": [NaN, '))
+@example(change=lambda data: data.replace(b'"test_accuracy"', b'"other"'))
+def test_files_that_a_report_reads(sound, damaged, report, name, change):
+    run = sound / "record/full/run"
+    damaged(run / name, change, lambda: report(run))
+
+
+@few
+@given(row=st.dictionaries(st.sampled_from(["kind", "step", "epoch", "valid_accuracy"]), JSON))
+@example(row={"kind": "epoch", "step": 1, "epoch": 1, "valid_accuracy": None})
+@example(row={"kind": "upper", "step": 1, "dev_loss": "low", "clipped": False})
+@example(row={"kind": "upper", "step": 1, "dev_loss": None, "clipped": True})
+@example(row={"kind": "schedule", "step": 1, "mean_weight": [1], "target_weight": {}})
+@example(row={"kind": "schedule", "step": 1, "mean_weight": [1] * 4, "target_weight": {"b": 1}})
+@example(row={"kind": "tasks", "names": "some"})
+def test_rows_that_a_report_reads(sound, damaged, report, row):
+    run = sound / "record/full/run"
+    for name in ("metrics.jsonl", "schedule.jsonl"):
+        damaged(run / name, lambda d: d + json.dumps(row).encode() + b"\n", lambda: report(run))
+
+
+@few
+@given(state=STATES)
+@example(state={"model": {}, "scheduler": {}, "epoch": 1})
+@example(state={"model": 3, "scheduler": 3, "epoch": 1})
+@example(state={"model": {1: torch.ones(1)}, "scheduler": {}, "epoch": "1"})
+def test_a_checkpoint_that_a_report_reads(sound, damaged, report, state):
+    run = sound / "record/full/run"
+    content = record_module._saved(state)
+    damaged(run / "best.pt", lambda _: content, lambda: report(run))
+
+
+def test_charts_of_the_oddest_rows_that_are_taken(sound, tmp_path):
+    """Whatever passes the reading can be drawn: numbers as large as float32's, steps of 2^53."""
+    pytest.importorskip("matplotlib")
+    run = tmp_path / "run"
+    shutil.copytree(sound / "record/full/run", run)
+    big, step = 3.4e38, 2**53 - 1
+    rows = [
+        {"kind": "step", "step": 0, "loss": -big, "accuracy": big, "target_loss": None},
+        {"kind": "step", "step": step, "loss": big, "accuracy": -1, "aux_loss": big},
+        {"kind": "upper", "step": step, "dev_loss": None, "clipped": True, "residual": -big},
+        {"kind": "epoch", "step": step, "epoch": step, "valid_accuracy": -big},
+    ]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    weights = [{"mean_weight": [w] * 4, "target_weight": {"all": [w] * 5}} for w in (0, -big, big)]
+    rows = [{"kind": "schedule", "step": i, **weight} for i, weight in enumerate(weights)]
+    with (run / "schedule.jsonl").open("a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    write.write_report(run)
+
+
+def test_a_report_writes_nowhere_that_a_configuration_names(sound, damaged, report, tmp_path):
+    run = sound / "record/full/run"
+
+    def elsewhere(data):
+        content = json.loads(data)
+        content["config"] |= {"cache": "on", "cache_dir": str(tmp_path / "elsewhere")}
+        return json.dumps(content).encode()
+
+    damaged(run / "config.json", elsewhere, lambda: report(run))
+    assert (tmp_path / "report/index.html").exists()
+    assert not (tmp_path / "elsewhere").exists()
+
+
+# --------------------------------------------------------------------------------------------------
+# What tables read
+# --------------------------------------------------------------------------------------------------
+
+CHOICE = {
+    "seeds": [101],
+    "flags": [],
+    "fingerprint": "f",
+    "tables": {
+        "table2": {
+            "setting": "supervised",
+            "rows": {
+                "joint": {
+                    "command": "tune",
+                    "chosen": {"main_lr": 0.1, "dev_epochs": 3},
+                    "candidates": [{"main_lr": 0.1, "valid_accuracy": None}],
+                }
+            },
+        }
+    },
+}
+
+
+@few
+@given(change=damage(), value=JSON, path=st.sampled_from([(), ("tables",), ("tables", "table2")]))
+@example(change=lambda data: DEEP, value=None, path=())
+@example(change=lambda data: LONG_NUMBER, value=None, path=())
+@example(change=lambda data: data.replace(b"0.1, ", b"1e400, "), value=None, path=())
+@example(change=lambda data: data.replace(b": 3", b": " + b"9" * 4000), value=None, path=())
+@example(change=lambda data: data.replace(b"[101]", b"[101, []]"), value=None, path=())
+@example(
+    change=lambda data: data.replace(b'"flags": []', b'"flags": ["\\ud800"]'), value=0, path=()
+)
+def test_hyperparameters(tmp_path_factory, change, value, path):
+    folder = tmp_path_factory.mktemp("tuned")
+    file = folder / "hyperparameters.json"
+    for content in ({"digits": CHOICE}, {"digits": replaced(CHOICE, path, value)}):
+        file.write_bytes(change(json.dumps(content).encode()))
+        try:
+            tuned = Hyperparameters(file, "digits")
+            tuned.check([1, 2])
+            sweep.make_job(
+                sweep.Places(folder, None, folder, folder),
+                *("digits", "joint", "supervised", 1, tuned.of("table2", "joint", [])),
+            )
+            "".join(tuned.notes("table2", ["joint"], [], "f")).encode("utf-8", "backslashreplace")
+            check_file(file, "digits", [101], [], "f")
+        except UserError as error:
+            assert str(error).strip()
+    assert listing(folder) == [Path(file.name)]
+
+
+def replaced(content, path, value):
+    """``content`` with ``value`` at the end of ``path``."""
+    if not path:
+        return value
+    return {**content, path[0]: replaced(content[path[0]], path[1:], value)}
+
+
+@few
+@given(change=damage())
+@example(change=lambda data: DEEP)
+@example(change=lambda data: data + b"cub,table2,joint,supervised," + b"9" * 200_000)
+@example(change=lambda data: data + b"cub,table2,joint,supervised,1e400\n")
+@example(change=lambda data: data + b'"' + b"x" * 200_000)
+@example(change=lambda data: data.replace(b"\n", b"\r\n"))
+def test_paper_numbers(tmp_path_factory, change):
+    path = tmp_path_factory.mktemp("paper") / "paper.csv"
+    path.write_bytes(
+        change(b"dataset,table,row,setting,accuracy\ncub,table2,single,supervised,50\n")
+    )
+    try:
+        read_paper(path)
+    except UserError as error:
+        assert str(path) in str(error)
+
+
+@pytest.fixture(scope="module")
+def swept(sound):
+    """A job whose run is done, and the fingerprint of its data."""
+    places = sweep.Places(sound / "split", sound / "data", sound / "sweep", sound / "logs")
+    flags = [word for name, value in TINY.items() for word in (f"--{name}", str(value))]
+    job = sweep.make_job(places, "digits", "joint", "supervised", 1, {}, [*flags, "--epochs", "1"])
+    train(job.config)
+    return job, cub.load_split(sound / "split").fingerprint
+
+
+@pytest.mark.parametrize("name", ["config.json", "summary.json"])
+@few
+@given(change=damage())
+@example(change=lambda data: DEEP)
+@example(change=lambda data: LONG_NUMBER)
+@example(change=lambda data: data.replace(b'"test_accuracy": ', b'"test_accuracy": 1e400, "x": '))
+@example(change=lambda data: data.replace(b'"test_accuracy": ', b'"test_accuracy": NaN, "x": '))
+@example(change=lambda data: data.replace(b'"seconds": ', b'"seconds": "long", "x": '))
+@example(change=lambda data: data.replace(b'"seconds": ', b'"seconds": ' + b"9" * 400))
+@example(change=lambda data: data.replace(b'"fingerprint": ', b'"fingerprint": [], "x": '))
+def test_runs_of_a_sweep(swept, damaged, name, change):
+    job, fingerprint = swept
+
+    def use():
+        result = sweep.result_of(job, "joint", "supervised", fingerprint)
+        text = "\n".join(notes([result], "command", []))
+        markdown("table2", "digits", [result], [1], None, [text])
+
+    damaged(job.directory / name, change, use)
+
+
+@few
+@given(change=damage(), value=JSON)
+@example(change=lambda data: DEEP, value=None)
+@example(change=lambda data: LONG_NUMBER, value=None)
+@example(change=lambda data: data, value={"../x": ["a"]})
+def test_submissions_to_slurm(tmp_path_factory, change, value):
+    folder = tmp_path_factory.mktemp("logs")
+    (folder / "slurm").mkdir()
+    for content in ({"name-1": ["a", "b"]}, value):
+        (folder / "slurm/submissions.json").write_bytes(change(json.dumps(content).encode()))
+        try:
+            slurm._Sweep(folder).close()
+        except UserError as error:
+            assert "submissions.json" in str(error)
+    assert {p.name for p in folder.rglob("*")} == {"slurm", "submissions.json", "lock"}
+
+
+# --------------------------------------------------------------------------------------------------
+# The cache of images
+# --------------------------------------------------------------------------------------------------
+
+
+def header(shape, dtype=None):
+    """The start of a .npy file of ``shape``, whatever it then holds."""
+    file = io.BytesIO()
+    described = np.lib.format.dtype_to_descr(INDEX) if dtype is None else dtype
+    content = {"descr": described, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, content)
+    return file.getvalue()
+
+
+def with_sizes(height, width):
+    """A change of the index: the size of its first image."""
+
+    def change(data):
+        start = len(header((24,)))
+        return data[:start] + np.array([height, width], "<i4").tobytes() + data[start + 8 :]
+
+    return change
+
+
+@few
+@given(change=damage())
+@example(change=lambda data: header((10**15,)))
+@example(change=lambda data: header((-1,)) + data[128:])
+@example(change=lambda data: header(()))
+@example(change=lambda data: header((1,), "|O") + b"cos\nsystem\n")
+@example(change=lambda data: data.replace(b"'shape': (", b"'shape': ((("))
+@example(change=with_sizes(-1, -1))
+@example(change=with_sizes(2**31 - 1, 2**31 - 1))
+@example(change=with_sizes(0, 7))
+def test_image_caches(sound, change):
+    split = cub.load_split(sound / "split")
+    images = open_cache(split, 16, sound / "cache", 0)
+    whole = images.path.read_bytes()
+    images.path.write_bytes(change(whole))
+    again = open_cache(split, 16, sound / "cache", 0)
+    assert again.shapes == images.shapes
+    images.path.write_bytes(whole)
+
+
+# --------------------------------------------------------------------------------------------------
+# What is no file
+# --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe", "device"])
+def test_what_is_no_file_is_refused_at_once(sound, tmp_path, kind):
+    path = tmp_path / "file"
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/dev/zero")
+    data, split, run = tmp_path / "data", tmp_path / "split", tmp_path / "run"
+    shutil.copytree(sound / "data", data)
+    shutil.copytree(sound / "split", split)
+    shutil.copytree(sound / "record/full/run", run)
+    reads = [(data / name, lambda: cub.read_annotations(data)) for name in cub.REQUIRED_FILES]
+    reads += [
+        (split / name, lambda: cub.load_split(split, sound / "data"))
+        for name in (cub.INFO_FILE, *cub.SPLIT_FILES)
+    ]
+    reads += [
+        (path, lambda: build_backbone("convnet", 8, weights_path=str(path))),
+        (path, lambda: read_paper(path)),
+        (path, lambda: Hyperparameters(path, "digits")),
+        (run / "config.json", lambda: read_run(run)),
+    ]
+    for file, read in reads:
+        if file != path:
+            file.unlink()
+            file.symlink_to(path)
+        with pytest.raises(UserError, match=f"{file.name}"):
+            read()
+        if file != path:
+            file.unlink()
+            shutil.copy(next(sound.rglob(file.name)), file)

@@ -18,6 +18,7 @@ may be deleted at any time: a run that has it open keeps it, the next one builds
 
 import fcntl
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -143,7 +144,7 @@ class ImageCache:
 
 
 def _reopen(path, rows, index):
-    content = _read(path)
+    content = _read(path, len(index))
     if content is None or not np.array_equal(content[0], index):
         raise UserError(f"{path} was replaced or removed while a run used it; start the run again")
     return ImageCache(path, rows, *content)
@@ -204,17 +205,17 @@ def _digest(path):
 # --------------------------------------------------------------------------------------------------
 
 
-def _read(path):
-    """(index (n,), pixels) of the cache at ``path``, or None if there is no complete one."""
+def _read(path, rows):
+    """(index (rows,), pixels) of the cache at ``path``, or None if there is no complete one."""
     try:
         with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
-            index = _read_index(file, size)
+            index = _read_index(file, rows, size)
             start = file.tell()
             if index is None or size != start + _byte_counts(index).sum():
                 return None
             pixels = np.memmap(file, np.uint8, "r", offset=start)
-    except (FileNotFoundError, ValueError, RecursionError, MemoryError):  # of the header's parser
+    except FileNotFoundError:
         return None
     except OSError as error:
         raise CacheError(f"the image cache {path} cannot be read ({error.strerror})") from None
@@ -223,25 +224,27 @@ def _read(path):
         return index, torch.from_numpy(pixels)
 
 
-def _read_index(file, size):
-    """The index at the start of a file of ``size`` bytes, or None where it is none.
+def _read_index(file, rows, size):
+    """The index (rows,) at the start of a file of ``size`` bytes, or None where it is none.
 
-    Not ``read_array``, which makes room for as many entries as the file says that it has.
+    Its header is known, so that no parser has to be trusted with one.
     """
-    np.lib.format.read_magic(file)
-    shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-    if dtype != INDEX or len(shape) != 1 or not 0 <= shape[0] * INDEX.itemsize <= size:
+    expected = io.BytesIO()
+    array = np.lib.format.header_data_from_array_1_0(np.empty(rows, INDEX))
+    np.lib.format.write_array_header_1_0(expected, array)
+    length = rows * INDEX.itemsize
+    if file.read(expected.tell()) != expected.getvalue() or file.tell() + length > size:
         return None
-    index = np.frombuffer(file.read(shape[0] * INDEX.itemsize), INDEX).copy()
+    index = np.frombuffer(file.read(length), INDEX).copy()
     counts = _byte_counts(index)
     sound = (index["height"] > 0) & (index["width"] > 0) & (counts > 0) & (counts <= size)
-    return index if len(index) == shape[0] and sound.all() else None
+    return index if sound.all() else None
 
 
 def _read_current(path, files):
     """(index, pixels) of the cache at ``path`` if it holds ``files`` as they are now, else None."""
-    content = _read(path)
-    if content is None or len(content[0]) != len(files.paths) or files.differ_from(content[0]):
+    content = _read(path, len(files.paths))
+    if content is None or files.differ_from(content[0]):
         return None
     return content
 

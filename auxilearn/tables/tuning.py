@@ -192,11 +192,11 @@ def _problem(content):
     for dataset, entry in content.items():
         match entry:
             case {
-                "seeds": [int(), *_],
+                "seeds": [_, *_] as seeds,
                 "flags": list(flags),
                 "fingerprint": str(),
                 "tables": dict(tables),
-            } if all(isinstance(flag, str) for flag in flags):
+            } if all(type(s) is int for s in seeds) and all(isinstance(f, str) for f in flags):
                 pass
             case _:
                 return f"{dataset}: expected seeds, flags, fingerprint and tables"
