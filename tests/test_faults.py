@@ -6,6 +6,7 @@ import itertools
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,11 +16,13 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import get_worker_info
 
 import data_preprocess
 import train_bilevel
 from auxilearn import record as record_module
 from auxilearn import trainer as trainer_module
+from auxilearn.data import cache as cache_module
 from auxilearn.data import cub
 from auxilearn.data.cache import open_cache
 from auxilearn.data.dataset import load_resized
@@ -242,8 +245,8 @@ def test_a_clock_that_goes_backwards(attempt, monkeypatch):
     assert_same_run(run, attempt("undisturbed")[2])
 
 
-def test_a_read_only_data_root(attempt, own_split):
-    """Nothing is written beside the data: its folder is the same afterwards."""
+def test_nothing_is_written_into_the_data_root(attempt, own_split):
+    """Its folder is the same afterwards."""
     data = own_split.parent / "data"
     before = sorted((p, p.stat().st_mtime_ns) for p in data.rglob("*"))
     code, _, _ = attempt("run", cache="on")
@@ -251,11 +254,90 @@ def test_a_read_only_data_root(attempt, own_split):
     assert sorted((p, p.stat().st_mtime_ns) for p in data.rglob("*")) == before
 
 
+def test_a_killed_worker_that_builds_the_cache(attempt, monkeypatch, own_split):
+    def die(path, side):
+        if get_worker_info().id == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return load_resized(path, side)
+
+    flags = {"method": "common", "cache": "on", "num_workers": 2}
+    with monkeypatch.context() as patch:
+        patch.setattr(cache_module, "load_resized", die)
+        code, err, run = attempt("faulty", **flags)
+    assert code == 1
+    assert_one_error_line(err, "a process that loads images died", "--num_workers")
+    assert not run.directory.exists()
+    assert [path.name for path in (own_split / "cache").iterdir()] == [".lock"]
+    assert_goes_on(attempt, **flags)
+
+
 # --------------------------------------------------------------------------------------------------
-# Output that nobody reads any more
+# Read-only places
 # --------------------------------------------------------------------------------------------------
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+# File modes do not stop root, a mount does; it is this process's alone, and ends with it.
+MOUNTED = 'mount --bind "$1" "$1" && mount -o remount,ro,bind "$1" || exit 77; shift; exec "$@"'
+
+
+def with_read_only(folder, *words):
+    """(exit code, stderr) of a script that finds ``folder`` on a read-only file system."""
+    if shutil.which("unshare") is None:
+        pytest.skip("there is no unshare")
+    namespace = ["unshare", "--mount"] if os.geteuid() == 0 else ["unshare", "-r", "--mount"]
+    for command in (["true"], [sys.executable, *words]):
+        result = subprocess.run(
+            [*map(str, [*namespace, "sh", "-c", MOUNTED, "sh", folder, *command])],
+            cwd=ROOT,
+            env=ENVIRONMENT,
+            capture_output=True,
+            text=True,
+        )
+        if command == ["true"] and result.returncode:
+            pytest.skip(f"nothing can be mounted here: {result.stderr.strip()}")
+    return result.returncode, result.stderr
+
+
+def test_a_read_only_data_root(tmp_path, own_split):
+    data = own_split.parent / "data"
+    places = {"split_dir": own_split, "record_dir": tmp_path / "record"}
+    flags = tiny_flags(**{**FLAGS, "cache": "on"}, **places)
+    assert with_read_only(data, "train_bilevel.py", *flags) == (0, "")
+    flags = ["--data_root", data, "--out_dir", tmp_path / "other"]
+    assert with_read_only(data, "data_preprocess.py", *flags) == (0, "")
+
+
+@pytest.mark.parametrize("cache", ["auto", "on"])
+def test_a_read_only_split(tmp_path, own_split, cache):
+    places = {"split_dir": own_split, "record_dir": tmp_path / "record"}
+    flags = tiny_flags(**{**FLAGS, "cache": cache}, **places)
+    code, err = with_read_only(own_split, "train_bilevel.py", *flags)
+    if cache == "on":
+        assert code == 2
+        assert_one_error_line(err, own_split, "Read-only", "--cache_dir", "--cache off")
+        return
+    assert code == 0
+    assert err.startswith("warning: ")
+    assert err.count("\n") == 1
+    assert all(part in err for part in ("Read-only", "--cache_dir", "--cache off"))
+
+
+def test_read_only_places_for_results(tmp_path, own_split):
+    (tmp_path / "record").mkdir()
+    flags = tiny_flags(**FLAGS, split_dir=own_split, record_dir=tmp_path / "record")
+    code, err = with_read_only(tmp_path / "record", "train_bilevel.py", *flags)
+    assert code == 2
+    assert_one_error_line(err, tmp_path / "record", "Read-only")
+    flags = ["--data_root", own_split.parent / "data", "--out_dir", own_split]
+    assert with_read_only(own_split, "data_preprocess.py", *flags) == (0, "")  # nothing to change
+    code, err = with_read_only(own_split, "data_preprocess.py", *flags, "--split_seed", 9)
+    assert code == 2
+    assert_one_error_line(err, own_split, "Read-only", "--out_dir")
+
+
+# --------------------------------------------------------------------------------------------------
+# Output that nobody reads any more
+# --------------------------------------------------------------------------------------------------
 
 
 def with_reader_gone(lines, script, *flags, stderr=subprocess.PIPE):
