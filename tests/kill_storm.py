@@ -13,6 +13,7 @@ import json
 import os
 import random
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -31,6 +32,7 @@ from tests.cub_shape import write_cub_shape
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 PATIENCE = 300  # seconds without a new checkpoint until a process counts as hanging
+MARGIN = 5  # steps at the end that no kill waits for, or the run might be over before it
 AT_START = 0.2  # share of the kills that fall into a process's start
 BILEVEL = [name for name, method in METHODS.items() if method.bilevel]
 
@@ -78,11 +80,16 @@ def storm(folder, method, kills, workers=0, epochs=60, seed=0):
     start_up = time.monotonic() - start
     one, other = (Path(c.record_dir) / c.setting / "run" for c in (killed, undisturbed))
     summary = json.loads((other / "summary.json").read_text())
-    step_seconds = summary["seconds"] / summary["steps"]
     start_up -= summary["seconds"]
+    # Not the mean, which contains the start of the loading processes.
+    step_seconds = statistics.median(
+        row["lower_seconds"] + row["data_seconds"]
+        for row in map(json.loads, (other / "metrics.jsonl").read_text().splitlines())
+        if row["kind"] == "step"
+    )
     generator = random.Random(seed)
     steps = summary["steps"]
-    targets = sorted(generator.choices(range(1, steps), k=kills))
+    targets = sorted(generator.choices(range(1, steps - MARGIN), k=kills))
     where = Counter()
     for number, target in enumerate(targets, start=1):
         at_start = generator.random() < AT_START
@@ -95,6 +102,8 @@ def storm(folder, method, kills, workers=0, epochs=60, seed=0):
         else:
             _wait(process, one, began, target)
             time.sleep(generator.uniform(0, 2 * step_seconds))
+        if process.poll() is not None:
+            raise RuntimeError(f"kill {number}: the run ended before it; more --epochs make room")
         # Alone, as the kernel does where memory runs out, or with its loading processes.
         (os.killpg if generator.random() < 0.5 else os.kill)(process.pid, signal.SIGKILL)
         if process.wait() != -signal.SIGKILL:
