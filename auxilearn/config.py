@@ -569,7 +569,7 @@ def check(config):
     name = config.exp_name
     if config.resume and name is None:
         raise UserError("--resume 1 needs the --exp_name of the run to continue")
-    if name is not None and (name in ("", ".", "..") or "/" in name or "\0" in name):
+    if name is not None and (name in ("", ".", "..") or "/" in name or not name.isprintable()):
         raise UserError(f"--exp_name {name!r} must be a plain name without slashes")
     if config.backbone == "convnet" and config.backbone_pretrain:
         raise UserError("--backbone_pretrain 1: there are no ImageNet weights for the convnet")

@@ -67,7 +67,11 @@ def run_script(main):
 
 
 def _output(stream):
-    return None if stream is None else _OutputOfScript(stream)
+    if stream is None:
+        return None
+    # A path may be no text, a terminal may not know a character: neither is worth a run.
+    stream.reconfigure(errors="backslashreplace")
+    return _OutputOfScript(stream)
 
 
 class _OutputOfScript:

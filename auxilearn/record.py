@@ -74,7 +74,9 @@ class RunRecord:
 
     def _locked_log(self):
         """log.txt, held by this process alone for as long as it lives."""
-        log = open(self.directory / LOG_FILE, "a", encoding="utf-8")  # noqa: SIM115
+        log = open(  # noqa: SIM115
+            self.directory / LOG_FILE, "a", encoding="utf-8", errors="backslashreplace"
+        )
         for attempt in range(LOCK_TRIES):
             try:
                 # Unlike flock, not shared with worker processes, which outlive a killed run a

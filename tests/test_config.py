@@ -286,6 +286,13 @@ BAD_VALUES = {
     "--split_dir nowhere": "nowhere",
     "--data_root nowhere": "nowhere",
     "--exp_name a/b": "--exp_name",
+    "--exp_name a\a": "--exp_name",
+    "--exp_name \udcff": "--exp_name",
+    f"--epochs {10**20}": "--epochs",
+    f"--seed {10**30}": "--seed",
+    f"--num_workers {10**8}": "--num_workers",
+    f"--image_size {10**6}": "--image_size",
+    f"--method task --aux_hidden_dim {10**9}": "--aux_hidden_dim",
     "--method task --solver exact": "--solver exact",
 }
 

@@ -381,6 +381,13 @@ def test_short_output_that_nobody_reads_is_no_error(words):
     assert with_reader_gone(0, *words) == (0, "")
 
 
+def test_a_folder_whose_name_is_no_text(attempt):
+    """Linux takes any bytes for a name; they reach Python as characters that cannot be encoded."""
+    code, err, run = attempt("\udcff")
+    assert (code, err) == (0, "")
+    assert "recording in" in (run.directory / "log.txt").read_text()
+
+
 def test_an_error_is_said_though_nobody_reads_the_output(tmp_path):
     code, said = with_reader_gone(0, "data_preprocess.py", "--data_root", tmp_path / "none")
     assert code == 2

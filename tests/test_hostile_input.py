@@ -24,7 +24,7 @@ from auxilearn.data.cache import INDEX, open_cache
 from auxilearn.errors import RunError, UserError
 from auxilearn.models import build_backbone
 from auxilearn.report import write
-from auxilearn.report.run import read_run
+from auxilearn.report.run import evaluate_run, read_run
 from auxilearn.tables import slurm, sweep
 from auxilearn.tables.notes import notes
 from auxilearn.tables.render import markdown, read_paper
@@ -543,7 +543,8 @@ def test_what_is_no_file_is_refused_at_once(sound, tmp_path, kind):
     shutil.copytree(sound / "data", data)
     shutil.copytree(sound / "split", split)
     shutil.copytree(sound / "record/full/run", run)
-    reads = [(data / name, lambda: cub.read_annotations(data)) for name in cub.REQUIRED_FILES]
+    annotations = (*cub.REQUIRED_FILES, cub.ATTRIBUTES)
+    reads = [(data / name, lambda: cub.read_annotations(data)) for name in annotations]
     reads += [
         (split / name, lambda: cub.load_split(split, sound / "data"))
         for name in (cub.INFO_FILE, *cub.SPLIT_FILES)
@@ -552,14 +553,15 @@ def test_what_is_no_file_is_refused_at_once(sound, tmp_path, kind):
         (path, lambda: build_backbone("convnet", 8, weights_path=str(path))),
         (path, lambda: read_paper(path)),
         (path, lambda: Hyperparameters(path, "digits")),
-        (run / "config.json", lambda: read_run(run)),
+        *((run / name, lambda: read_run(run)) for name in ("config.json", "summary.json")),
+        *((run / name, lambda: read_run(run)) for name in ("metrics.jsonl", "schedule.jsonl")),
+        (run / "best.pt", lambda: evaluate_run(read_run(run))),
     ]
     for file, read in reads:
         if file != path:
-            file.unlink()
+            sound_file = file.rename(tmp_path / "aside")
             file.symlink_to(path)
         with pytest.raises(UserError, match=f"{file.name}"):
             read()
         if file != path:
-            file.unlink()
-            shutil.copy(next(sound.rglob(file.name)), file)
+            sound_file.replace(file)

@@ -781,6 +781,14 @@ def test_folders_that_are_no_run(make_run, command, tmp_path):
     assert not (tmp_path / "report").exists()
 
 
+def test_processes_that_there_cannot_be(make_run, no_charts, command, tmp_path):
+    code, _, err = command(
+        inspect_schedule.main, make_run(**JOINT), "--out", tmp_path, "--num_workers", -1
+    )
+    assert code == 2
+    assert_one_error_line(err, "--num_workers must be at least 0")
+
+
 def test_a_report_that_cannot_be_written(make_run, no_charts, command, tmp_path):
     run = make_run(**JOINT)
     (tmp_path / "file").write_text("")

@@ -596,6 +596,15 @@ def test_bad_input(words, part, command, tmp_path):
     assert not (tmp_path / "sweeps").exists()
 
 
+@pytest.mark.parametrize("flag", ["--sweep_dir", "--out_dir"])
+def test_a_file_where_a_folder_is_wanted(flag, command, tmp_path):
+    (tmp_path / "file").touch()
+    where = ["--sweep_dir", tmp_path / "sweeps", flag, tmp_path / "file"]
+    code, _, err = command(reproduce_tables.main, "table2", *where)
+    assert code == 2
+    assert_one_error_line(err, tmp_path / "file", "expected a folder")
+
+
 def test_data_that_are_not_there(command, tmp_path):
     where = ["--data_root", tmp_path / "nothing", "--sweep_dir", tmp_path / "sweeps"]
     code, _, err = command(reproduce_tables.main, "table2", *where)

@@ -243,7 +243,7 @@ def _attributes_file(root):
     beside = (Path(os.path.abspath(root)).parent, root.resolve().parent)  # differ for a link
     places = (root, root / "attributes", *beside)
     return next(
-        (place / ATTRIBUTES for place in places if os.path.isfile(place / ATTRIBUTES)), None
+        (place / ATTRIBUTES for place in places if os.path.exists(place / ATTRIBUTES)), None
     )
 
 

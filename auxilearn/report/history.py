@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from auxilearn.errors import UserError
 from auxilearn.files import read_regular
 from auxilearn.report.weights import samples_with_loss
 
@@ -124,14 +125,18 @@ def _short(values):
 
 
 def read_rows(path):
-    """The rows of a .jsonl file, one dict each; [] where there is none.
+    """The rows of a .jsonl file, one dict each; [] where there is none. UserError: it is no text.
 
     A line that is being written, or that a crash cut off, is left out.
     """
     try:
         lines = read_regular(path).decode("utf-8").split("\n")
-    except (OSError, UnicodeDecodeError):
+    except FileNotFoundError:
         return []
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not what a run writes ({error})") from None
     rows = []
     for line in lines:
         try:

@@ -75,7 +75,7 @@ def read_run(directory):
             "schedule",
             {"mean_weight": lambda value: _are_numbers(value, tasks), "target_weight": _are_groups},
         ),
-        summary=_summary(summary) if summary.is_file() else None,
+        summary=_summary(summary) if summary.exists() else None,
     )
 
 
@@ -222,16 +222,18 @@ def evaluate_run(run, *, split_dir=None, data_root=None, device=None, num_worker
     """
     config = run.config
     checkpoint = run.directory / BEST_FILE
-    fine_tuned = run.method.bilevel and (run.directory / START_FILE).is_file()
+    fine_tuned = run.method.bilevel and (run.directory / START_FILE).exists()
     if fine_tuned:
         checkpoint = run.directory / START_FILE
-    if not checkpoint.is_file():
+    if not checkpoint.exists():
         raise UserError(f"{checkpoint} is missing: no epoch of the run was completed so far")
     split = _the_split_of(run, split_dir, data_root)
     samples = training_set_of(config, split)
     device = choose_device(device)
     model, scheduler, epoch = _load(checkpoint, run, split, len(samples), device)
     workers = config.num_workers if num_workers is None else num_workers
+    if workers < 0:
+        raise UserError(f"--num_workers must be at least 0, not {workers}")
     workers = min(workers, os.cpu_count() or 1)
     cache_dir = config.cache_dir if split_dir is None else f"{split_dir}/cache"
     # The folder is what config.json says: it is read, and nothing is written to it.

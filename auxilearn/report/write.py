@@ -30,7 +30,7 @@ def write_report(run_dir, out=None, *, rank_by="auto", sheets=(), tensorboard=Fa
     write_events = _events() if tensorboard else None
     out = Path(out) if out is not None else run.directory / "report"
     evaluation, missing, error = None, [], None
-    if (run.directory / BEST_FILE).is_file():
+    if (run.directory / BEST_FILE).exists():
         try:
             evaluation = evaluate_run(run, **places)
         except UserError as problem:

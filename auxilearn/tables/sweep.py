@@ -352,6 +352,10 @@ def disk_errors(place):
     """A full or failing disk, in one line; ``place`` is named where the error names none."""
     try:
         yield
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UserError(
+            f"{error.filename or place}: {error.strerror}; expected a folder, or none yet"
+        ) from None
     except OSError as error:
         raise RunError(
             f"{error.filename or place}: {error.strerror or error}; finished runs are kept, the "
