@@ -74,8 +74,7 @@ class Config:
         "method",
         "how losses become one: "
         + "; ".join(f"{name} = {method.title}" for name, method in METHODS.items())
-        + f". {_names(True)} learn it on the development set and train on rest_train_set; "
-        f"{_names(False)} do not, and train on full_train_set",
+        + f". {_names(True)} learn it on the development set; {_names(False)} do not",
         choices=tuple(METHODS),
     )
 
@@ -186,7 +185,7 @@ class Config:
         "--epochs, from the best checkpoint so far; 0 leaves them out",
     )
     dev_lr: float | None = _setting(
-        None, LOWER, "learning rate of Adam in these passes (default: --main_lr)", kind=float
+        None, LOWER, "learning rate of Adam in these passes (default: --main_lr / 5)", kind=float
     )
 
     aux_lr: float | None = _setting(
@@ -203,7 +202,11 @@ class Config:
         by_method="sgd",
     )
     warmup_epochs: int | None = _setting(
-        None, UPPER, "epochs before the first upper step", kind=int, by_method=0
+        None,
+        UPPER,
+        "epochs before the first upper step; unless given, half of --epochs at most",
+        kind=int,
+        by_method=0,
     )
     hyperstep: int | None = _setting(
         None, UPPER, "lower steps between two upper steps", kind=int, by_method=20
@@ -218,7 +221,17 @@ class Config:
         choices=("random", "first"),
     )
     n_meta_loss_accum: int = _setting(1, UPPER, "development batches per upper step")
-    n_meta_train_loss_accum: int = _setting(1, UPPER, "training batches per upper step")
+    n_meta_train_loss_accum: int | None = _setting(
+        None, UPPER, "training batches per upper step", kind=int, by_method=1
+    )
+    hold_out_dev: bool | None = _setting(
+        None,
+        UPPER,
+        "1 keeps the development images out of the lower level, which trains on rest_train_set; 0 "
+        "trains on them as well, on full_train_set, as methods without an upper level do",
+        kind=bool,
+        by_method=True,
+    )
     factors: list[str] = _setting(
         FACTORS,
         UPPER,
@@ -452,16 +465,20 @@ def _shown_default(name, info, default):
     """The default as text, or None where the help text says it all."""
     if info["by_method"] is not None:
         own = [
-            f"{m} {method.defaults[name]}"
+            f"{m} {_as_text(method.defaults[name])}"
             for m, method in METHODS.items()
             if name in method.defaults
         ]
-        return "; ".join([f"{info['by_method']}", *own])
+        return "; ".join([_as_text(info["by_method"]), *own])
     if default is None:
         return None
     if info["many"]:
         return " ".join(map(str, default))
-    return str(int(default) if isinstance(default, bool) else default)
+    return _as_text(default)
+
+
+def _as_text(value):
+    return str(int(value) if isinstance(value, bool) else value)
 
 
 def _help(info, default):
@@ -619,7 +636,9 @@ def defaults():
 
 def with_method_defaults(config):
     """A copy in which the method has said what was left to it."""
-    own = METHODS[config.method].defaults
+    own = dict(METHODS[config.method].defaults)
+    if "warmup_epochs" in own:  # a short run is to have upper steps as well
+        own["warmup_epochs"] = min(own["warmup_epochs"], config.epochs // 2)
     return dataclasses.replace(
         config,
         **{
@@ -665,7 +684,7 @@ def resolve(config, split):
         whether_aux=whether_aux,
         backbone_pretrain=pretrain,
         cache_dir=config.cache_dir or f"{config.split_dir}/cache",
-        dev_lr=config.dev_lr or config.main_lr,
+        dev_lr=config.dev_lr or config.main_lr / 5,
         neumann_alpha=config.neumann_alpha or config.main_lr,
         exp_name=config.exp_name,
         device=str(choose_device(config.device)),
@@ -705,5 +724,6 @@ def _check_batch_norm(config, split):
 
 
 def training_set_name(config):
-    """The set of the split that the method trains on."""
-    return "rest_train" if METHODS[config.method].bilevel else "full_train"
+    """The set of the split that the lower level of a resolved ``Config`` trains on."""
+    held_out = METHODS[config.method].bilevel and config.hold_out_dev
+    return "rest_train" if held_out else "full_train"

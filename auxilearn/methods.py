@@ -92,6 +92,8 @@ METHODS = {
             "solver": "identity",
             "precondition": "adam",
             "max_grad_norm": 0.0,
+            "n_meta_train_loss_accum": 4,
+            "hold_out_dev": False,
         },
     ),
     "naive": Method(

@@ -98,9 +98,10 @@ def test_the_defaults_are_the_released_ones(tiny_split):
     config = parse([])
     assert config == Config()
     resolved = resolve(parse(["--device", "cpu"]), load_split(tiny_split))
-    assert (config.aux_lr, config.hyperstep) == (None, None)  # the method's to say
+    by_method = ("aux_lr", "hyperstep", "n_meta_train_loss_accum")
+    assert {getattr(config, name) for name in by_method} == {None}  # the method's to say
     found = {name: getattr(config, name) for name in DEFAULTS}
-    found |= {name: getattr(resolved, name) for name in ("aux_lr", "hyperstep")}
+    found |= {name: getattr(resolved, name) for name in by_method}
     assert found == DEFAULTS
 
 
@@ -117,6 +118,23 @@ def test_what_is_left_open_is_taken_from_the_method(tiny_split):
     assert (asked.solver, asked.precondition, asked.max_grad_norm) == ("cg", "none", 3.0)
     assert (asked.aux_lr, asked.hyperstep) == (0.2, stable.hyperstep)
     assert resolve(released, split) == released
+
+
+@pytest.mark.parametrize(("epochs", "warmup"), [(1, 0), (3, 1), (9, 4), (10, 5), (100, 5)])
+def test_a_short_run_has_a_short_warm_up(tiny_split, epochs, warmup):
+    flags = ["--device", "cpu", "--epochs", str(epochs), "--method"]
+    split = load_split(tiny_split)
+    assert resolve(parse([*flags, "joint_stable"]), split).warmup_epochs == warmup
+    assert resolve(parse([*flags, "joint"]), split).warmup_epochs == 0
+    given = resolve(parse([*flags, "joint_stable", "--warmup_epochs", "7"]), split)
+    assert given.warmup_epochs == 7
+
+
+def test_fine_tuning_is_five_times_as_slow_unless_given(tiny_split):
+    split = load_split(tiny_split)
+    flags = ["--device", "cpu", "--main_lr", "0.01"]
+    assert resolve(parse(flags), split).dev_lr == pytest.approx(0.002)
+    assert resolve(parse([*flags, "--dev_lr", "0.01"]), split).dev_lr == 0.01
 
 
 def test_what_is_left_open_is_taken_from_the_data(tiny_split):
