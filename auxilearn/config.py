@@ -599,14 +599,15 @@ def check(config):
 def from_record(settings):
     """The ``Config`` of recorded ``settings``, {name: value}, any JSON. UserError: it is none.
 
-    Settings that this version does not know are left out.
+    Settings that this version does not know are left out; one that was not there yet had the
+    default's effect.
     """
     fields = {field.name: field for field in dataclasses.fields(Config)}
     known = {name: value for name, value in settings.items() if name in fields}
     for name, value in known.items():
         if not _is_of_kind(value, fields[name]):
             raise UserError(f"{name} cannot be {ascii(value)[:40]}")
-    config = Config(**known)
+    config = Config(**{**defaults(), **known})
     check(config)
     return config
 

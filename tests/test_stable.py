@@ -11,6 +11,7 @@ import torch
 
 from auxilearn.config import resolve
 from auxilearn.data.cub import load_split
+from auxilearn.data.dataset import training_set_of
 from auxilearn.errors import UserError
 from auxilearn.hypernet import Identity, StableJoint
 from auxilearn.implicit_diff import (
@@ -266,22 +267,45 @@ def test_under_adam_the_preconditioned_hypergradient_predicts_best():
 
 
 def test_upper_steps_begin_after_the_warm_up_and_end_before_fine_tuning(tiny_run):
-    # 16 images, 6 at a time: epochs of 3 steps; 2 steps over the 4 development images.
-    run = tiny_run(method="joint_stable", epochs=4, warmup_epochs=1, dev_epochs=2, hyperstep=2)
-    assert [row["step"] for row in run.rows_of("upper")] == [4, 6, 8, 10, 12]
-    assert [row["step"] for row in run.rows_of("epoch")] == [3, 6, 9, 12, 14, 16]
+    # 20 images, 6 at a time: epochs of 4 steps; 2 steps over the 4 development images.
+    run = tiny_run(method="joint_stable", epochs=4, warmup_epochs=1, dev_epochs=2, hyperstep=3)
+    assert [row["step"] for row in run.rows_of("upper")] == [6, 9, 12, 15]
+    assert [row["step"] for row in run.rows_of("epoch")] == [4, 8, 12, 16, 18, 20]
     assert not any(row["clipped"] for row in run.rows_of("upper"))
 
 
 def test_no_fine_tuning(tiny_run):
     run = tiny_run(method="joint_stable", dev_epochs=0)
-    assert [row["step"] for row in run.rows_of("epoch")] == [3, 6]
+    assert [row["step"] for row in run.rows_of("epoch")] == [4, 8]
+
+
+@pytest.mark.parametrize(
+    ("flags", "name", "images"),
+    [
+        ({"method": "joint_stable"}, "full_train", 20),
+        ({"method": "joint_stable", "hold_out_dev": True}, "rest_train", 16),
+        ({"method": "joint"}, "rest_train", 16),
+        ({"method": "joint", "hold_out_dev": False}, "full_train", 20),
+    ],
+)
+def test_the_development_set_is_held_out_or_trained_on_as_well(
+    tiny_config, tmp_path, flags, name, images
+):
+    config = tiny_config(**flags, exp_name="run", dev_epochs=0, warmup_epochs=0)
+    train(config)
+    data = json.loads((tmp_path / "record" / "full" / "run" / "config.json").read_text())["data"]
+    assert (data["trained_on"], data["sets"][name]) == (name, images)
+    split = load_split(config.split_dir, config.data_root)
+    samples = training_set_of(resolve(config, split), split)
+    held_out = set(split.indices["dev"]) - set(samples.positions.tolist())
+    assert len(samples.positions) == images
+    assert len(held_out) == (0 if name == "full_train" else 4)
 
 
 def test_a_run_that_ends_before_its_first_upper_step_says_so(tiny_run, capfd):
     tiny_run(method="joint_stable", warmup_epochs=2)
     assert (
-        "warning: 6 lower steps end before the first upper step (--warmup_epochs 2 --hyperstep 2)"
+        "warning: 8 lower steps end before the first upper step (--warmup_epochs 2 --hyperstep 2)"
         in capfd.readouterr().out
     )
 
@@ -324,7 +348,7 @@ def test_fine_tuning_starts_with_the_schedule_of_the_best_checkpoint(tiny_config
     start = torch.load(tmp_path / "run" / "fine_tuning_start.pt", weights_only=True)
     for name, value in trainer.scheduler.state_dict().items():
         assert torch.equal(value, start["scheduler"][name])
-    assert start["step"] in (3, 6, 9)
+    assert start["step"] in (4, 8, 12)
 
 
 def test_a_run_recorded_before_a_setting_existed_goes_on(tiny_config, tmp_path):
