@@ -26,7 +26,7 @@ from auxilearn.data.cub import load_split
 from auxilearn.errors import RunError, UserError, run_script
 from auxilearn.tables import local, slurm, sweep
 from auxilearn.tables.notes import notes
-from auxilearn.tables.protocol import DATASETS, ROWS, TABLES
+from auxilearn.tables.protocol import DATASETS, ROWS, TABLES, USUAL_ROWS
 from auxilearn.tables.render import markdown, read_paper, write_table
 from auxilearn.tables.tuning import Hyperparameters, check_file, trials, write_choice
 
@@ -45,9 +45,9 @@ def parse_arguments(argv=None):
         "--methods",
         nargs="+",
         choices=tuple(ROWS),
-        default=list(ROWS),
+        default=USUAL_ROWS,
         metavar="ROW",
-        help=f"rows, of {', '.join(ROWS)} (default: all)",
+        help=f"rows, of {', '.join(ROWS)} (default: all but the ablations stable_...)",
     )
     add(
         "--tables",

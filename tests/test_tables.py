@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import reproduce_tables
-from auxilearn.config import Config, flags_of, parse
+from auxilearn.config import Config, flags_of, parse, with_method_defaults
 from auxilearn.data.cub import load_split
 from auxilearn.errors import RunError, UserError
 from auxilearn.record import write_json
@@ -28,6 +28,7 @@ from auxilearn.tables.protocol import (
     SETTINGS,
     TABLES,
     TUNED_ON,
+    USUAL_ROWS,
     candidates,
     tuned_as,
 )
@@ -89,12 +90,40 @@ def test_the_tables_have_the_papers_settings():
     assert TABLES["table3"].settings == ("semi",)
     assert set(TUNED_ON) == set(TABLES)
     assert all(TUNED_ON[name] in table.settings for name, table in TABLES.items())
-    ablations = [row.flags[3:] for row in ROWS.values() if row.kind == ABLATION]
+    ablations = [row.flags[3:] for row in ROWS.values() if row.full == "joint"]
     factors = ("task", "feature", "loss")
     assert {frozenset(a) for a in ablations} == {
         *(frozenset([f]) for f in factors),
         *(frozenset(factors) - {f} for f in factors),
     }
+
+
+def test_ablations_of_the_stable_form_take_one_remedy_back_each(job_of):
+    flags = ["--epochs", "20", "--dev_epochs", "10", "--warmup_epochs", "5"]
+    whole = with_method_defaults(job_of("joint_stable", flags=flags).config)
+    changed = {}
+    for row in ROWS:
+        if ROWS[row].full == "joint_stable":
+            one = with_method_defaults(job_of(row, flags=flags).config)
+            assert ROWS[row].kind == ABLATION
+            assert row not in USUAL_ROWS
+            changed[row.removeprefix("stable_")] = {
+                name: value
+                for name, value in vars(one).items()
+                if value != getattr(whole, name) and name != "exp_name"
+            }
+    assert changed == {
+        "equal": {"warmup_epochs": 1000000},
+        "free_scale": {"fixed_scale": False},
+        "gradient": {"precondition": "none"},
+        "neumann": {"solver": "neumann"},
+        "sgd": {"upper_optimizer": "sgd", "max_grad_norm": 10, "aux_lr": 0.01},
+        "no_warmup": {"warmup_epochs": 0},
+        "one_batch": {"n_meta_train_loss_accum": 1},
+        "held_out": {"hold_out_dev": True},
+        "no_fine_tuning": {"dev_epochs": 0},
+    }
+    assert {row for row in ROWS if ROWS[row].full != "joint_stable"} == set(USUAL_ROWS)
 
 
 @pytest.mark.parametrize("row", ROWS)

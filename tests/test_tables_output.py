@@ -376,6 +376,13 @@ def test_the_paper_column_stands_where_there_is_something_to_compare_with(tmp_pa
     )
 
 
+def test_an_ablation_is_tested_against_its_own_whole_method():
+    values = dict.fromkeys(("joint", "joint_stable", "stable_free_scale"), VALUES["common"])
+    found = evaluate("table2", table(VALUES | values | {ABLATIONS[0]: VALUES["common"]}), SEEDS)
+    pairs = {(test.row, test.other) for test in found.ablations}
+    assert pairs == {(ABLATIONS[0], "joint"), ("stable_free_scale", "joint_stable")}
+
+
 def test_the_same_results_give_the_same_bytes(tmp_path):
     results = table(VALUES | {ABLATIONS[0]: VALUES["common"]})
     shuffled = random.Random(1).sample(results, len(results))

@@ -21,7 +21,6 @@ from auxilearn.tables.protocol import (
 STATES = ("done", "to do", "incomplete", "running", "failed")
 ALPHA = 0.05
 CONFIDENCE = 0.95
-REFERENCE = "joint"  # what ablations are compared with
 # Accuracies are counts over a test set, so true differences are far larger than this.
 ROUNDING = 1e-12
 
@@ -99,9 +98,9 @@ class Statistics(NamedTuple):
     ``rows`` in the order of ROWS, ``settings`` in the table's, ``seeds`` ascending;
     ``cells`` {(row, setting): Cell}; ``best`` {setting: rows with the highest mean}; ``baseline``
     {setting: the best baseline, or None}. ``tests`` are of schedules against the best baseline,
-    ``ablations`` of ablations against REFERENCE, each a Holm family of its own; ``untested`` and
-    ``untested_ablations`` are the (row, other, setting) that are missing there, because one of the
-    cells is incomplete, or ``other`` is None for want of a complete baseline.
+    ``ablations`` of ablations against the whole method, each a Holm family of its own;
+    ``untested`` and ``untested_ablations`` are the (row, other, setting) that are missing there,
+    because one of the cells is incomplete, or ``other`` is None for want of a complete baseline.
     """
 
     rows: tuple
@@ -147,7 +146,7 @@ def evaluate(table_name, results, seeds):
         best,
         baseline,
         *_family(cells, [(row, baseline[s], s) for s in settings for row in schedules]),
-        *_family(cells, [(row, REFERENCE, s) for s in settings for row in ablations]),
+        *_family(cells, [(row, ROWS[row].full, s) for s in settings for row in ablations]),
     )
 
 

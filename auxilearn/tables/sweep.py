@@ -38,7 +38,7 @@ from auxilearn.record import (
     read_json,
 )
 from auxilearn.tables.local import ROOT
-from auxilearn.tables.protocol import DATASETS, ROW_FLAGS, ROWS, SETTINGS
+from auxilearn.tables.protocol import DATASETS, ROW_FLAGS, ROWS, SETTINGS, tuned_as
 from auxilearn.tables.statistics import Result
 
 POLL = 5  # seconds between looks at runs that another process is busy with
@@ -115,7 +115,7 @@ def make_job(places, dataset, row, setting, seed, hyperparameters=None, flags=()
     """
     if any(flag.split("=")[0] == "--preset" for flag in flags):
         raise UserError("--run_flags: --preset: give its settings themselves, see --help")
-    base = [*_base(dataset), *ROW_FLAGS.get((dataset, row), ())]
+    base = [*_base(dataset), *ROW_FLAGS.get((dataset, tuned_as(row)), ())]
     chosen = [
         word
         for name, value in (hyperparameters or {}).items()

@@ -74,7 +74,7 @@ class Hyperparameters:
                 f"Hyper-parameters: for every method the best of {_either(budgets)} candidates by "
                 f"validation accuracy in the setting {TUNED_ON[table]}, on seed "
                 f"{', '.join(map(str, self.entry['seeds']))}, which the table does not use; "
-                f"ablations take those of JTDS. All candidates: `{self.file}`, by "
+                f"ablations take those of the whole method. All candidates: `{self.file}`, by "
                 f"{', '.join(f'`{command}`' for command in commands)}."
             )
             if flags != self.entry["flags"]:
