@@ -167,8 +167,11 @@ class Config:
     )
     train_batch_size: int = _setting(32, LOWER, "images per lower step")
     test_batch_size: int = _setting(128, LOWER, "images per batch of evaluation")
-    main_lr: float = _setting(1e-4, LOWER, "learning rate of Adam")
-    w_decay: float = _setting(5e-4, LOWER, "weight decay of Adam")
+    main_optimizer: str = _setting(
+        "adam", LOWER, "of the task model; sgd has momentum 0.9", choices=("adam", "sgd")
+    )
+    main_lr: float = _setting(1e-4, LOWER, "learning rate of --main_optimizer")
+    w_decay: float = _setting(5e-4, LOWER, "weight decay of --main_optimizer")
     aux_weight: float = _setting(1.0, LOWER, "factor on the losses of all auxiliary tasks")
     gcs: str = _setting(
         "unweighted",
@@ -185,7 +188,7 @@ class Config:
         "--epochs, from the best checkpoint so far; 0 leaves them out",
     )
     dev_lr: float | None = _setting(
-        None, LOWER, "learning rate of Adam in these passes (default: --main_lr / 5)", kind=float
+        None, LOWER, "learning rate in these passes (default: --main_lr / 5)", kind=float
     )
 
     aux_lr: float | None = _setting(
@@ -263,7 +266,7 @@ class Config:
         None,
         UPPER,
         "the step of the lower level to which the hypergradient is the response: none is plain "
-        "gradient descent's, adam the one that --main_lr's Adam really takes",
+        "gradient descent's, and --main_optimizer sgd's; adam the one that Adam really takes",
         kind=str,
         choices=("none", "adam"),
         by_method="none",
@@ -588,6 +591,11 @@ def check(config):
         raise UserError("--resume 1 needs the --exp_name of the run to continue")
     if name is not None and (name in ("", ".", "..") or "/" in name or not name.isprintable()):
         raise UserError(f"--exp_name {name!r} must be a plain name without slashes")
+    if config.precondition == "adam" and config.main_optimizer != "adam":
+        raise UserError(
+            f"--precondition adam is for --main_optimizer adam, not {config.main_optimizer}: take "
+            "--precondition none, which answers for the steps of sgd"
+        )
     if config.backbone == "convnet" and config.backbone_pretrain:
         raise UserError("--backbone_pretrain 1: there are no ImageNet weights for the convnet")
     if config.backbone_weights and config.backbone_pretrain:
@@ -640,6 +648,8 @@ def with_method_defaults(config):
     own = dict(METHODS[config.method].defaults)
     if "warmup_epochs" in own:  # a short run is to have upper steps as well
         own["warmup_epochs"] = min(own["warmup_epochs"], config.epochs // 2)
+    if config.main_optimizer == "sgd":
+        own["precondition"] = "none"
     return dataclasses.replace(
         config,
         **{

@@ -1,6 +1,6 @@
 """The bilevel training loop, one for every method.
 
-lower step   Adam on theta with the gradient of the scheduled loss of a training batch
+lower step   Adam or SGD on theta with the gradient of the scheduled loss of a training batch
 upper step   every ``hyperstep`` lower steps: SGD or Adam on phi with the hypergradient
 epoch        accuracy on the validation set; the best checkpoint is kept, and tested at the end
 
@@ -189,9 +189,7 @@ class Trainer:
         torch.manual_seed(derived_seed(config.seed, "scheduler"))
         problem = Problem.of(config, len(self.train_set))
         self.scheduler = self.method.build(problem).to(self.device)
-        self.lower_optimizer = torch.optim.Adam(
-            self.theta, lr=config.main_lr, weight_decay=config.w_decay
-        )
+        self.lower_optimizer = build_lower_optimizer(config, self.theta, config.main_lr)
         self.phi = list(self.scheduler.parameters())
         self.in_lower_level = self.theta
         if self.method.learned == LOWER:
@@ -430,9 +428,7 @@ class Trainer:
     def _start_fine_tuning(self):
         """Go back to the best checkpoint, with a fresh optimiser."""
         self._load_best(START_FILE)
-        self.lower_optimizer = torch.optim.Adam(
-            self.theta, lr=self.config.dev_lr, weight_decay=self.config.w_decay
-        )
+        self.lower_optimizer = build_lower_optimizer(self.config, self.theta, self.config.dev_lr)
 
     def _lower_step(self, step, batch, window):
         clock = time.perf_counter()
@@ -713,6 +709,13 @@ def evaluate(model, batches, ranks):
         images += len(batch.images)
     hits, images = ranks.total(hits, images)
     return hits / images
+
+
+def build_lower_optimizer(config, theta, lr):
+    """The optimiser of the task model that a resolved configuration names."""
+    if config.main_optimizer == "adam":
+        return torch.optim.Adam(theta, lr=lr, weight_decay=config.w_decay)
+    return torch.optim.SGD(theta, lr=lr, momentum=0.9, weight_decay=config.w_decay)
 
 
 def build_upper_optimizer(config, phi):

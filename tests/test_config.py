@@ -137,6 +137,15 @@ def test_fine_tuning_is_five_times_as_slow_unless_given(tiny_split):
     assert resolve(parse([*flags, "--dev_lr", "0.01"]), split).dev_lr == 0.01
 
 
+def test_below_sgd_the_hypergradient_is_plain_gradient_descent_s(tiny_split):
+    flags = ["--device", "cpu", "--method", "joint_stable", "--main_optimizer", "sgd"]
+    split = load_split(tiny_split)
+    assert resolve(parse(flags[:4]), split).precondition == "adam"
+    assert resolve(parse(flags), split).precondition == "none"
+    with pytest.raises(UserError, match="--precondition adam is for --main_optimizer adam, not"):
+        resolve(parse([*flags, "--precondition", "adam"]), split)
+
+
 def test_what_is_left_open_is_taken_from_the_data(tiny_split):
     split = load_split(tiny_split)
     config = resolve(parse(["--device", "cpu"]), split)

@@ -71,12 +71,16 @@ def kill_at(monkeypatch, owner, name, call):
     monkeypatch.setattr(owner, name, dying)
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("save_every", [0, 1])
+@pytest.mark.parametrize(
+    ("method", "save_every", "optimizer"),
+    [(m, save_every, "adam") for m in METHODS for save_every in (0, 1)]
+    + [("joint_stable", 1, "sgd")],
+)
 def test_killed_and_resumed_equals_undisturbed(
-    split_dir, tmp_path, monkeypatch, method, save_every
+    split_dir, tmp_path, monkeypatch, method, save_every, optimizer
 ):
     changes = {"method": method, "save_every": save_every, "labeled_per_class": 2}
+    changes["main_optimizer"] = optimizer
     train(config(split_dir, tmp_path / "undisturbed", **changes))
     deaths = [
         (trainer_module.Trainer, "_lower_step", 5),

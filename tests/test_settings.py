@@ -284,10 +284,16 @@ def test_both_settings_at_once_are_refused(tiny_split, tmp_path, command):
 # --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_bilevel_methods_do_not_train_on_the_development_set(method, tiny_config, split):
-    trainer = trainer_of(tiny_config(method=method, train_batch_size=20))
-    name = "rest_train" if METHODS[method].bilevel else "full_train"
+@pytest.mark.parametrize(
+    ("method", "hold_out_dev"),
+    [*((method, None) for method in METHODS), ("joint", False), ("joint_stable", True)],
+)
+def test_the_development_set_is_held_out_of_the_lower_level(
+    method, hold_out_dev, tiny_config, split
+):
+    trainer = trainer_of(tiny_config(method=method, train_batch_size=20, hold_out_dev=hold_out_dev))
+    by_default = method in ("joint", "naive", "task", "linear")
+    name = "rest_train" if hold_out_dev or (hold_out_dev is None and by_default) else "full_train"
     batch = next(iter(trainer.lower_batches))
     expected = split.indices[name]
     assert sorted(trainer.train_set.positions[batch.sample_id].tolist()) == sorted(expected)

@@ -11,7 +11,6 @@ import torch
 
 from auxilearn.config import resolve
 from auxilearn.data.cub import load_split
-from auxilearn.data.dataset import training_set_of
 from auxilearn.errors import UserError
 from auxilearn.hypernet import Identity, StableJoint
 from auxilearn.implicit_diff import (
@@ -277,29 +276,6 @@ def test_upper_steps_begin_after_the_warm_up_and_end_before_fine_tuning(tiny_run
 def test_no_fine_tuning(tiny_run):
     run = tiny_run(method="joint_stable", dev_epochs=0)
     assert [row["step"] for row in run.rows_of("epoch")] == [4, 8]
-
-
-@pytest.mark.parametrize(
-    ("flags", "name", "images"),
-    [
-        ({"method": "joint_stable"}, "full_train", 20),
-        ({"method": "joint_stable", "hold_out_dev": True}, "rest_train", 16),
-        ({"method": "joint"}, "rest_train", 16),
-        ({"method": "joint", "hold_out_dev": False}, "full_train", 20),
-    ],
-)
-def test_the_development_set_is_held_out_or_trained_on_as_well(
-    tiny_config, tmp_path, flags, name, images
-):
-    config = tiny_config(**flags, exp_name="run", dev_epochs=0, warmup_epochs=0)
-    train(config)
-    data = json.loads((tmp_path / "record" / "full" / "run" / "config.json").read_text())["data"]
-    assert (data["trained_on"], data["sets"][name]) == (name, images)
-    split = load_split(config.split_dir, config.data_root)
-    samples = training_set_of(resolve(config, split), split)
-    held_out = set(split.indices["dev"]) - set(samples.positions.tolist())
-    assert len(samples.positions) == images
-    assert len(held_out) == (0 if name == "full_train" else 4)
 
 
 def test_a_run_that_ends_before_its_first_upper_step_says_so(tiny_run, capfd):
