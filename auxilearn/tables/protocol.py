@@ -174,12 +174,11 @@ def candidates(row, unit):
             {"aux_weight": 0.3, "aux_lr": 3e-2},
             {"aux_weight": 0.3, "aux_lr": 3e-1},
         )
-    if row == "joint_stable":
-        (dev_lr,) = rates(0.5)
-        return each(
-            {"aux_weight": 1.0, "aux_lr": 3e-2, "dev_lr": dev_lr, "dev_epochs": 30},
-            {"aux_weight": 1.0, "aux_lr": 1e-1, "dev_lr": dev_lr, "dev_epochs": 30},
-            {"aux_weight": 0.3, "aux_lr": 3e-2, "dev_lr": dev_lr, "dev_epochs": 30},
+    if row == "joint_stable":  # the tasks' weights are its own business
+        return tuple(
+            {"main_lr": rate, "aux_lr": aux_lr, "dev_epochs": 30}
+            for rate in rates(1, 2.5, 5)
+            for aux_lr in (3e-2, 1e-1)
         )
     return each({"aux_lr": 1e-2}, {"aux_lr": 3e-3}, {"aux_lr": 3e-4})
 
