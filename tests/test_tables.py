@@ -475,7 +475,7 @@ def test_the_best_mean_validation_accuracy_is_chosen(tmp_path):
 
 def test_trials_are_a_row_of_equal_budget_each():
     found = trials(["table2", "table4"], ["single", "joint", "joint_task"], 0.04)
-    assert {c["main_lr"] for _, row, _, c in found if row == "joint"} == {0.04, 0.1}
+    assert {c["main_lr"] for _, row, _, c in found if row == "joint"} == {0.04, 0.1, 0.2}
     assert len(found) == 2 * 2 * BUDGET  # an ablation takes what is chosen for joint
     assert {setting for _, _, setting, _ in found} == {"supervised", "corrupted_0.4"}
 

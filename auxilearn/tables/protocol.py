@@ -152,35 +152,21 @@ def candidates(row, unit):
     def rates(*factors):
         return [float(f"{factor * unit:.3g}") for factor in factors]
 
-    def each(*choices):
-        return tuple({"main_lr": rate, **c} for rate in rates(1, 2.5) for c in choices)
-
     if row in ("single", "common"):
         return tuple({"main_lr": rate} for rate in rates(0.25, 0.5, 1, 1.5, 2.5, 5))
     if row == "common_tuned":
-        return each({"aux_weight": 0.3}, {"aux_weight": 0.1}, {"aux_weight": 0.03})
-    if row == "common_dev":
-        slow, fast = rates(0.05, 0.5)
-        return each(
-            {"aux_weight": 1.0, "dev_lr": fast, "dev_epochs": 30},
-            {"aux_weight": 0.3, "dev_lr": fast, "dev_epochs": 30},
-            {"aux_weight": 0.3, "dev_lr": slow, "dev_epochs": 30},
-        )
-    if row in ("uncertainty", "gcs"):
-        return each({"aux_weight": 1.0}, {"aux_weight": 0.3}, {"aux_weight": 0.1})
-    if row == "naive":  # a weight of a single sample moves little in a step
-        return each(
-            {"aux_weight": 1.0, "aux_lr": 3e-2},
-            {"aux_weight": 0.3, "aux_lr": 3e-2},
-            {"aux_weight": 0.3, "aux_lr": 3e-1},
-        )
-    if row == "joint_stable":  # the tasks' weights are its own business
-        return tuple(
-            {"main_lr": rate, "aux_lr": aux_lr, "dev_epochs": 30}
-            for rate in rates(1, 2.5, 5)
-            for aux_lr in (3e-2, 1e-1)
-        )
-    return each({"aux_lr": 1e-2}, {"aux_lr": 3e-3}, {"aux_lr": 3e-4})
+        others = ({"aux_weight": 0.3}, {"aux_weight": 0.1})
+    elif row == "common_dev":
+        others = ({"aux_weight": 1.0, "dev_epochs": 30}, {"aux_weight": 0.3, "dev_epochs": 30})
+    elif row in ("uncertainty", "gcs"):
+        others = ({"aux_weight": 1.0}, {"aux_weight": 0.3})
+    elif row == "naive":  # a weight of a single sample moves little in a step
+        others = ({"aux_weight": 0.3, "aux_lr": 3e-2}, {"aux_weight": 0.3, "aux_lr": 3e-1})
+    elif row == "joint_stable":
+        others = ({"aux_lr": 3e-2, "dev_epochs": 30}, {"aux_lr": 1e-1, "dev_epochs": 30})
+    else:
+        others = ({"aux_lr": 1e-2}, {"aux_lr": 3e-3})
+    return tuple({"main_lr": rate, **other} for rate in rates(1, 2.5, 5) for other in others)
 
 
 TUNED_ON = {"table2": "supervised", "table3": "semi", "table4": "corrupted_0.4"}
