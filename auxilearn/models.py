@@ -10,7 +10,7 @@ from torch import nn
 from torch.func import functional_call
 
 from auxilearn.errors import UserError
-from auxilearn.files import open_regular
+from auxilearn.files import open_regular, refuse_inflating
 from auxilearn.upper_level import TaskLosses
 
 NORMALISATIONS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
@@ -187,7 +187,7 @@ def _load_imagenet_weights(resnet):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch's readers, about a file that is refused next
-            state = weights.get_state_dict(progress=True, check_hash=True)
+            state = weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
         load_matching(resnet, _without_classifier(state), f"{folder}: not torchvision's weights")
     except Exception as error:  # no network, a proxy's page, a damaged file: many kinds
         reason = str(error).strip().split("\n")[0] or type(error).__name__
@@ -208,13 +208,14 @@ def load_file(path):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch's readers, about a file that is refused next
             with open_regular(path) as file:
+                refuse_inflating(file)
                 return torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except Exception:  # torch.load raises many kinds on a file that is not its own
         raise UserError(
             f"{path}: not a weights file that can be read without executing code from it "
-            "(damaged, cut short, or not written by torch.save)"
+            "(damaged, cut short, compressed, or not written by torch.save)"
         ) from None
 
 
@@ -251,7 +252,21 @@ def load_matching(module, state, complaint, expected=None):
         for key, value in expected.items()
         if key in state and state[key].shape != value.shape
     ]
+    problems += [
+        f"{key} {problem}"
+        for key, value in expected.items()
+        if key in state and (problem := _misfit(state[key], value))
+    ]
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise UserError(f"{complaint}: {'; '.join(problems[:3])}{more}")
     module.load_state_dict(state)
+
+
+def _misfit(tensor, expected):
+    """What keeps a tensor from being copied into ``expected`` as it is, or None."""
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
+        return "is no plain tensor"
+    if not torch.can_cast(tensor.dtype, expected.dtype):
+        return f"is of type {tensor.dtype}, expected {expected.dtype}"
+    return None if torch.isfinite(tensor).all() else "has values that are not finite"

@@ -1,6 +1,7 @@
 """The task model: heads and their losses, backbones, and the weights they start from."""
 
 import http.client
+import os
 import pickle
 import urllib.error
 from pathlib import Path
@@ -369,3 +370,16 @@ def test_weights_put_into_the_download_folder_by_hand_are_used(width, resnet_sta
     for name, value in published.items():
         if not name.startswith("fc."):
             assert torch.equal(value, state[name]), name
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_code_in_a_file_in_the_download_folder_is_not_executed(zipped, torch_home, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "executed"),)
+
+    torch_home.mkdir(parents=True)
+    path = torch_home / "resnet18-f37072fd.pth"
+    torch.save({"conv1.weight": Evil()}, path, _use_new_zipfile_serialization=zipped)
+    assert str(torch_home) in download_refused()
+    assert not (tmp_path / "executed").exists()
