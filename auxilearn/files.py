@@ -3,6 +3,7 @@
 import errno
 import os
 import stat
+import zipfile
 
 
 def open_regular(path):
@@ -22,3 +23,31 @@ def read_regular(path):
     """The bytes of a file, as ``open_regular`` opens it."""
     with open_regular(path) as file:
         return file.read()
+
+
+def append_regular(path):
+    """A text file opened to append to, made if need be. OSError as from ``open_regular``."""
+    file = open(  # noqa: SIM115
+        path,
+        "a",
+        encoding="utf-8",
+        errors="backslashreplace",
+        opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK, 0o666),
+    )
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return file
+
+
+def refuse_inflating(file):
+    """ValueError for a zip archive, open as ``file``, that holds more than its own size.
+
+    ``torch.save`` packs nothing, but ``torch.load`` would unpack what others have packed.
+    """
+    if zipfile.is_zipfile(file):
+        size = file.seek(0, os.SEEK_END)
+        with zipfile.ZipFile(file) as archive:
+            if sum(member.file_size for member in archive.infolist()) > size:
+                raise ValueError("its members are larger than the file")
+    file.seek(0)

@@ -19,9 +19,10 @@ from pathlib import Path
 import torch
 
 from auxilearn.errors import RunError, UserError
-from auxilearn.files import read_regular
+from auxilearn.files import append_regular, open_regular, read_regular, refuse_inflating
 
 CONFIG_FILE, METRICS_FILE, LOG_FILE = "config.json", "metrics.jsonl", "log.txt"
+SCHEDULE_FILE = "schedule.jsonl"
 BEST_FILE, SUMMARY_FILE = "best.pt", "summary.json"
 START_FILE = "fine_tuning_start.pt"
 CHECKPOINTS_KEPT = 2
@@ -52,7 +53,7 @@ class RunRecord:
                 for leftover in self.directory.glob(pattern):  # of ``write_aside``, killed in it
                     leftover.unlink()
             self.events = None  # a ``report.tensorboard.Events`` that gets the rows as well
-            self._metrics = open(self.directory / METRICS_FILE, "a", encoding="utf-8")  # noqa: SIM115
+            self._metrics = append_regular(self.directory / METRICS_FILE)
             if resume and (self.directory / CONFIG_FILE).exists():
                 self._check_same_run(description, neutral, defaults)
             else:
@@ -74,9 +75,7 @@ class RunRecord:
 
     def _locked_log(self):
         """log.txt, held by this process alone for as long as it lives."""
-        log = open(  # noqa: SIM115
-            self.directory / LOG_FILE, "a", encoding="utf-8", errors="backslashreplace"
-        )
+        log = append_regular(self.directory / LOG_FILE)
         for attempt in range(LOCK_TRIES):
             try:
                 # Unlike flock, not shared with worker processes, which outlive a killed run a
@@ -108,9 +107,9 @@ class RunRecord:
             )
 
     def _remove_run(self):
-        if not self.directory.exists():
+        if not os.path.exists(self.directory):  # or may not be looked at: see _make_directory
             return
-        if not (self.directory / CONFIG_FILE).exists():
+        if not os.path.exists(self.directory / CONFIG_FILE):
             raise UserError(
                 f"{self.directory} holds no run ({CONFIG_FILE} is missing), so --overwrite leaves "
                 "it alone: remove it by hand or give another --exp_name"
@@ -154,7 +153,10 @@ class RunRecord:
             kept = self.directory / keep_as
             if kept.exists() and _hash(read_regular(kept)) == expected:
                 path = kept
-        content = read_regular(path)
+        try:
+            content = read_regular(path)
+        except OSError:
+            content = b""
         if keep_as and path != kept and _hash(content) == expected:
             write_aside(kept, lambda file: file.write(content))
         if _hash(content) != expected:
@@ -166,9 +168,10 @@ class RunRecord:
 
     def save_checkpoint(self, step, state):
         """Keep ``state`` to continue from, in a file whose name ends in the hash of its content."""
-        for path in self.directory.glob("*.jsonl"):  # on disk before a checkpoint counts on them
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
+        for path in self._appended_files():  # on disk before a checkpoint counts on them
+            if path.name != LOG_FILE:
+                with open_regular(path) as file:
+                    os.fsync(file.fileno())
         sizes = {file.name: file.stat().st_size for file in self._appended_files()}
         content = _saved({"state": state, "sizes": sizes})
         path = self.directory / f"step-{step:08d}.{_hash(content)}.pt"
@@ -179,16 +182,22 @@ class RunRecord:
         for old in set(found) - {path, *earlier[: CHECKPOINTS_KEPT - 1]}:
             old.unlink()
 
-    def load_checkpoint(self):
+    def load_checkpoint(self, check=lambda state: None):
         """The newest undamaged state, or None; metrics and log are cut back to what they were then.
 
-        A damaged file is named in a warning, and the one before it is used.
+        A damaged file is named in a warning, and the one before it is used. ``check(state)`` raises
+        what is wrong with a state, before anything is cut.
         """
         for path in self._checkpoints():
-            content = read_regular(path)
-            if _hash(content) != path.name.split(".")[1]:
-                problem = "is damaged"
+            problem = None
+            try:
+                content = read_regular(path)
+            except OSError as error:
+                problem = f"cannot be read ({error.strerror})"
             else:
+                if _hash(content) != path.name.split(".")[1]:
+                    problem = "is damaged"
+            if not problem:
                 state, sizes = _checkpoint_parts(path, _loaded(path, content))
                 current = {file.name: file.stat().st_size for file in self._appended_files()}
                 lost = [
@@ -197,6 +206,7 @@ class RunRecord:
                     if name != LOG_FILE and current.get(name, 0) < size
                 ]
                 if not lost:
+                    check(state)
                     for name, size in current.items():
                         os.truncate(self.directory / name, min(size, sizes.get(name, 0)))
                     return state
@@ -208,10 +218,12 @@ class RunRecord:
 
     def _checkpoints(self):
         """Newest first."""
-        return sorted(self.directory.glob("step-*.*.pt"), reverse=True)
+        found = sorted(self.directory.glob("step-*.*.pt"), reverse=True)
+        return [path for path in found if not path.is_dir()]
 
     def _appended_files(self):
-        return sorted([*self.directory.glob("*.jsonl"), self.directory / LOG_FILE])
+        paths = (self.directory / name for name in (METRICS_FILE, SCHEDULE_FILE, LOG_FILE))
+        return [path for path in paths if path.exists()]
 
     def finished(self):
         """The summary, if the run has come to its end; else None."""
@@ -239,7 +251,7 @@ class NoRecord:
 
     directory = None
 
-    def finished(self):
+    def finished(self, *_):
         """Never."""
 
     load_checkpoint = finished
@@ -288,7 +300,7 @@ def differences_of_run(directory, settings, fingerprint, defaults=None):
 def free_name(directory, name):
     """``name``, or the first of name_2, name_3, ... that ``directory`` does not hold yet."""
     candidate, number = name, 1
-    while (Path(directory) / candidate).exists():
+    while os.path.exists(Path(directory) / candidate):
         number += 1
         candidate = f"{name}_{number}"
     return candidate
@@ -307,8 +319,10 @@ def _saved(value):
 
 def _loaded(path, content):
     """What ``_saved`` was given; no code in ``content`` is executed. UserError names ``path``."""
+    file = io.BytesIO(content)
     try:
-        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        refuse_inflating(file)
+        return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many kinds on what is not its own
         first_line = str(error).strip().split("\n")[0]
         raise UserError(

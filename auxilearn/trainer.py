@@ -283,7 +283,7 @@ class Trainer:
         """Train, keep the best checkpoint in ``record``, test it. Returns the summary."""
         config = self.config
         self.record = record
-        state = record.load_checkpoint() if config.resume else None
+        state = record.load_checkpoint(self._check_state) if config.resume else None
         state = self.ranks.from_first(state)
         self.history = self._open_history()
         self._say(
@@ -304,7 +304,7 @@ class Trainer:
         self.reported = []
         self.window = window = _Window()
         self.start = time.perf_counter()
-        done = self._restored(state) if state else 0
+        done = self._restore(state) if state else 0
         if self.open_events:
             record.events = self.open_events(f"{record.directory}/tensorboard", after=done)
             if self.history:
@@ -371,30 +371,71 @@ class Trainer:
         }
         self.record.save_checkpoint(step, state)
 
-    def _restored(self, state):
-        """``_restore``; UserError where the state is not that of such a run."""
+    def _check_state(self, state):
+        """UserError where ``state`` is not what ``_checkpoint`` saves of such a run."""
         try:
-            return self._restore(state)
+            self._load_state(state)
+            wrong = [name for name, fits in self._fits(state).items() if not fits]
+            problem = f"its {wrong[0]} is another's" if wrong else None
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             first_line = str(error).strip().split("\n")[0]
+            problem = f"{type(error).__name__}: {first_line}"
+        if problem:
             raise UserError(
-                f"{self.record.directory}: its last checkpoint does not fit the run "
-                f"({type(error).__name__}: {first_line})"
-            ) from None
+                f"{self.record.directory}: its last checkpoint does not fit the run ({problem})"
+            )
+
+    def _fits(self, state):
+        """{entry of a loaded ``state``: whether it is of this run's kind}."""
+        step, best, window = state["step"], state["best"], state["window"]
+        accuracy = best["valid_accuracy"]
+        kinds = {"epoch": int, "step": int, "hash": str}
+        history = None
+        if self.method.bilevel:
+            history = {"total", "count", "target"}
+        return {
+            "step": type(step) is int and 0 < step <= self.total_steps,
+            "best": isinstance(accuracy, float)
+            and (
+                best == {"valid_accuracy": -1.0}
+                or (0 <= accuracy <= 1 and all(type(best[n]) is k for n, k in kinds.items()))
+            ),
+            "window": window.keys() == vars(_Window()).keys()
+            and all(type(value) in (int, float) for value in window.values())
+            and window["start"] <= step,
+            "history": history is None
+            or (
+                state["history"].keys() == history
+                and all(
+                    torch.as_tensor(state["history"][name]).shape in ((), (self.config.task_num,))
+                    for name in ("total", "count")
+                )
+                and all(len(entry[0]) == len(entry[1]) for entry in state["history"]["target"])
+            ),
+            "skipped": type(state["skipped"]) is int,
+            "reported": isinstance(state["reported"], list),
+            "seconds": isinstance(state["seconds"], float),
+        }
+
+    def _load_state(self, state):
+        """Put back models, optimisers and random state. ValueError: an optimiser's is another's."""
+        self.model.load_state_dict(state["model"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        if state["step"] > self.main_steps:
+            self.lower_optimizer = self._fine_tuning_optimizer()
+        _load_optimizer(self.lower_optimizer, state["lower_optimizer"])
+        if self.method.bilevel:
+            _load_optimizer(self.upper_optimizer, state["upper_optimizer"])
+        _set_random_state(state["random"][self.ranks.rank], self.device)
 
     def _restore(self, state):
         """Put back what ``_checkpoint`` saved; the number of steps done."""
-        self.model.load_state_dict(state["model"])
-        self.lower_optimizer.load_state_dict(state["lower_optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
-        if self.method.bilevel:
-            self.upper_optimizer.load_state_dict(state["upper_optimizer"])
+        self._load_state(state)
         self.best, self.skipped = state["best"], state["skipped"]
         self.reported = state["reported"]
         vars(self.window).update(state["window"])
         if self.history:
-            self.history.restore(state["history"])
-        _set_random_state(state["random"][self.ranks.rank], self.device)
+            self.history.restore(state["history"], self.device)
         self.start -= state["seconds"]
         self._say(f"continuing after step {state['step']}")
         return state["step"]
@@ -428,7 +469,10 @@ class Trainer:
     def _start_fine_tuning(self):
         """Go back to the best checkpoint, with a fresh optimiser."""
         self._load_best(START_FILE)
-        self.lower_optimizer = build_lower_optimizer(self.config, self.theta, self.config.dev_lr)
+        self.lower_optimizer = self._fine_tuning_optimizer()
+
+    def _fine_tuning_optimizer(self):
+        return build_lower_optimizer(self.config, self.theta, self.config.dev_lr)
 
     def _lower_step(self, step, batch, window):
         clock = time.perf_counter()
@@ -692,6 +736,24 @@ def _set_random_state(state, device):
     torch.set_rng_state(state["cpu"])
     if device.type == "cuda":
         torch.cuda.set_rng_state(state["gpu"], device)
+
+
+def _load_optimizer(optimizer, state):
+    """``load_state_dict``. ValueError: it has other rates, or moments of other parameters."""
+
+    def rates():
+        return [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
+
+    expected = rates()
+    optimizer.load_state_dict(state)
+    if rates() != expected:
+        raise ValueError(f"an optimiser's learning rate and decay are {rates()}, not {expected}")
+    sgd = isinstance(optimizer, torch.optim.SGD)
+    moments = ("momentum_buffer",) if sgd else ("exp_avg", "exp_avg_sq")
+    for parameter, values in optimizer.state.items():
+        for name in moments:
+            if values[name].shape != parameter.shape:
+                raise ValueError(f"an optimiser's {name} is of other parameters")
 
 
 @torch.inference_mode()

@@ -283,6 +283,16 @@ def test_history_holds_the_weights_of_the_training_steps(tmp_path, masked):
         assert row["target_weight"][name] == pytest.approx(quantiles.tolist(), rel=1e-4)
 
 
+def test_a_history_goes_on_where_the_weights_are(tmp_path):
+    """A checkpoint is read into main memory; the weights to come may be a GPU's."""
+    history = ScheduleHistory(tmp_path / "schedule.jsonl", ["target", "a", "b"])
+    entry = (torch.ones(4), torch.arange(4), None)
+    history.restore({"total": torch.ones(3), "count": 4, "target": [entry]}, torch.device("meta"))
+    assert history.total.is_meta and history.count == 4
+    assert [value and value.device.type for value in history.target[0][2:]] == [None]
+    assert all(value.is_meta for value in history.target[0][:2])
+
+
 def test_history_changes_nothing_in_a_run(tiny_run, monkeypatch):
     watched = tiny_run(exp_name="watched", corrupted=True)
     monkeypatch.setattr(Trainer, "_open_history", lambda self: None)

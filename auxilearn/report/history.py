@@ -18,10 +18,10 @@ import numpy as np
 import torch
 
 from auxilearn.errors import UserError
-from auxilearn.files import read_regular
+from auxilearn.files import append_regular, read_regular
+from auxilearn.record import SCHEDULE_FILE
 from auxilearn.report.weights import samples_with_loss
 
-SCHEDULE_FILE = "schedule.jsonl"
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
@@ -63,9 +63,14 @@ class ScheduleHistory:
         """What is taken down since the last row, for a checkpoint."""
         return {"total": self.total, "count": self.count, "target": self.target}
 
-    def restore(self, state):
-        """Go on from ``state()``."""
-        vars(self).update(state)
+    def restore(self, state, device):
+        """Go on from ``state()``, with weights that are on ``device``."""
+
+        def moved(value):
+            return value.to(device) if isinstance(value, torch.Tensor) else value
+
+        self.total, self.count = moved(state["total"]), moved(state["count"])
+        self.target = [tuple(map(moved, entry)) for entry in state["target"]]
 
     def watch(self, outputs):
         """Take down the weights of ``TaskLosses`` when the backward pass comes through them."""
@@ -116,7 +121,7 @@ class ScheduleHistory:
         return weights.float().cpu().numpy(), places.cpu().numpy()
 
     def _append(self, row):
-        with open(self.path, "a", encoding="utf-8") as file:
+        with append_regular(self.path) as file:
             print(json.dumps(row), file=file)
 
 
