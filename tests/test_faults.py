@@ -576,6 +576,23 @@ def test_decompression_bombs_are_refused(tmp_path, monkeypatch, own_split):
         cub.check_images(cub.read_annotations(own_split.parent / "data"), progress=False)
 
 
+@pytest.mark.parametrize("kind", ["EPS", "16 bits"])
+def test_images_that_are_programs_or_would_lose_their_pixels(tmp_path, own_split, kind):
+    """Pillow hands EPS to Ghostscript, and makes white of all 16-bit values above 255."""
+    split = cub.load_split(own_split)
+    path = split.image_path(0)
+    if kind == "EPS":
+        Image.new("RGB", (20, 20)).save(path, "EPS")
+        message = f"{path}: not a readable image .cannot identify"
+    else:
+        Image.new("I;16", (20, 20), 3000).save(path, "PNG")
+        message = f"{path}: not a readable image .more than 8 bits per channel, mode I;16; expect"
+    with pytest.raises(UserError, match=message):
+        load_resized(path, 32)
+    with pytest.raises(UserError, match="1 of .* images cannot be decoded"):
+        cub.check_images(cub.read_annotations(own_split.parent / "data"), progress=False)
+
+
 @pytest.mark.parametrize("level", ["image", "folder"])
 def test_image_links_that_leave_the_folder_are_refused(tmp_path, own_split, level):
     data = own_split.parent / "data"

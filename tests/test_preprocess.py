@@ -429,6 +429,35 @@ def test_two_test_images_are_needed(tmp_path, out):
         prepare(root, out)
 
 
+def test_a_folder_in_place_of_a_file_to_be_written(root, out):
+    prepare(root, out)
+    before = contents(out)
+    (out / "test_set.json").unlink()
+    (out / "test_set.json").mkdir()
+    with pytest.raises(UserError, match="test_set.json is a folder, where a file is to be written"):
+        prepare(root, out, "--split_seed", 9)
+    (out / "test_set.json").rmdir()
+    assert contents(out) == {k: v for k, v in before.items() if k != "test_set.json"}
+
+
+def test_one_image_spelt_in_two_ways(root, out):
+    path = root / "images.txt"
+    first, second, *rest = path.read_text().splitlines()
+    for name in (first.split()[1].replace("/", "//"), "./" + first.split()[1]):
+        path.write_text("\n".join([first, f"2 {name}", *rest]))
+        with pytest.raises(UserError, match=r"images.txt, line 2: .* \(first on line 1\)"):
+            prepare(root, out)
+
+
+def test_a_byte_order_mark_does_not_matter(root, out):
+    before = cub.read_annotations(root)
+    for name in (*cub.REQUIRED_FILES, "attributes.txt"):
+        (root / name).write_bytes(b"\xef\xbb\xbf" + (root / name).read_bytes())
+    after = cub.read_annotations(root)
+    assert (after.attributes == before.attributes).all()
+    assert (after.paths, after.class_names) == (before.paths, before.class_names)
+
+
 def test_unwritable_out_dir(root, out):
     out.write_text("a file")
     with pytest.raises(UserError, match="cannot write to .*out.*--out_dir"):
@@ -625,12 +654,34 @@ BAD_SPLITS = {
     "bit 2": (set_field(2, [2] * 7), "image id 3: an attribute is neither 0 nor 1"),
     "bit 0.5": (set_field(2, [0.5] * 7), "image id 3: expected"),
     "path out": (set_field(0, "../../x.jpg"), "image id 3: image path .* leaves images/"),
+    "path of another image": (
+        lambda out: edit(out, "image_dictionary.json", with_image_of_first),
+        "image id 3: .* is the image of id 1 already; one image under two ids",
+    ),
+    "id given twice": (
+        lambda out: spoil_text(out, "image_dictionary.json", '{"1":', '{"2":null,"1":'),
+        "image_dictionary.json: '2' occurs more than once in an object",
+    ),
+    "a role is missing": (
+        lambda out: edit(out, "split_info.json", lambda i: i | {"attribute_roles": {"x": "y"}}),
+        "split_info.json, line 1: not what",
+    ),
     "path lost": (set_field(0, "x.jpg"), "cannot find image file .*x.jpg"),
     "info": (
         lambda out: edit(out, "split_info.json", lambda info: {}),
         "split_info.json, line 1: no",
     ),
 }
+
+
+def with_image_of_first(dictionary):
+    dictionary["3"][0] = "./" + dictionary["1"][0]
+    return dictionary
+
+
+def spoil_text(out, name, old, new):
+    path = out / name
+    path.write_text(path.read_text().replace(old, new, 1))
 
 
 @pytest.mark.parametrize("case", BAD_SPLITS)

@@ -6,6 +6,7 @@ division in ``preprocess_data/``, ``load_split`` gives it to training after chec
 input is still the one that was divided.
 """
 
+import codecs
 import fcntl
 import hashlib
 import json
@@ -51,6 +52,9 @@ SPLIT_FILES = (DICTIONARY_FILE, *SET_FILES.values())
 INFO_FILE = "split_info.json"
 
 _REPAIR = "unpack the archive again"
+
+# Others that Pillow knows are programs to be run, as EPS by Ghostscript, or for one system.
+IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -113,7 +117,7 @@ def read_annotations(root):
 def _check_root(root):
     if os.path.isdir(root):  # unlike Path.is_dir, no exception where it may not be looked at
         inner = root / "CUB_200_2011"
-        if not (root / IMAGES).exists() and (inner / IMAGES).exists():
+        if not os.path.exists(root / IMAGES) and os.path.exists(inner / IMAGES):
             raise UserError(f"{root / IMAGES} is missing; did you mean --data_root {inner}?")
         return
     problem = "is not a folder" if os.path.exists(root) else "does not exist"
@@ -190,12 +194,13 @@ def _read_images(root):
     for line, image in images.values():
         where = f"{path}, line {line}: "
         _check_image_path(image, where)
-        if image in seen:
+        file = PurePosixPath(image)  # a/./b and a//b are a/b
+        if file in seen:
             raise UserError(
-                f"{where}image {image} occurs a second time (first on line {seen[image]}); "
+                f"{where}image {image} occurs a second time (first on line {seen[file]}); "
                 "one image under two ids could be both trained and tested on"
             )
-        seen[image] = line
+        seen[file] = line
     return images
 
 
@@ -320,6 +325,8 @@ def _parse_attribute_rows(path):
     """
     if not path.is_file() or path.stat().st_size == 0:
         next(_numbered_lines(path))  # raises the message for a missing or empty file
+    with open_regular(path) as file:
+        encoding = "utf-8-sig" if file.read(3) == codecs.BOM_UTF8 else "latin-1"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # older numpy only warns of 1.5 read as 1, or no rows
@@ -329,12 +336,12 @@ def _parse_attribute_rows(path):
                 usecols=(0, 1, 2),
                 comments=None,
                 ndmin=2,
-                encoding="latin-1",
+                encoding=encoding,
             )
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except (ValueError, Warning) as error:
-        with path.open(encoding="latin-1") as lines:
+        with path.open(encoding=encoding, errors="replace") as lines:
             for number, line in enumerate(lines, start=1):
                 if line.strip() and not re.match(r"\s*([+-]?[0-9]{1,18}(\s+|$)){3}", line):
                     raise UserError(
@@ -394,8 +401,8 @@ def check_images(annotations, progress=True):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("error", Image.DecompressionBombWarning)
-                with Image.open(file) as image:
-                    image.convert("RGB")
+                with Image.open(file, formats=IMAGE_FORMATS) as image:
+                    in_rgb(image)
         except Exception as error:  # Pillow's decoders raise many kinds on damaged files
             bad.append(f"{file} ({error})")
     if bad:
@@ -404,6 +411,13 @@ def check_images(annotations, progress=True):
             f"{len(bad)} of {len(annotations.paths)} images cannot be decoded: "
             f"{', '.join(bad[:3])}{more}; {_REPAIR}"
         )
+
+
+def in_rgb(image):
+    """A Pillow image in RGB. ValueError where its pixels do not fit, and would become white."""
+    if image.mode.startswith(("I", "F")):
+        raise ValueError(f"more than 8 bits per channel, mode {image.mode}; expected 8")
+    return image.convert("RGB")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -577,6 +591,9 @@ def write_split(split_dir, annotations, aux_shot=1, split_seed=5):
         info["attribute_roles_file"] = os.path.abspath(roles_file)
         info["attribute_roles"] = _read_roles(roles_file, annotations.attribute_names)
     contents[INFO_FILE] = _to_json(info)
+    for name in contents:
+        if os.path.isdir(split_dir / name):
+            raise UserError(f"{split_dir / name} is a folder, where a file is to be written")
     try:
         if all(_bytes_or_none(split_dir / name) == data for name, data in contents.items()):
             return Written(info, changed=False, kept=[])
@@ -792,8 +809,16 @@ def _read_split_files(split_dir):
 
 
 def _parse_json(path, data=None):
+    def once(pairs):
+        """The object, no name of which may be given twice: json would take the last, silently."""
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            name = next(name for name, n in Counter(name for name, _ in pairs).items() if n > 1)
+            raise UserError(f"{path}: {_short(name)} occurs more than once in an object")
+        return found
+
     try:
-        return json.loads(read_regular(path) if data is None else data)
+        return json.loads(read_regular(path) if data is None else data, object_pairs_hook=once)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except json.JSONDecodeError as error:
@@ -810,6 +835,10 @@ def _check_info(path, info):
     def names(value):
         return isinstance(value, list) and value and all(isinstance(name, str) for name in value)
 
+    def _are_roles(value, of):
+        known = isinstance(value, dict) and value.keys() == set(of)
+        return value is None or (known and all(isinstance(v, str) for v in value.values()))
+
     fine = (
         isinstance(info, dict)
         and isinstance(info.get("data_root"), str)
@@ -819,7 +848,7 @@ def _check_info(path, info):
         and isinstance(info["fingerprint"].get("images"), str)
         and names(info.get("class_names"))
         and names(info.get("attribute_names"))
-        and isinstance(info.get("attribute_roles", {}), dict)
+        and _are_roles(info.get("attribute_roles"), info["attribute_names"])
         and {"split_seed", "aux_shot"} <= info.keys()
     )
     if not fine:
@@ -833,6 +862,7 @@ def _read_dictionary(path, dictionary, info):
     classes, width = len(info["class_names"]), len(info["attribute_names"])
     if not isinstance(dictionary, dict) or not dictionary:
         raise UserError(f"{path}, line 1: expected an object of images")
+    seen = {}
     for key, row in dictionary.items():
         fine = isinstance(row, list) and len(row) == 3 and isinstance(row[0], str)
         fine = fine and isinstance(row[2], list) and len(row[2]) == width
@@ -848,6 +878,12 @@ def _read_dictionary(path, dictionary, info):
             )
         if not {0, 1}.issuperset(row[2]):
             raise UserError(f"{path}: image id {key}: an attribute is neither 0 nor 1")
+        first = seen.setdefault(PurePosixPath(row[0]), key)
+        if first != key:
+            raise UserError(
+                f"{path}: image id {key}: {row[0]} is the image of id {first} already; "
+                "one image under two ids could be both trained and tested on"
+            )
     paths, labels, attributes = zip(*dictionary.values(), strict=True)
     return (
         list(paths),
@@ -893,7 +929,7 @@ def _check_classes(split_dir, split):
 def _check_data(split_dir, split, edited):
     """The data root still holds what was preprocessed."""
     root, info = split.data_root, split.info
-    if not (root / "images").is_dir():
+    if not os.path.isdir(root / "images"):
         raise UserError(
             f"{root / 'images'} does not exist ({split_dir / INFO_FILE} or --data_root names it); "
             "give the folder that holds images/ as --data_root"
@@ -903,7 +939,7 @@ def _check_data(split_dir, split, edited):
     command = "python data_preprocess.py" + "".join(
         f" --{key} {shlex.quote(str(value))}" for key, value in arguments.items()
     )
-    if any((root / name).exists() for name in REQUIRED_FILES):
+    if any(os.path.exists(root / name) for name in REQUIRED_FILES):
         check_fingerprint(info["fingerprint"], root, command)
         if DICTIONARY_FILE not in edited:
             return  # its images are those of images.txt, which were just looked at

@@ -18,6 +18,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as pixels
 
 from auxilearn.config import training_set_name
+from auxilearn.data.cub import IMAGE_FORMATS, in_rgb
 from auxilearn.errors import UserError
 from auxilearn.models import Batch
 from auxilearn.randomness import derived_generator, derived_seed
@@ -173,7 +174,7 @@ def opened(path):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(path)
+            image = Image.open(path, formats=IMAGE_FORMATS)
         with image:
             yield image
     except FileNotFoundError:
@@ -189,7 +190,7 @@ def load_resized(path, side):
     """
     with opened(path) as image:
         shape = shape_to_load(image, side)
-        return pixels.pil_to_tensor(pixels.resize(image.convert("RGB"), shape))
+        return pixels.pil_to_tensor(pixels.resize(in_rgb(image), shape))
 
 
 class DecodedImages:
