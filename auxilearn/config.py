@@ -536,7 +536,12 @@ _AT_MOST = {
     "dev_epochs": 10**6,
     "max_steps": 10**8 - 1,
     "seed": 2**63 - 1,
+    "n_meta_loss_accum": 10**4,
+    "n_meta_train_loss_accum": 10**4,
+    "neumann_terms": 10**4,
+    "cg_iterations": 10**4,
 }
+_LARGEST = 1e30  # float32 holds little more
 # No result depends on these: a run may be continued with others.
 NEUTRAL = (
     "resume",
@@ -559,6 +564,8 @@ def check(config):
         value = getattr(config, field.name)
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"--{field.name} must be a finite number, not {value}")
+        if isinstance(value, float) and value > _LARGEST:
+            raise UserError(f"--{field.name} must be at most {_LARGEST}, not {value}")
         if value is None:
             continue
         if field.name in _AT_LEAST and value < _AT_LEAST[field.name]:

@@ -60,6 +60,10 @@ def run_script(main):
             sys.exit(_say(error, getattr(error, "code", 1)))
         except KeyboardInterrupt:
             sys.exit(_say("interrupted", 130))
+        except OSError as error:  # a path too long, a folder that may not be looked into
+            if error.filename is None:
+                raise
+            sys.exit(_say(f"{os.fsdecode(error.filename)}: {error.strerror}", 2))
         finally:
             for stream in (sys.stdout, sys.stderr):
                 if stream is not None:
@@ -104,5 +108,7 @@ class _OutputOfScript:
 
 def _say(message, code):
     line = " ".join(str(message).split())
+    if not line.isprintable():  # what a file says may move a terminal's cursor
+        line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
     print(f"error: {line}", file=sys.stderr, flush=True)
     return code

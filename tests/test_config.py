@@ -317,6 +317,14 @@ BAD_VALUES = {
     "--exp_name \udcff": "--exp_name",
     f"--epochs {10**20}": "--epochs",
     f"--seed {10**30}": "--seed",
+    f"--n_meta_loss_accum {10**9}": "--n_meta_loss_accum must be at most 10000",
+    f"--n_meta_train_loss_accum {10**9}": "--n_meta_train_loss_accum must be at most 10000",
+    f"--neumann_terms {10**9}": "--neumann_terms must be at most 10000",
+    f"--cg_iterations {10**9}": "--cg_iterations must be at most 10000",
+    **{
+        f"--{name} 1e38": f"--{name} must be at most 1e+30, not 1e+38"
+        for name in ("main_lr", "dev_lr", "aux_lr", "w_decay", "auxw_decay", "aux_weight")
+    },
     f"--num_workers {10**8}": "--num_workers",
     f"--image_size {10**6}": "--image_size",
     f"--method task --aux_hidden_dim {10**9}": "--aux_hidden_dim",

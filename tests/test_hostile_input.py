@@ -9,6 +9,7 @@ import io
 import json
 import os
 import shutil
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -266,6 +267,91 @@ def test_weights_files_of_other_content(tmp_path_factory, state):
     path.write_bytes(buffer.getvalue())
     with pytest.raises(UserError, match=str(path)):
         build_backbone("convnet", 8, weights_path=str(path))
+
+
+def test_weights_that_grow_when_they_are_read(sound, tmp_path):
+    """A zip archive whose members are packed: torch.save writes none, torch.load unpacks them."""
+    path = tmp_path / "weights.pt"
+    best = sound / "record/full/run/best.pt"
+    with zipfile.ZipFile(best) as source, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as bomb:
+        for name in source.namelist():
+            bomb.writestr(name, source.read(name) + bytes(1 << 20))
+    with pytest.raises(UserError, match=f"{path}: not a weights file .*compressed"):
+        build_backbone("convnet", 8, weights_path=str(path))
+    with pytest.raises(UserError, match="its members are larger than the file"):
+        record_module._loaded(path, path.read_bytes())
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda weight: weight.fill_(torch.nan), "has values that are not finite"),
+        (lambda weight: weight.to_sparse(), "is no plain tensor"),
+        (lambda weight: weight.to("meta"), "is no plain tensor"),
+        (
+            lambda weight: weight.to(torch.complex64),
+            "is of type torch.complex64, expected torch.fl",
+        ),
+    ],
+)
+def test_weights_that_cannot_be_copied(sound, tmp_path, change, problem):
+    path = tmp_path / "weights.pt"
+    state = torch.load(sound / "record/full/run/best.pt", weights_only=True)
+    name = next(iter(state["model"]))
+    state["model"][name] = change(state["model"][name])
+    torch.save(state, path)
+    with pytest.raises(UserError, match=f"{name.removeprefix('backbone.')} {problem}"):
+        build_backbone("convnet", 8, weights_path=str(path))
+
+
+def entry(name, value):
+    return lambda state: state.update({name: value})
+
+
+def in_entry(name, **values):
+    return lambda state: state[name].update(values)
+
+
+FORGED = {
+    "step of a word": entry("step", "3"),
+    "step beyond": entry("step", 10**9),
+    "step below": entry("step", -1),
+    "half a step": entry("step", 2.0),
+    "no best": entry("best", {}),
+    "best of a word": in_entry("best", valid_accuracy="high"),
+    "best above 1": in_entry("best", valid_accuracy=7.0),
+    "best without hash": lambda state: state["best"].pop("hash"),
+    "window of words": in_entry("window", loss="low"),
+    "window to come": in_entry("window", start=99),
+    "window without a sum": lambda state: state["window"].pop("hits"),
+    "other tasks": in_entry("history", total=torch.zeros(9)),
+    "history of words": in_entry("history", count="many"),
+    "skipped word": entry("skipped", "none"),
+    "reported number": entry("reported", 5),
+    "seconds": entry("seconds", "long"),
+    "random state": entry("random", []),
+    "another rate": lambda state: state["lower_optimizer"]["param_groups"][0].update(lr=9.0),
+    "other moments": lambda state: state["lower_optimizer"]["state"][0].update(
+        exp_avg=torch.zeros(3)
+    ),
+    "no moments": lambda state: state["upper_optimizer"]["state"][0].clear(),
+}
+
+
+@pytest.mark.parametrize("case", FORGED)
+def test_a_forged_checkpoint_is_refused_and_nothing_is_cut(sound, run_copy, case):
+    """Its hash is right, and it is not what the run wrote."""
+    run, go_on = run_copy()
+    newest = max(run.glob("step-*.pt"))
+    saved = torch.load(newest, weights_only=True)
+    FORGED[case](saved["state"])
+    newest.unlink()
+    content = record_module._saved(saved)
+    (run / f"step-00000099.{record_module._hash(content)}.pt").write_bytes(content)
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    with pytest.raises(UserError, match="its last checkpoint does not fit the run"):
+        go_on()
+    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
 
 
 # --------------------------------------------------------------------------------------------------
@@ -565,3 +651,46 @@ def test_what_is_no_file_is_refused_at_once(sound, tmp_path, kind):
             read()
         if file != path:
             sound_file.replace(file)
+
+
+@pytest.mark.parametrize("name", ["log.txt", "metrics.jsonl", "schedule.jsonl"])
+def test_a_pipe_in_place_of_what_a_run_appends_to(run_copy, name):
+    run, go_on = run_copy()
+    (run / name).unlink()
+    os.mkfifo(run / name)
+    with pytest.raises(
+        (UserError, RunError), match="No such device|not a regular|Invalid argument"
+    ):
+        go_on()
+
+
+def test_what_cannot_be_a_checkpoint_is_passed_over(sound, run_copy, capsys):
+    run, go_on = run_copy()
+    (run / "step-00000098.0123456789abcdef.pt").mkdir()
+    (run / "step-00000099.0123456789abcdef.pt").symlink_to("nowhere")
+    (run / "notes.jsonl").write_text("not the run's")
+    go_on()
+    assert "step-00000099.0123456789abcdef.pt cannot be read (No such" in capsys.readouterr().err
+    assert (run / "summary.json").exists()
+    assert (run / "notes.jsonl").read_text() == "not the run's"
+
+
+def test_a_best_checkpoint_that_is_gone(run_copy):
+    run, go_on = run_copy()
+    (run / "best.pt").unlink()
+    with pytest.raises(RunError, match="best.pt is not the checkpoint that this run wrote.*put it"):
+        go_on()
+
+
+def test_a_path_that_cannot_be_looked_at_and_signs_that_cannot_be_shown(command):
+    def main():
+        Path("x" * 5000).stat()
+
+    code, _, err = command(main)
+    assert (code, err) == (2, f"error: {'x' * 5000}: File name too long\n")
+
+    def shown():
+        raise UserError("image \x1b[31m\u202e.png:\nno")
+
+    code, _, err = command(shown)
+    assert (code, err) == (2, "error: image \\x1b[31m\\u202e.png: no\n")
