@@ -1,7 +1,9 @@
 """Fetching from a server that misbehaves, and unpacking archives that do."""
 
+import gzip
 import hashlib
 import io
+import lzma
 import re
 import tarfile
 import threading
@@ -248,6 +250,22 @@ def test_damaged_or_foreign_archives(tmp_path):
             download.unpack(archive, tmp_path, False)
     write_archive(archive, member("other/images.txt"))
     with pytest.raises(UserError, match=r"has no CUB_200_2011/images\.txt"):
+        download.unpack(archive, tmp_path, False)
+    assert names(tmp_path) == ["a.tgz"]
+
+
+@pytest.mark.parametrize("place", ["member", "header", "tail"])
+@pytest.mark.parametrize("packed", ["gz", "xz"])
+def test_an_archive_that_inflates_is_refused(tmp_path, place, packed):
+    zeros = bytes(20 << 20)
+    bomb = member("CUB_200_2011/b", data=zeros if place == "member" else b"")
+    if place == "header":
+        bomb[0].pax_headers = {"comment": zeros.decode()}
+    archive = write_archive(tmp_path / "a.tgz", IMAGES, bomb, mode=f"w:{packed}")
+    if place == "tail":
+        compress = {"gz": gzip.compress, "xz": lzma.compress}[packed]
+        archive.write_bytes(archive.read_bytes() + compress(zeros))
+    with pytest.raises(UserError, match=r"a\.tgz is damaged or unsafe .*more than 100 times"):
         download.unpack(archive, tmp_path, False)
     assert names(tmp_path) == ["a.tgz"]
 

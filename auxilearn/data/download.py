@@ -16,12 +16,15 @@ from tqdm import tqdm
 
 from auxilearn.data.cub import ATTRIBUTES, IMAGES, hash_file
 from auxilearn.errors import UserError
+from auxilearn.files import open_regular
 
 CUB_URL = "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz"
 CUB_MD5 = "97eceeb196236b17998738112f37df78"
 CUB_FOLDER = "CUB_200_2011"
 
 _BLOCK = 1 << 16
+_INFLATION = 100  # an archive may unpack to so many times its size; text does to ten
+_PADDING = 1 << 20  # beyond that: the zeros at the end of a small one
 
 
 def fetch_cub(directory, progress=True):
@@ -219,19 +222,50 @@ def _check_vacant(root):
         )
 
 
+class _Bounded(tarfile.TarFile):
+    """A tar archive of which no more than ``limit`` bytes are unpacked, headers included."""
+
+    @classmethod
+    def taropen(cls, name, mode="r", fileobj=None, *, limit, **kwargs):
+        return super().taropen(name, mode, _UpTo(fileobj, limit), **kwargs)
+
+
+class _UpTo:
+    """``file``, read no further than ``limit``."""
+
+    def __init__(self, file, limit):
+        self._file, self._limit = file, limit
+
+    def __getattr__(self, name):
+        return getattr(self._file, name)
+
+    def read(self, size):
+        self._check(self._file.tell() + size)
+        return self._file.read(size)
+
+    def seek(self, place):
+        self._check(place)
+        return self._file.seek(place)
+
+    def _check(self, place):
+        if place > self._limit:
+            raise tarfile.ReadError(f"it unpacks to more than {_INFLATION} times its size")
+
+
 def _extract(archive, aside, progress):
+    size = archive.stat().st_size
     safety = {"filter": "data"} if hasattr(tarfile, "data_filter") else {"set_attrs": False}
     with (
-        archive.open("rb") as file,
+        open_regular(archive) as file,
         tqdm(
             desc=f"unpacking {archive.name}",
-            total=archive.stat().st_size,
+            total=size,
             unit="B",
             unit_scale=True,
             unit_divisor=1024,
             disable=not progress or None,
         ) as bar,
-        tarfile.open(fileobj=file, mode="r:*") as tar,
+        _Bounded.open(fileobj=file, mode="r:*", limit=_INFLATION * size + _PADDING) as tar,
     ):
         for member in tar:
             _check_member(archive, member)
