@@ -24,6 +24,7 @@ from pathlib import Path
 import data_preprocess
 from auxilearn.data.cub import load_split
 from auxilearn.errors import RunError, UserError, run_script
+from auxilearn.files import append_regular
 from auxilearn.tables import local, slurm, sweep
 from auxilearn.tables.notes import notes
 from auxilearn.tables.protocol import DATASETS, ROWS, TABLES, USUAL_ROWS
@@ -220,7 +221,7 @@ def prepare(args, places, preprocess_flags):
         with sweep.disk_errors(home):
             home.mkdir(parents=True, exist_ok=True)
             # Two sweeps that start at once would both generate the data.
-            with open(home / ".lock", "a") as lock, contextlib.redirect_stdout(io.StringIO()):
+            with append_regular(home / ".lock") as lock, contextlib.redirect_stdout(io.StringIO()):
                 with contextlib.suppress(OSError):  # a file system without locks
                     fcntl.lockf(lock, fcntl.LOCK_EX)
                 data_preprocess.main(preprocess_flags)

@@ -110,9 +110,9 @@ def stable_alpha(alpha, growth):
     from one to the next, 1 - alpha lambda = -|growth|, so lambda = (1 + |growth|) / alpha, and the
     series converges for alpha < 2 / lambda = 2 alpha / (1 + |growth|). After few terms the growth
     is still below its limit, and the estimate too large. Where they grow without changing sign,
-    lambda is negative, and no alpha makes the series converge: None.
+    lambda is negative, and no alpha makes the series converge: None, as where they overflow.
     """
-    return 2 * alpha / (1 - growth) if growth < 0 else None
+    return 2 * alpha / (1 - growth) if -math.inf < growth < 0 else None
 
 
 def identity(scale=1.0):

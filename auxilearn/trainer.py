@@ -552,7 +552,9 @@ class Trainer:
 
     def _report_divergence(self, step, solution, stable, bar):
         config = self.config
-        if stable is None:
+        if not math.isfinite(solution.growth):
+            cure = "its terms overflow, try a far smaller --neumann_alpha"
+        elif stable is None:
             cure = "the terms grow along negative curvature, where no alpha is stable"
         else:
             cure = f"the largest stable --neumann_alpha is about {stable:.2g}"

@@ -517,6 +517,13 @@ def test_a_diverging_series_is_reported_once(tiny_run, policy, capfd):
     assert line in capfd.readouterr().out
 
 
+def test_a_series_that_overflows_is_reported_as_such(tiny_run):
+    run = tiny_run(method="joint", neumann_alpha=1e25, neumann_terms=3, on_nonfinite="skip")
+    (line,) = re.findall("warning: .*diverges.*", (run.directory / "log.txt").read_text())
+    assert "its terms overflow, try a far smaller --neumann_alpha" in line
+    assert all(row["stable_alpha"] is None for row in run.rows_of("upper"))
+
+
 def test_a_calm_series_is_not_reported(tiny_run):
     run = tiny_run(method="joint", neumann_alpha=1e-6)
     assert not any(row["diverging"] for row in run.rows_of("upper"))

@@ -422,6 +422,8 @@ def test_charts_of_the_oddest_rows_that_are_taken(sound, tmp_path):
         {"kind": "epoch", "step": step, "epoch": step, "valid_accuracy": -big},
     ]
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    names = {"kind": "tasks", "names": ["target", "$x_{$", "a$b$", "<b>"]}
+    (run / "schedule.jsonl").write_text(json.dumps(names) + "\n")
     weights = [{"mean_weight": [w] * 4, "target_weight": {"all": [w] * 5}} for w in (0, -big, big)]
     rows = [{"kind": "schedule", "step": i, **weight} for i, weight in enumerate(weights)]
     with (run / "schedule.jsonl").open("a") as file:
@@ -662,6 +664,19 @@ def test_a_pipe_in_place_of_what_a_run_appends_to(run_copy, name):
         (UserError, RunError), match="No such device|not a regular|Invalid argument"
     ):
         go_on()
+
+
+def test_a_pipe_or_a_link_in_place_of_a_cache_s_lock(sound, tmp_path):
+    split = cub.load_split(sound / "split")
+    lock = tmp_path / ".lock"
+    os.mkfifo(lock)
+    with pytest.raises(UserError, match="no image cache can be written to"):
+        open_cache(split, 16, tmp_path, 0)
+    lock.unlink()
+    (tmp_path / "mine").write_text("not the cache's")
+    lock.symlink_to("mine")
+    open_cache(split, 16, tmp_path, 0)
+    assert (tmp_path / "mine").read_text() == "not the cache's"
 
 
 def test_what_cannot_be_a_checkpoint_is_passed_over(sound, run_copy, capsys):

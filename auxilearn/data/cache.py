@@ -44,7 +44,7 @@ from auxilearn.data.dataset import (
     shape_to_load,
 )
 from auxilearn.errors import UserError
-from auxilearn.files import open_regular
+from auxilearn.files import append_regular, open_regular
 from auxilearn.record import write_aside
 
 LAYOUT = 1  # to be raised with every change of the file's content
@@ -263,7 +263,7 @@ def _alone_in(directory):
     """Hold the lock of a cache directory, which is made if need be and cleared of leftovers."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        lock = open(directory / ".lock", "w")  # noqa: SIM115
+        lock = append_regular(directory / ".lock")
     except OSError as error:
         raise CacheError(
             f"no image cache can be written to {directory} ({error.strerror})"

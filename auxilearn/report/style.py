@@ -29,6 +29,7 @@ SIZE = (4.7, 3.0)  # inches
 POINTS = 1200  # most points of a scatter plot
 STYLE = {
     "font.size": 9,
+    "text.parse_math": False,  # names may hold dollar signs
     "font.family": "DejaVu Sans",
     "axes.titlesize": 10,
     "axes.titleweight": "bold",

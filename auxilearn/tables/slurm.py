@@ -18,6 +18,7 @@ import uuid
 from pathlib import Path
 
 from auxilearn.errors import Interrupted, UserError, needs
+from auxilearn.files import append_regular
 from auxilearn.tables.local import ROOT, Outcome
 
 WARNING = signal.SIGUSR2  # what Slurm sends ahead of the time limit, and submitit listens to
@@ -244,7 +245,7 @@ class _Sweep:
         self._prefix = re.sub(r"[^\w.-]", "_", log_dir.name)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.folder / "lock", "a")  # noqa: SIM115
+            self._lock = append_regular(self.folder / "lock")
         except OSError as error:
             raise UserError(f"{self.folder} cannot be written ({error.strerror})") from None
         try:
