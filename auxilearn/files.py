@@ -40,6 +40,11 @@ def append_regular(path):
     return file
 
 
+def is_text(value):
+    """Whether ``value`` is a string that can be written; JSON may hold halves of characters."""
+    return isinstance(value, str) and not any("\ud800" <= sign <= "\udfff" for sign in value)
+
+
 def refuse_inflating(file):
     """ValueError for a zip archive, open as ``file``, that holds more than its own size.
 

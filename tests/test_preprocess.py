@@ -662,6 +662,10 @@ BAD_SPLITS = {
         lambda out: spoil_text(out, "image_dictionary.json", '{"1":', '{"2":null,"1":'),
         "image_dictionary.json: '2' occurs more than once in an object",
     ),
+    "half a character": (
+        lambda out: spoil_text(out, "split_info.json", '"001.Bird_1"', '"\\ud800"'),
+        "split_info.json, line 1: not what",
+    ),
     "a role is missing": (
         lambda out: edit(out, "split_info.json", lambda i: i | {"attribute_roles": {"x": "y"}}),
         "split_info.json, line 1: not what",

@@ -29,7 +29,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from auxilearn.errors import UserError
-from auxilearn.files import open_regular, read_regular
+from auxilearn.files import is_text, open_regular, read_regular
 
 IMAGES = "images.txt"
 LABELS = "image_class_labels.txt"
@@ -693,7 +693,7 @@ def _read_roles(path, attribute_names):
     if not isinstance(roles, dict):
         raise UserError(f"{path}, line 1: expected an object with a 'roles' mapping")
     for name in attribute_names:
-        if not isinstance(roles.get(name), str):
+        if not is_text(roles.get(name)):
             raise UserError(f"{path}: attribute {_short(name)} has no role; expected a word")
     unknown = [name for name in roles if name not in set(attribute_names)]
     if unknown:
@@ -833,11 +833,11 @@ def _check_info(path, info):
     """split_info.json is ours; check as much as the code below relies on."""
 
     def names(value):
-        return isinstance(value, list) and value and all(isinstance(name, str) for name in value)
+        return isinstance(value, list) and value and all(map(is_text, value))
 
     def _are_roles(value, of):
         known = isinstance(value, dict) and value.keys() == set(of)
-        return value is None or (known and all(isinstance(v, str) for v in value.values()))
+        return value is None or (known and all(map(is_text, value.values())))
 
     fine = (
         isinstance(info, dict)

@@ -12,6 +12,7 @@ from auxilearn.data.cache import open_images
 from auxilearn.data.cub import Split, load_split
 from auxilearn.data.dataset import OrderedBatches, SampleSet, Stream, training_set_of
 from auxilearn.errors import UserError
+from auxilearn.files import is_text
 from auxilearn.methods import METHODS, Method, Problem
 from auxilearn.models import TaskModel, build_backbone, load_file, load_matching
 from auxilearn.record import (
@@ -151,7 +152,7 @@ def _are_groups(value):
 
 
 def _are_names(value):
-    return isinstance(value, list) and value and all(isinstance(name, str) for name in value)
+    return isinstance(value, list) and value and all(map(is_text, value))
 
 
 METRICS = {  # {kind of row: {field: what it must be}}; null is a number that was not finite
