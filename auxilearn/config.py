@@ -541,7 +541,7 @@ _AT_MOST = {
     "neumann_terms": 10**4,
     "cg_iterations": 10**4,
 }
-_LARGEST = 1e30  # float32 holds little more
+_LARGEST = 1e37  # float32 holds little more
 # No result depends on these: a run may be continued with others.
 NEUTRAL = (
     "resume",

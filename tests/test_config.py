@@ -322,7 +322,7 @@ BAD_VALUES = {
     f"--neumann_terms {10**9}": "--neumann_terms must be at most 10000",
     f"--cg_iterations {10**9}": "--cg_iterations must be at most 10000",
     **{
-        f"--{name} 1e38": f"--{name} must be at most 1e+30, not 1e+38"
+        f"--{name} 1e38": f"--{name} must be at most 1e+37, not 1e+38"
         for name in ("main_lr", "dev_lr", "aux_lr", "w_decay", "auxw_decay", "aux_weight")
     },
     f"--num_workers {10**8}": "--num_workers",
