@@ -10,13 +10,17 @@ and P(a) = a - E[a] - x_hat E[a x_hat],
     g_x  = weight s P(g),   g_weight = sum g x_hat,   g_bias = sum g         (backward)
 
 The Jacobian in x is symmetric, so the fused backward kernel computes the tangent as well. The
-tangent of the backward pass follows from s' = -s^2 E[x_hat x'] and x_hat' = s P(x').
+backward pass is the gradient of <g, y>, whose second derivative is symmetric: from x', weight' and
+bias', the gradients of its three results, its own backward pass makes for g the tangent y', and for
+x and weight the tangents of g_x and g_weight, which follow from s' = -s^2 E[x_hat x'] and
+x_hat' = s P(x').
 """
 
 import inspect
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
 
@@ -38,6 +42,14 @@ def _add_scaled(total, *terms):
     return total
 
 
+def _tangent(x_t, weight_t, bias_t, x, weight, mean, invstd):
+    """(y', sum x' x_hat, sum x')."""
+    y_t, sum_xt_xhat, sum_xt = _backward_kernel(x_t, x, weight, mean, invstd)
+    scale = weight_t * invstd
+    _add_scaled(y_t, (scale, x)).add_(_per_channel(bias_t - scale * mean, x))
+    return y_t, sum_xt_xhat, sum_xt
+
+
 class _BatchNorm(torch.autograd.Function):
     """x, weight, bias -> y, mean, invstd; the statistics are outputs only to be saved."""
 
@@ -56,9 +68,7 @@ class _BatchNorm(torch.autograd.Function):
     @staticmethod
     def jvp(ctx, x_t, weight_t, bias_t, _):
         x, weight, mean, invstd = ctx.saved_tensors
-        y_t, _, _ = _backward_kernel(x_t, x, weight, mean, invstd)
-        scale = weight_t * invstd
-        y_t = _add_scaled(y_t, (scale, x)).add_(_per_channel(bias_t - scale * mean, x))
+        y_t, _, _ = _tangent(x_t, weight_t, bias_t, x, weight, mean, invstd)
         return y_t, None, None
 
     @staticmethod
@@ -71,27 +81,22 @@ class _BatchNormBackward(torch.autograd.Function):
     """grad, x, weight -> gradients of x, weight and bias. ``mean`` and ``invstd`` follow from x."""
 
     @staticmethod
-    def forward(grad, x, weight, mean, invstd):
-        return _backward_kernel(grad, x, weight, mean, invstd)
+    def forward(ctx, grad, x, weight, mean, invstd):
+        grads = _backward_kernel(grad, x, weight, mean, invstd)
+        ctx.save_for_backward(grad, x, weight, mean, invstd, *grads[1:])
+        return grads
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_forward(*inputs, output[1], output[2])
-
-    @staticmethod
-    def jvp(ctx, grad_t, x_t, weight_t, _mean, _invstd):
+    @once_differentiable
+    def backward(ctx, x_t, weight_t, bias_t):
         grad, x, weight, mean, s, grad_weight, grad_bias = ctx.saved_tensors
         count = x.numel() // x.shape[1]
-        others = [d for d in range(x.dim()) if d != 1]
         e_g, e_g_xhat = grad_bias / count, grad_weight / count  # E[g], E[g x_hat]
-        # weight s P(g'), sum g' x_hat, sum g'
-        grad_x_t, sum_gt_xhat, sum_gt = _backward_kernel(grad_t, x, weight, mean, s)
-        # E[x'], E[x_hat x'], E[g x']
-        e_xt = x_t.mean(dim=others)
-        e_xhat_xt = s * ((x * x_t).mean(dim=others) - mean * e_xt)
-        e_g_xt = (grad * x_t).mean(dim=others)
+        grad_t, sum_xt_xhat, sum_xt = _tangent(x_t, weight_t, bias_t, x, weight, mean, s)
+        e_xt, e_xhat_xt = sum_xt / count, sum_xt_xhat / count  # E[x'], E[x_hat x']
+        e_g_xt = (grad * x_t).mean(dim=[d for d in range(x.dim()) if d != 1])
         e_g_xhat_t = s * (e_g_xt - e_g * e_xt - e_g_xhat * e_xhat_xt)  # E[g x_hat']
-        # The rest of (weight s P(g))' is a sum of g, x, x' and a constant, channel by channel:
+        # (weight s P(g))' at fixed g is a sum of g, x, x' and a constant, channel by channel:
         #   (weight s)' (g - E[g] - x_hat E[g x_hat])
         #   - weight s (x_hat' E[g x_hat] + x_hat E[g x_hat'])
         # with x_hat' = s (x' - E[x'] - x_hat E[x_hat x']).
@@ -99,9 +104,9 @@ class _BatchNormBackward(torch.autograd.Function):
         on_xt = -weight * s * s * e_g_xhat
         on_xhat = -scale_t * e_g_xhat - on_xt * e_xhat_xt - weight * s * e_g_xhat_t
         constant = -scale_t * e_g - on_xt * e_xt - on_xhat * s * mean
-        _add_scaled(grad_x_t, (scale_t, grad), (on_xt, x_t), (on_xhat * s, x))
-        grad_x_t.add_(_per_channel(constant, x))
-        return grad_x_t, sum_gt_xhat + count * e_g_xhat_t, sum_gt
+        grad_x_t = torch.mul(grad, _per_channel(scale_t, x), out=torch.empty_like(x))
+        _add_scaled(grad_x_t, (on_xt, x_t), (on_xhat * s, x)).add_(_per_channel(constant, x))
+        return grad_t, grad_x_t, count * e_g_xhat_t, None, None
 
 
 class FastBatchNorm(TorchFunctionMode):

@@ -6,11 +6,13 @@ import weakref
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 
 from auxilearn.hypernet import MonoJoint, MonoLinearHyperNet, MonoNonlinearHyperNet, Naive_hyper
 from auxilearn.implicit_diff import conjugate_gradient, exact, identity, neumann
 from auxilearn.upper_level import (
     DoubleBackwardOperators,
+    FastOperators,
     TaskLosses,
     UpperLevel,
     _Problem,
@@ -100,6 +102,52 @@ def test_forward_mode_equals_double_backward(method, masked, dropout):
     assert solution.residual == pytest.approx(plain_solution.residual, rel=1e-10)
     assert dev_loss == pytest.approx(plain_dev_loss, rel=1e-12)
     assert sum(t.abs().sum() for t in plain) > 1e-8  # the comparison is not of zeros
+
+
+class Convolutions(SmallResNet):
+    """Every kind of convolution, among batch norms and a dropout."""
+
+    def __init__(self):
+        super().__init__(dropout=0.3)
+        width = WIDTH
+        self.stem[0] = nn.Conv2d(3, width, 3, padding="same", padding_mode="circular")
+        self.kinds = nn.Sequential(
+            nn.Conv2d(width, width, 3, padding=2, dilation=2, groups=3),
+            nn.BatchNorm2d(width),
+            nn.ReLU(inplace=True),
+            weight_norm(nn.Conv2d(width, width, (1, 3), padding="same")),
+            nn.BatchNorm2d(width),
+            weight_norm(nn.Conv2d(width, width, 2, stride=(2, 1), bias=False)),
+            nn.Conv2d(width, width, 1),
+            nn.ReLU(inplace=True),
+        )
+        self.kinds[-2].weight = self.twice = nn.Parameter(torch.randn(width, width, 1, 1))
+        self.frozen = nn.Conv2d(width, width, 1).requires_grad_(False)
+
+    def forward(self, batch):
+        images, *rest = batch
+        hidden = self.frozen(self.kinds(torch.relu(self.stem(images))))
+        hidden = nn.functional.conv2d(hidden, self.twice) + self.block(hidden)
+        features = self.dropout(hidden.mean(dim=(2, 3)))
+        losses = self.head(features).reshape(-1, TASKS, 3).square().mean(dim=2)
+        return TaskLosses(losses, features)
+
+
+@pytest.mark.parametrize("batches", [1, 2])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_products_with_every_kind_of_convolution(batches, memory_format):
+    model, scheduler = Convolutions().to(memory_format=memory_format), SCHEDULERS["joint"]()
+    train_batches = [batch() for _ in range(batches)]
+    for images, *_ in train_batches:
+        images.data = images.to(memory_format=memory_format)
+    problem = _Problem(model, scheduler, train_batches, 0, lambda tensors, batches: tensors)
+    fast, plain = FastOperators(problem), DoubleBackwardOperators(problem)
+    for _ in range(3):
+        u = [torch.randn_like(t) for t in problem.theta.values()]
+        found, expected = problem.named(fast.hvp(u)), problem.named(plain.hvp(u))
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-11)
+        # A bias before a batch norm has no influence.
+        assert all(t.any() for name, t in expected.items() if not name.endswith("bias"))
 
 
 def test_plain_autograd_agrees_without_any_of_our_operators():
