@@ -11,7 +11,8 @@ package  the models, solvers and streams that ``auxilearn.trainer.Trainer`` trai
 
 Both start from the same random weights of a ResNet-18 and the same images: JPEGs of CUB's size with
 random labels, written to a temporary folder. Each lives in a process of its own, under the process
-settings that this script was started with, and they take turns: plain, package, plain, package ...
+settings that this script was started with (or its own, with --own_settings), and they take turns:
+plain, package, plain, package ...
 Every quantity has fresh processes, so that their peak memory is that quantity's. One untimed turn
 comes first. Progress goes to stderr, Markdown tables to stdout.
 """
@@ -44,6 +45,7 @@ from benchmarks.sides import (  # noqa: E402
     Package,
     Plain,
     Workload,
+    run_script_settings,
     running,
 )
 
@@ -228,17 +230,21 @@ def print_head(workload):
         machine += f", {torch.cuda.get_device_name(workload.device)}"
     packages = ", ".join(f"{name} {version}" for name, version in facts["packages"].items())
     threads = workload.threads or torch.get_num_threads()
-    variables = " ".join(
-        f"{name}={value}"
-        for name, value in sorted(os.environ.items())
-        if name.startswith(PROCESS_SETTINGS)
-    )
+    variables = {n: v for n, v in os.environ.items() if n.startswith(PROCESS_SETTINGS)}
+    shown = f"of both: {threads} threads; {_variables(variables)}"
+    if workload.own_settings:
+        added = run_script_settings()
+        plain = {n: v for n, v in variables.items() if n not in added}
+        shown = (
+            f"of each its own: {threads} threads; package {_variables(variables | added)}, "
+            f"plain {_variables(plain)}"
+        )
     precision = "TF32" if workload.tf32 else "float32"
     print("## Side by side\n")
     print(f"- machine: {machine}; load average at the start {os.getloadavg()[0]:.1f}")
     print(f"- versions: Python {facts['python']}, {packages}; revision {facts['git_revision']}")
     print(f"- command: `{shlex.join(['python', *facts['command']])}`")
-    print(f"- process settings, of both: {threads} threads; `{variables or 'no variables'}`")
+    print(f"- process settings, {shown}")
     print(
         f"- workload: ResNet-18 from random weights, batch {workload.batch} + "
         f"{workload.dev_batch} for development, {workload.image_size} pixels, {workload.tasks} "
@@ -247,6 +253,11 @@ def print_head(workload):
     if workload.package_flags:
         print(f"- the package alone with `{shlex.join(workload.package_flags)}`")
     print(flush=True)
+
+
+def _variables(values):
+    text = " ".join(f"{name}={value}" for name, value in sorted(values.items()))
+    return f"`{text or 'no variables'}`"
 
 
 def _processor():
@@ -368,10 +379,10 @@ def print_floor(convolutions, results, workload):
     if "cg" in results:
         products["cg"] = results["cg"].products
     for solver, count in products.items():
-        # Without products, nobody needs the training loss's gradient in the task model.
-        backward = f" + backward 2 + products {count} x 6" if count else ""
+        # Products need the training loss's gradients in the activations, nobody those in the weights.
+        backward = f" + backward 1 + products {count} x 6" if count else ""
         units = f"development: forward 1 + backward 2; training: forward 1{backward} + derivative 2"
-        floor = 3 * dev_unit + (1 + (2 + 6 * count if count else 0) + 2) * unit
+        floor = 3 * dev_unit + (1 + (1 + 6 * count if count else 0) + 2) * unit
         rows.append([TITLES[solver], units, floor])
     for row, quantity in zip(rows[1:], ("lower", *products), strict=True):
         floor = row[-1]
@@ -414,6 +425,12 @@ def parse_arguments(argv=None):
     parser.add_argument("--threads", type=int, help="of each side; default: torch's own choice")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--tf32", action="store_true", help="TF32 on the GPU, for both")
+    parser.add_argument(
+        "--own_settings",
+        action="store_true",
+        help="each side as its users run it: the package with the process settings of "
+        "run_bilevel.sh, plain without them; default: both with those of this process",
+    )
     parser.add_argument("--amp", help="the package's --amp, such as bf16; plain stays in float32")
     parser.add_argument(
         "--package_flags",

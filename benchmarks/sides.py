@@ -12,6 +12,7 @@ import functools
 import itertools
 import multiprocessing
 import os
+import re
 import resource
 import sys
 import time
@@ -46,7 +47,11 @@ TRAIN_BATCHES = 4  # in the generated training set
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """What is computed, and where. ``package_flags`` are further flags of train_bilevel.py."""
+    """What is computed, and where.
+
+    ``package_flags`` are further flags of train_bilevel.py. With ``own_settings`` the package has
+    the process settings of run_bilevel.sh, and plain none of them.
+    """
 
     root: Path
     batch: int = 64
@@ -58,6 +63,7 @@ class Workload:
     device: str = "cpu"
     tf32: bool = False
     package_flags: tuple = ()
+    own_settings: bool = False
 
     def write(self):
         """Write the images: a few training batches and one development batch."""
@@ -341,10 +347,17 @@ class Worker:
 
     def __init__(self, kind, workload, **options):
         self.name = kind.__name__
-        self.pipe, theirs = self.context.Pipe()
+        context, variables = self.context, {}
+        if workload.own_settings:  # which take effect where a program starts, not where it forks
+            context = multiprocessing.get_context("spawn")
+            variables = (
+                dict.fromkeys(run_script_settings()) if kind is Plain else run_script_settings()
+            )
+        self.pipe, theirs = context.Pipe()
         arguments = (theirs, kind, workload, options)
-        self.process = self.context.Process(target=_serve, args=arguments, daemon=True)
-        self.process.start()
+        self.process = context.Process(target=_serve, args=arguments, daemon=True)
+        with _environment(variables):
+            self.process.start()
         theirs.close()
 
     def wait(self):
@@ -375,6 +388,30 @@ class Worker:
         self.pipe.close()
         self.process.join(10)
         self.process.terminate()
+
+
+def run_script_settings():
+    """{name: value} of the environment variables that run_bilevel.sh sets for speed."""
+    script = Path(__file__).resolve().parent.parent / "run_bilevel.sh"
+    return dict(re.findall(r"\$\{((?:MALLOC|OMP)_\w+):=(\w+)\}", script.read_text()))
+
+
+@contextlib.contextmanager
+def _environment(variables):
+    """Environment variables for a while; None removes one."""
+    before = {name: os.environ.get(name) for name in variables}
+
+    def put(values):
+        for name, value in values.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+    put(variables)
+    try:
+        yield
+    finally:
+        put(before)
 
 
 def _serve(pipe, kind, workload, options):
