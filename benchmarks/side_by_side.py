@@ -379,7 +379,7 @@ def print_floor(convolutions, results, workload):
     if "cg" in results:
         products["cg"] = results["cg"].products
     for solver, count in products.items():
-        # Products need the training loss's gradients in the activations, nobody those in the weights.
+        # Products need the training loss's gradients in activations; nobody reads those in weights.
         backward = f" + backward 1 + products {count} x 6" if count else ""
         units = f"development: forward 1 + backward 2; training: forward 1{backward} + derivative 2"
         floor = 3 * dev_unit + (1 + (1 + 6 * count if count else 0) + 2) * unit
