@@ -23,6 +23,7 @@ import argparse
 from pathlib import Path
 
 from auxilearn.data import cub
+from auxilearn.data.split import combined_fingerprint, write_split
 from auxilearn.errors import UserError, run_script
 
 DEFAULT_ROOTS = {None: "CUB_200_2011", "mini": "miniature", "digits": "digits"}
@@ -106,7 +107,7 @@ def main(argv=None):
     annotations = cub.read_annotations(args.data_root)
     if args.check_images:
         cub.check_images(annotations)
-    written = cub.write_split(args.out_dir, annotations, args.aux_shot, args.split_seed)
+    written = write_split(args.out_dir, annotations, args.aux_shot, args.split_seed)
     print_summary(args.out_dir, written)
 
 
@@ -166,7 +167,7 @@ def print_summary(out_dir, written):
         f"testing      {counts['valid']:,} for validation, {counts['test']:,} for the test "
         f"(seed {info['split_seed']})"
     )
-    print(f"fingerprint  {cub.combined_fingerprint(info)[:12]}")
+    print(f"fingerprint  {combined_fingerprint(info)[:12]}")
     print(f"{'written to' if written.changed else 'already up to date:'} {out_dir}")
 
 

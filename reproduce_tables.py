@@ -22,7 +22,7 @@ import sys
 from pathlib import Path
 
 import data_preprocess
-from auxilearn.data.cub import load_split
+from auxilearn.data.split import load_split
 from auxilearn.errors import RunError, UserError, run_script
 from auxilearn.files import append_regular
 from auxilearn.tables import local, slurm, sweep

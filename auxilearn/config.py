@@ -670,7 +670,7 @@ def with_method_defaults(config):
 def resolve(config, split):
     """A copy in which nothing is left open; checked against the data.
 
-    Args: ``split`` from ``auxilearn.data.cub.load_split``. Raises UserError.
+    Args: ``split`` from ``auxilearn.data.split.load_split``. Raises UserError.
     """
     check(config)
     method = METHODS[config.method]

@@ -19,7 +19,6 @@ from tqdm import tqdm
 
 from auxilearn.config import NEUTRAL, defaults, resolve, training_set_name
 from auxilearn.data.cache import open_images
-from auxilearn.data.cub import load_split
 from auxilearn.data.dataset import (
     EndlessBatches,
     FirstBatch,
@@ -29,6 +28,7 @@ from auxilearn.data.dataset import (
     sample_set,
     training_set_of,
 )
+from auxilearn.data.split import load_split
 from auxilearn.distributed import Ranks, joined
 from auxilearn.errors import DivergenceError, RunError, UserError, needs
 from auxilearn.implicit_diff import (

@@ -31,8 +31,8 @@ from torch.utils.data import DataLoader
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from auxilearn.data.cache import open_cache  # noqa: E402
-from auxilearn.data.cub import Split  # noqa: E402
 from auxilearn.data.dataset import DecodedImages, EndlessBatches, Stream, sample_set  # noqa: E402
+from auxilearn.data.split import Split  # noqa: E402
 from benchmarks.plain import PlainDataset  # noqa: E402
 
 WIDTH, HEIGHT, IMAGE_SIZE = 500, 375, 224

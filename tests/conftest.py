@@ -8,6 +8,7 @@ import torch
 
 from auxilearn.config import Config
 from auxilearn.data import cub
+from auxilearn.data.split import write_split
 from auxilearn.errors import run_script
 from auxilearn.trainer import train
 from tests.cub_shape import write_cub_shape
@@ -88,7 +89,7 @@ def assert_same_run(one, other):
 def prepare(root, split_dir, **shape):
     """Write a CUB-shaped folder and divide it. Returns the split's folder."""
     write_cub_shape(root, **shape)
-    cub.write_split(split_dir, cub.read_annotations(root))
+    write_split(split_dir, cub.read_annotations(root))
     return split_dir
 
 

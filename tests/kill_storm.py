@@ -26,6 +26,7 @@ import torch
 
 from auxilearn.config import Config, flags_of
 from auxilearn.data import cub
+from auxilearn.data.split import write_split
 from auxilearn.methods import METHODS
 from tests.cub_shape import write_cub_shape
 
@@ -65,7 +66,7 @@ def config(folder, method, workers, epochs):
 def prepare(folder):
     """A data set of three classes with 5 training images each, divided."""
     root = write_cub_shape(folder / "data", classes=3, train_per_class=6, test_per_class=4)
-    cub.write_split(folder / "split", cub.read_annotations(root))
+    write_split(folder / "split", cub.read_annotations(root))
 
 
 def storm(folder, method, kills, workers=0, epochs=60, seed=0):

@@ -36,6 +36,7 @@ from auxilearn.data.dataset import (
     resized_shape,
     sample_set,
 )
+from auxilearn.data.split import load_split, write_split
 from auxilearn.errors import UserError
 from auxilearn.trainer import train
 from tests.cub_shape import write_cub_shape
@@ -46,8 +47,8 @@ IMAGE_SIZE = 28  # resized to 32
 @pytest.fixture
 def split(tmp_path):
     root = write_cub_shape(tmp_path / "data")
-    cub.write_split(tmp_path / "split", cub.read_annotations(root))
-    return cub.load_split(tmp_path / "split")
+    write_split(tmp_path / "split", cub.read_annotations(root))
+    return load_split(tmp_path / "split")
 
 
 @pytest.fixture
@@ -189,8 +190,8 @@ def test_another_division_of_the_same_images_shares_the_cache(split, directory, 
     open_cache(split, IMAGE_SIZE, directory, 0)
     before = cache_files(directory)
     annotations = cub.read_annotations(tmp_path / "data")
-    cub.write_split(tmp_path / "other", annotations, aux_shot=2, split_seed=9)
-    other = cub.load_split(tmp_path / "other")
+    write_split(tmp_path / "other", annotations, aux_shot=2, split_seed=9)
+    other = load_split(tmp_path / "other")
     assert other.fingerprint != split.fingerprint
     assert_same_images(open_cache(other, IMAGE_SIZE, directory, 0), other)
     assert cache_files(directory) == before
@@ -368,6 +369,7 @@ BUILDER = """
 import signal, sys, time
 from pathlib import Path
 from auxilearn.data import cache, cub
+from auxilearn.data.split import load_split, write_split
 
 split_dir, directory, gate, workers = sys.argv[1:]
 decode = cache.load_resized
@@ -378,7 +380,7 @@ def slow(*args):
     return decode(*args)
 cache.load_resized = slow
 signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever the tests were started from
-images = cache.open_cache(cub.load_split(split_dir), 28, directory, int(workers))
+images = cache.open_cache(load_split(split_dir), 28, directory, int(workers))
 print("checksum", int(images.pixels.sum()))
 """
 

@@ -12,7 +12,7 @@ import data_preprocess
 import train_bilevel
 from auxilearn.config import Config, check, parse, resolve, with_method_defaults
 from auxilearn.data import cub
-from auxilearn.data.cub import load_split
+from auxilearn.data.split import load_split, write_split
 from auxilearn.errors import UserError
 from tests.conftest import Run, assert_one_error_line, prepare, tiny_flags
 from tests.cub_shape import write_cub_shape
@@ -467,6 +467,6 @@ def test_no_data_at_all(tmp_path, command, monkeypatch):
 def test_the_split_is_made_once(tmp_path):
     """That the damaged copies above differ from sound ones in the damage alone."""
     root = write_cub_shape(tmp_path / "data", classes=3)
-    first = cub.write_split(tmp_path / "split", cub.read_annotations(root))
-    again = cub.write_split(tmp_path / "split", cub.read_annotations(root))
+    first = write_split(tmp_path / "split", cub.read_annotations(root))
+    again = write_split(tmp_path / "split", cub.read_annotations(root))
     assert (first.changed, again.changed) == (True, False)

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import train_bilevel
 from auxilearn.config import choose_device, parse, resolve
 from auxilearn.data import cub
-from auxilearn.data.cub import load_split
+from auxilearn.data.split import load_split, write_split
 from auxilearn.errors import UserError
 from auxilearn.methods import METHODS
 from auxilearn.models import TaskHeads, TaskModel, build_backbone
@@ -163,7 +163,7 @@ def test_row_4_the_split_follows_its_recorded_seed_alone(tmp_path):
 
     def halves(folder, seed):
         np.random.seed(None)  # noqa: NPY002  the global generators are not asked
-        cub.write_split(tmp_path / folder, annotations, split_seed=seed)
+        write_split(tmp_path / folder, annotations, split_seed=seed)
         files = ("valid_set.json", "test_set.json")
         return [json.loads((tmp_path / folder / name).read_text()) for name in files]
 

@@ -9,6 +9,7 @@ from PIL import Image
 
 import data_preprocess
 from auxilearn.data import cub, digits
+from auxilearn.data.split import load_split
 from auxilearn.errors import UserError
 
 sklearn_datasets = pytest.importorskip("sklearn.datasets")
@@ -168,7 +169,7 @@ def test_generate_on_the_command_line(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     data_preprocess.main(["--generate", "digits", "--check_images"])
     assert "1,797 images, 10 classes, 22 attributes" in capsys.readouterr().out
-    split = cub.load_split("preprocess_data")
+    split = load_split("preprocess_data")
     sizes = {name: len(positions) for name, positions in split.indices.items()}
     assert sizes == {"full_train": 720, "dev": 10, "rest_train": 710, "valid": 538, "test": 539}
     assert split.attribute_roles["has_parity::even"] == "informative"

@@ -169,11 +169,12 @@ def torchrun(split_dir, record_dir, *flags):
 @pytest.fixture(scope="module")
 def split_dir(tmp_path_factory):
     from auxilearn.data import cub
+    from auxilearn.data.split import write_split
     from tests.cub_shape import write_cub_shape
 
     folder = tmp_path_factory.mktemp("distributed")
     root = write_cub_shape(folder / "data", classes=3, train_per_class=5, test_per_class=4)
-    cub.write_split(folder / "split", cub.read_annotations(root))
+    write_split(folder / "split", cub.read_annotations(root))
     return folder / "split"
 
 

@@ -26,6 +26,7 @@ from auxilearn.data import cache as cache_module
 from auxilearn.data import cub
 from auxilearn.data.cache import open_cache
 from auxilearn.data.dataset import load_resized
+from auxilearn.data.split import load_split, write_split
 from auxilearn.errors import RunError, UserError
 from auxilearn.implicit_diff import neumann, stable_alpha
 from auxilearn.report.history import ScheduleHistory
@@ -216,7 +217,7 @@ def test_a_killed_worker(attempt, monkeypatch):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_image_that_becomes_unreadable_in_epoch_3(attempt, monkeypatch, own_split, workers):
-    split = cub.load_split(own_split)
+    split = load_split(own_split)
     path = split.image_path(split.indices["valid"][0])
     content = path.read_bytes()
     with monkeypatch.context() as patch:
@@ -435,15 +436,16 @@ def test_two_preprocessing_runs_at_once(own_split, tmp_path):
     data, out = own_split.parent / "data", tmp_path / "shared"
     alone = {}
     for seed in (1, 2):
-        cub.write_split(tmp_path / str(seed), cub.read_annotations(data), split_seed=seed)
+        write_split(tmp_path / str(seed), cub.read_annotations(data), split_seed=seed)
         folder = tmp_path / str(seed)
         alone[seed] = {path.name: path.read_bytes() for path in folder.iterdir()}
     writer = (
         "import sys\nfrom auxilearn.data import cub\n"
+        "from auxilearn.data.split import load_split, write_split\n"
         "annotations = cub.read_annotations(sys.argv[1])\n"
         "for _ in range(20):\n    for seed in sys.argv[3:]:\n"
-        "        cub.write_split(sys.argv[2], annotations, split_seed=int(seed))\n"
-        "        cub.load_split(sys.argv[2])\n"
+        "        write_split(sys.argv[2], annotations, split_seed=int(seed))\n"
+        "        load_split(sys.argv[2])\n"
     )
     processes = [
         subprocess.Popen(
@@ -574,7 +576,7 @@ def test_decompression_bombs_are_refused(tmp_path, monkeypatch, own_split):
         Image.new("L", size).save(path)
         with pytest.raises(UserError, match=f"{path}: not a readable image"):
             load_resized(path, 32)
-    split = cub.load_split(own_split)
+    split = load_split(own_split)
     Image.new("L", (400, 1)).save(split.image_path(0), "PNG")
     with pytest.raises(UserError, match="too long and thin"):
         open_cache(split, 28, tmp_path / "cache", 0)
@@ -586,7 +588,7 @@ def test_decompression_bombs_are_refused(tmp_path, monkeypatch, own_split):
 @pytest.mark.parametrize("kind", ["EPS", "16 bits"])
 def test_images_that_are_programs_or_would_lose_their_pixels(tmp_path, own_split, kind):
     """Pillow hands EPS to Ghostscript, and makes white of all 16-bit values above 255."""
-    split = cub.load_split(own_split)
+    split = load_split(own_split)
     path = split.image_path(0)
     if kind == "EPS":
         Image.new("RGB", (20, 20)).save(path, "EPS")
@@ -603,11 +605,11 @@ def test_images_that_are_programs_or_would_lose_their_pixels(tmp_path, own_split
 @pytest.mark.parametrize("level", ["image", "folder"])
 def test_image_links_that_leave_the_folder_are_refused(tmp_path, own_split, level):
     data = own_split.parent / "data"
-    split = cub.load_split(own_split)
+    split = load_split(own_split)
     path = split.image_path(0) if level == "image" else split.image_path(0).parent
     path.rename(tmp_path / "elsewhere")
     path.symlink_to(tmp_path / "elsewhere")
-    for read in (lambda: cub.read_annotations(data), lambda: cub.load_split(own_split)):
+    for read in (lambda: cub.read_annotations(data), lambda: load_split(own_split)):
         with pytest.raises(UserError, match="a link that leaves images/"):
             read()
 
@@ -616,7 +618,7 @@ def test_the_images_folder_itself_may_be_a_link(tmp_path, own_split):
     images = own_split.parent / "data" / "images"
     images.rename(tmp_path / "elsewhere")
     images.symlink_to(tmp_path / "elsewhere")
-    cub.load_split(own_split)
+    load_split(own_split)
 
 
 # --------------------------------------------------------------------------------------------------

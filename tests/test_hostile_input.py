@@ -22,6 +22,7 @@ from auxilearn import record as record_module
 from auxilearn.config import Config, resolve
 from auxilearn.data import cub
 from auxilearn.data.cache import INDEX, open_cache
+from auxilearn.data.split import INFO_FILE, SPLIT_FILES, load_split, write_split
 from auxilearn.errors import RunError, UserError
 from auxilearn.models import build_backbone
 from auxilearn.report import write
@@ -148,14 +149,14 @@ def test_attribute_roles(sound, tmp_path_factory, roles):
     path.write_text(json.dumps(roles))
     folder = tmp_path_factory.mktemp("out")
     try:
-        cub.write_split(folder, annotations)
+        write_split(folder, annotations)
     except UserError:
         assert not listing(folder)
     finally:
         path.unlink()
 
 
-@pytest.mark.parametrize("name", [cub.INFO_FILE, *cub.SPLIT_FILES])
+@pytest.mark.parametrize("name", [INFO_FILE, *SPLIT_FILES])
 @few
 @given(change=damage())
 @example(change=lambda data: DEEP)
@@ -164,7 +165,7 @@ def test_attribute_roles(sound, tmp_path_factory, roles):
 @example(change=lambda data: data.replace(b"Bird", b"\\ud800"))
 def test_split_files(sound, damaged, name, change):
     def use():
-        split = cub.load_split(sound / "split")
+        split = load_split(sound / "split")
         Trainer(resolve(config(sound), split), split).description()
 
     damaged(sound / "split" / name, change, use)
@@ -528,7 +529,7 @@ def swept(sound):
     flags = [word for name, value in TINY.items() for word in (f"--{name}", str(value))]
     job = sweep.make_job(places, "digits", "joint", "supervised", 1, {}, [*flags, "--epochs", "1"])
     train(job.config)
-    return job, cub.load_split(sound / "split").fingerprint
+    return job, load_split(sound / "split").fingerprint
 
 
 @pytest.mark.parametrize("name", ["config.json", "summary.json"])
@@ -604,7 +605,7 @@ def with_sizes(height, width):
 @example(change=with_sizes(2**31 - 1, 2**31 - 1))
 @example(change=with_sizes(0, 7))
 def test_image_caches(sound, change):
-    split = cub.load_split(sound / "split")
+    split = load_split(sound / "split")
     images = open_cache(split, 16, sound / "cache", 0)
     whole = images.path.read_bytes()
     images.path.write_bytes(change(whole))
@@ -634,8 +635,8 @@ def test_what_is_no_file_is_refused_at_once(sound, tmp_path, kind):
     annotations = (*cub.REQUIRED_FILES, cub.ATTRIBUTES)
     reads = [(data / name, lambda: cub.read_annotations(data)) for name in annotations]
     reads += [
-        (split / name, lambda: cub.load_split(split, sound / "data"))
-        for name in (cub.INFO_FILE, *cub.SPLIT_FILES)
+        (split / name, lambda: load_split(split, sound / "data"))
+        for name in (INFO_FILE, *SPLIT_FILES)
     ]
     reads += [
         (path, lambda: build_backbone("convnet", 8, weights_path=str(path))),
@@ -667,7 +668,7 @@ def test_a_pipe_in_place_of_what_a_run_appends_to(run_copy, name):
 
 
 def test_a_pipe_or_a_link_in_place_of_a_cache_s_lock(sound, tmp_path):
-    split = cub.load_split(sound / "split")
+    split = load_split(sound / "split")
     lock = tmp_path / ".lock"
     os.mkfifo(lock)
     with pytest.raises(UserError, match="no image cache can be written to"):

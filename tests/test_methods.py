@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from auxilearn.config import resolve
-from auxilearn.data.cub import load_split
+from auxilearn.data.split import load_split
 from auxilearn.gradient_cosine import GradientCosine
 from auxilearn.hypernet import FACTORS, MonoJoint, Uncertainty, standardise
 from auxilearn.models import Batch, ConvNet, TaskModel

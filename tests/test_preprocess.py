@@ -1,4 +1,4 @@
-"""Reading, checking, splitting and loading: ``auxilearn.data.cub`` and ``data_preprocess.py``."""
+"""Reading, checking, splitting and loading: ``auxilearn.data.cub``, ``split``, ``data_preprocess.py``."""
 
 import json
 import os
@@ -15,6 +15,7 @@ from PIL import Image
 
 import data_preprocess
 from auxilearn.data import cub
+from auxilearn.data.split import SET_FILES, SPLIT_FILES, load_split
 from auxilearn.errors import UserError
 from tests.cub_shape import write_cub_shape
 
@@ -112,7 +113,7 @@ def test_the_genuine_counts(tmp_path, out):
     written = read_json(out)
     assert written["image_dictionary.json"] == expected["image_dictionary.json"]
     assert len(written["aux_set.json"]) == 200
-    split = cub.load_split(out)
+    split = load_split(out)
     assert split.attributes.shape == (600, 312) and split.labels.max() == 199
 
 
@@ -193,9 +194,9 @@ def test_an_interrupted_run_leaves_nothing_half_written(root, out, monkeypatch):
     assert not [path for path in out.iterdir() if path.name.startswith(".")]
     read_json(out)  # every file that is there is whole
     with pytest.raises(UserError, match=r"split_info\.json: is missing; run python data_prep"):
-        cub.load_split(out)
+        load_split(out)
     prepare(root, out, "--split_seed", 6)
-    assert cub.load_split(out).info["split_seed"] == 6
+    assert load_split(out).info["split_seed"] == 6
 
 
 def test_an_edited_file_is_kept_when_it_is_replaced(root, out, capsys):
@@ -480,7 +481,7 @@ def test_check_images_decodes_them(root, out):
 
 def test_load_split_agrees_with_the_text_files(root, out):
     prepare(root, out)
-    split = cub.load_split(out)
+    split = load_split(out)
     expected, _ = expected_files(root)
     assert split.image_ids == list(expected["image_dictionary.json"])
     for i, (path, label, bits) in enumerate(expected["image_dictionary.json"].values()):
@@ -488,7 +489,7 @@ def test_load_split_agrees_with_the_text_files(root, out):
         assert split.attributes[i].tolist() == bits
         assert split.image_path(i) == root / "images" / path
     written = read_json(out)
-    for name, file in cub.SET_FILES.items():
+    for name, file in SET_FILES.items():
         assert [split.image_ids[i] for i in split.indices[name]] == written[file]
         assert split.indices[name].dtype == np.int64
     assert split.labels.dtype == np.int64 and split.attributes.dtype == np.uint8
@@ -499,24 +500,24 @@ def test_load_split_agrees_with_the_text_files(root, out):
 
 def test_another_data_root_of_the_same_content(root, out, tmp_path):
     prepare(root, out)
-    before = cub.load_split(out).fingerprint
+    before = load_split(out).fingerprint
     moved = root.rename(tmp_path / "moved")
     with pytest.raises(UserError, match="cub/images does not exist.*--data_root"):
-        cub.load_split(out)
-    split = cub.load_split(out, moved)
+        load_split(out)
+    split = load_split(out, moved)
     assert split.data_root == moved and split.fingerprint == before
     for name in ("images.txt", "classes.txt", "image_class_labels.txt", "train_test_split.txt"):
         (moved / name).unlink()
     with pytest.raises(UserError, match="images.txt is missing"):
-        cub.load_split(out, moved)
+        load_split(out, moved)
     (moved / LABELS).unlink()
-    assert cub.load_split(out, moved).fingerprint == before  # images/ alone will do
+    assert load_split(out, moved).fingerprint == before  # images/ alone will do
     (moved / "images" / split.paths[3]).write_bytes(b"shorter")
     with pytest.raises(UserError, match=r"image files \(paths and byte sizes\) differs"):
-        cub.load_split(out, moved)
+        load_split(out, moved)
     (moved / "images" / split.paths[3]).unlink()
     with pytest.raises(UserError, match="cannot find image file"):
-        cub.load_split(out, moved)
+        load_split(out, moved)
 
 
 def swap_bit(root):
@@ -537,7 +538,7 @@ CHANGES = {
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_changed_input_is_named(root, out, name):
     prepare(root, out, "--split_seed", 7)
-    before = cub.load_split(out).fingerprint
+    before = load_split(out).fingerprint
     recorded = read_json(out)["split_info.json"]["fingerprint"]
     cub.check_fingerprint(recorded, root)
     CHANGES[name](root)
@@ -546,10 +547,10 @@ def test_a_changed_input_is_named(root, out, name):
     message = str(caught.value)
     assert f"preprocessed: {name} differs; run python data_preprocess.py --data_root" in message
     with pytest.raises(UserError, match=f"{name} differs; run .*--split_seed 7 again"):
-        cub.load_split(out)
+        load_split(out)
     if name != "train_test_split.txt":
         prepare(root, out, "--split_seed", 7)
-        assert cub.load_split(out).fingerprint != before
+        assert load_split(out).fingerprint != before
 
 
 def test_changes_of_images_and_of_several_files_are_named(root, out):
@@ -573,10 +574,10 @@ def edit(out, name, change):
 
 def test_an_edited_set_is_used_with_a_warning(root, out, capsys):
     prepare(root, out)
-    before = cub.load_split(out)
+    before = load_split(out)
     assert capsys.readouterr().err == ""
     edit(out, "valid_set.json", lambda ids: ids[1:])
-    after = cub.load_split(out)
+    after = load_split(out)
     warning = capsys.readouterr().err
     assert warning.startswith("warning: ") and warning.count("\n") == 1
     assert str(out / "valid_set.json") in warning and "test_set.json" not in warning
@@ -694,7 +695,7 @@ def test_bad_splits_are_refused(root, out, case):
     prepare(root, out)
     spoil(out)
     with pytest.raises(UserError, match=message) as caught:
-        cub.load_split(out)
+        load_split(out)
     assert "\n" not in str(caught.value)
 
 
@@ -712,7 +713,7 @@ def test_the_script(root, out, tmp_path):
     assert done.returncode == 0 and done.stderr == ""
     for text in ("40 images, 5 classes, 7 attributes", "20 = 15 + 5", "10 for validation, 10 for"):
         assert text in done.stdout
-    assert f"fingerprint  {cub.load_split(out).fingerprint[:12]}" in done.stdout
+    assert f"fingerprint  {load_split(out).fingerprint[:12]}" in done.stdout
     failed = run("--data_root", "nowhere", "--out_dir", "new", cwd=tmp_path)
     assert failed.returncode == 2 and failed.stdout == ""
     assert failed.stderr.startswith("error: data root nowhere") and failed.stderr.count("\n") == 1
@@ -746,7 +747,7 @@ def test_help_explains_the_files_and_every_option(capsys):
     assert caught.value.code == 0
     options = ["--data_root", "--out_dir", "--aux_shot", "--split_seed", "--download"]
     options += ["--generate", "--check_images"]
-    for word in [*cub.SPLIT_FILES, "split_info.json", *options]:
+    for word in [*SPLIT_FILES, "split_info.json", *options]:
         assert word in text, word
 
 
@@ -776,7 +777,7 @@ def test_download_fetches_into_the_folder_above(tmp_path, out, monkeypatch):
 
     monkeypatch.setattr(download, "fetch_cub", fetch_cub)
     prepare(tmp_path / "CUB_200_2011", out, "--download")
-    assert asked == [tmp_path] and len(cub.load_split(out).paths) == 40
+    assert asked == [tmp_path] and len(load_split(out).paths) == 40
 
 
 FULL_SIZE = """

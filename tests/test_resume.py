@@ -21,11 +21,12 @@ from tests import kill_storm
 @pytest.fixture(scope="module")
 def split_dir(tmp_path_factory):
     from auxilearn.data import cub
+    from auxilearn.data.split import write_split
     from tests.cub_shape import write_cub_shape
 
     folder = tmp_path_factory.mktemp("resume")
     root = write_cub_shape(folder / "data", classes=3, train_per_class=6, test_per_class=4)
-    cub.write_split(folder / "split", cub.read_annotations(root))
+    write_split(folder / "split", cub.read_annotations(root))
     return folder / "split"
 
 

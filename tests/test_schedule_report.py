@@ -21,6 +21,7 @@ import inspect_schedule
 from auxilearn.config import Config
 from auxilearn.data import cub
 from auxilearn.data.dataset import training_set
+from auxilearn.data.split import load_split, write_split
 from auxilearn.errors import UserError
 from auxilearn.hypernet import LinearHyperNet, MonoJoint, MonoNonlinearHyperNet, Naive_hyper
 from auxilearn.report import schedule_weights, statistics, write
@@ -330,7 +331,7 @@ def data(tmp_path_factory):
     names = [line.split()[1] for line in (root / "attributes.txt").read_text().splitlines()]
     roles = {name: WORDS[i % len(WORDS)] for i, name in enumerate(names)}
     (root / cub.ROLES).write_text(json.dumps({"roles": roles}))
-    cub.write_split(folder / "split", cub.read_annotations(root))
+    write_split(folder / "split", cub.read_annotations(root))
     return folder
 
 
@@ -437,7 +438,7 @@ def test_report_has_all_files(full_report):
 def test_samples_csv_has_both_labels_and_what_the_checkpoint_makes_of_them(full_report, data):
     run, report, *_ = full_report
     config = Config(**json.loads((run / "config.json").read_text())["config"])
-    split = cub.load_split(data / "split")
+    split = load_split(data / "split")
     samples = training_set(split, "rest_train", config.task_num, config.seed, corrupted_rate=0.5)
     rows = read_csv(report / "samples.csv")
     columns = ["id", "path", "label", "given_label", "weight", "loss", "prediction"]

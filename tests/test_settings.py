@@ -11,8 +11,8 @@ import torch
 
 import train_bilevel
 from auxilearn.config import resolve
-from auxilearn.data.cub import load_split
 from auxilearn.data.dataset import corrupt, training_set
+from auxilearn.data.split import load_split
 from auxilearn.errors import UserError
 from auxilearn.methods import METHODS
 from auxilearn.trainer import Trainer

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from auxilearn.config import resolve
-from auxilearn.data.cub import load_split
+from auxilearn.data.split import load_split
 from auxilearn.errors import UserError
 from auxilearn.hypernet import Identity, StableJoint
 from auxilearn.implicit_diff import (

@@ -15,7 +15,7 @@ import pytest
 
 import reproduce_tables
 from auxilearn.config import Config, flags_of, parse, with_method_defaults
-from auxilearn.data.cub import load_split
+from auxilearn.data.split import load_split
 from auxilearn.errors import RunError, UserError
 from auxilearn.record import write_json
 from auxilearn.tables import local, sweep

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 import train_bilevel
 from auxilearn.config import Config, resolve
-from auxilearn.data.cub import load_split
+from auxilearn.data.split import load_split
 from auxilearn.errors import DivergenceError, UserError
 from auxilearn.methods import METHODS
 from auxilearn.models import IMAGENET_MEAN, IMAGENET_STD

@@ -9,8 +9,8 @@ from tqdm import tqdm
 
 from auxilearn.config import Config, choose_device, from_record
 from auxilearn.data.cache import open_images
-from auxilearn.data.cub import Split, load_split
 from auxilearn.data.dataset import OrderedBatches, SampleSet, Stream, training_set_of
+from auxilearn.data.split import Split, load_split
 from auxilearn.errors import UserError
 from auxilearn.files import is_text
 from auxilearn.methods import METHODS, Method, Problem

@@ -1,0 +1,504 @@
+"""The split of a data set: dividing its images, recording the division, loading it for training.
+
+``make_split`` divides the images, ``write_split`` records the division in ``preprocess_data/``,
+``load_split`` gives it to training after checking that the input is still the one that was
+divided.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shlex
+import shutil
+import sys
+import tempfile
+from collections import Counter
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+from auxilearn.data.cub import (
+    OFFICIAL_SPLIT,
+    REQUIRED_FILES,
+    ROLES,
+    check_fingerprint,
+    check_image_files,
+    check_image_path,
+    check_training_images,
+    fingerprint,
+    shown,
+)
+from auxilearn.errors import UserError
+from auxilearn.files import is_text, read_regular
+
+DICTIONARY_FILE = "image_dictionary.json"
+SET_FILES = {
+    "full_train": "full_train_set.json",
+    "dev": "aux_set.json",
+    "rest_train": "rest_train_set.json",
+    "valid": "valid_set.json",
+    "test": "test_set.json",
+}
+SPLIT_FILES = (DICTIONARY_FILE, *SET_FILES.values())
+INFO_FILE = "split_info.json"
+
+
+# ---------------------------------------------------------------------------------------------
+# Splitting
+# ---------------------------------------------------------------------------------------------
+
+
+def make_split(annotations, aux_shot=1, split_seed=5):
+    """Divide the images: {"full_train", "dev", "rest_train", "valid", "test": list of image ids}.
+
+    ``full_train`` is the official training set in file order, ``dev`` the first ``aux_shot``
+    images of each class in it, ``rest_train`` the others, order kept. The official test ids,
+    sorted by number and then shuffled by a generator of ``split_seed``, are halved into ``valid``
+    and ``test`` (which gets the odd one): this depends on nothing but the seed and the ids.
+
+    Raises ``UserError`` for a class with fewer than ``aux_shot + 1`` training images, and for
+    fewer than two official test images.
+    """
+    if aux_shot < 1:
+        raise UserError(f"aux_shot is {aux_shot}; expected 1 or more development images per class")
+    if split_seed < 0:
+        raise UserError(f"split_seed is {split_seed}; expected 0 or more")
+    why = f"--aux_shot {aux_shot} needs {aux_shot + 1}: those for the development set and one more"
+    check_training_images(annotations, aux_shot + 1, why)
+    rows = zip(annotations.image_ids, annotations.labels, annotations.is_train, strict=True)
+    full_train, dev, official_test = [], [], []
+    taken = Counter()
+    for image_id, label, is_train in rows:
+        if not is_train:
+            official_test.append(image_id)
+            continue
+        full_train.append(image_id)
+        if taken[label] < aux_shot:
+            taken[label] += 1
+            dev.append(image_id)
+    if len(official_test) < 2:
+        raise UserError(
+            f"{annotations.root / OFFICIAL_SPLIT}: {len(official_test)} test images; expected 2 "
+            "or more, to be halved into a validation and a test set"
+        )
+    in_dev = set(dev)
+    shuffled = np.random.default_rng(split_seed).permutation(sorted(official_test, key=int))
+    shuffled = shuffled.tolist()
+    half = len(shuffled) // 2
+    return {
+        "full_train": full_train,
+        "dev": dev,
+        "rest_train": [image_id for image_id in full_train if image_id not in in_dev],
+        "valid": shuffled[:half],
+        "test": shuffled[half:],
+    }
+
+
+@dataclass(frozen=True)
+class Written:
+    """What ``write_split`` did: the content of split_info.json, whether any file changed, and the
+    copies it kept of files that somebody had edited."""
+
+    info: dict
+    changed: bool
+    kept: list[Path]
+
+
+def write_split(split_dir, annotations, aux_shot=1, split_seed=5):
+    """Divide the images and write the six JSON files and ``split_info.json`` to ``split_dir``.
+
+    Every file is written aside and renamed, ``split_info.json`` last and after its predecessor is
+    gone, so that an interrupted run can not be taken for a finished one. Where all seven files
+    already hold the same bytes nothing is touched. A file that somebody edited by hand is copied
+    to ``<name>.edited-<hash>.json`` before it is replaced.
+
+    Raises ``UserError`` as ``make_split`` and ``fingerprint`` do, before anything is written, and
+    when ``split_dir`` can not be written.
+    """
+    split_dir = Path(split_dir)
+    ids = make_split(annotations, aux_shot, split_seed)
+    values = {DICTIONARY_FILE: _image_dictionary(annotations)}
+    values.update({file: ids[name] for name, file in SET_FILES.items()})
+    contents = {name: _to_json(value) for name, value in values.items()}
+    info = {
+        "labels": annotations.labels.tolist(),
+        "data_root": os.path.abspath(annotations.root),
+        "split_seed": int(split_seed),
+        "aux_shot": int(aux_shot),
+        "fingerprint": fingerprint(annotations.root),
+        "sha256": {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()},
+        "class_names": annotations.class_names,
+        "attribute_names": annotations.attribute_names,
+        "counts": {
+            "images": len(annotations.image_ids),
+            "classes": len(annotations.class_names),
+            "attributes": len(annotations.attribute_names),
+            **{name: len(ids[name]) for name in SET_FILES},
+        },
+    }
+    roles_file = annotations.root / ROLES
+    if roles_file.is_file():
+        info["attribute_roles_file"] = os.path.abspath(roles_file)
+        info["attribute_roles"] = _read_roles(roles_file, annotations.attribute_names)
+    contents[INFO_FILE] = _to_json(info)
+    for name in contents:
+        if os.path.isdir(split_dir / name):
+            raise UserError(f"{split_dir / name} is a folder, where a file is to be written")
+    try:
+        if all(_bytes_or_none(split_dir / name) == data for name, data in contents.items()):
+            return Written(info, changed=False, kept=[])
+        split_dir.mkdir(parents=True, exist_ok=True)
+        with _locked(split_dir, fcntl.LOCK_EX):
+            kept = _keep_edited(split_dir, contents)
+            _replace_files(split_dir, contents)
+    except OSError as error:
+        raise UserError(
+            f"cannot write to {error.filename or split_dir}: {error.strerror}; "
+            "give a folder that can be written as --out_dir"
+        ) from None
+    return Written(info, changed=True, kept=kept)
+
+
+def combined_fingerprint(info, hashes=None):
+    """One hex string for the input and the six JSON files.
+
+    ``info`` is the content of split_info.json; ``hashes`` the {file name: sha256} of the six files
+    as they are now, by default as they were written.
+    """
+    files = info["sha256"] if hashes is None else hashes
+    recorded = info["fingerprint"]
+    parts = [recorded["files"], recorded["images"], [files[name] for name in SPLIT_FILES]]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _image_dictionary(annotations):
+    """{image id: [path, class 0..C-1, [A bits]]}, in file order."""
+    rows = zip(
+        annotations.image_ids,
+        annotations.paths,
+        annotations.labels.tolist(),
+        annotations.attributes.tolist(),
+        strict=True,
+    )
+    return {image_id: [path, label, bits] for image_id, path, label, bits in rows}
+
+
+def _to_json(value):
+    return (json.dumps(value, separators=(",", ":")) + "\n").encode()
+
+
+def _bytes_or_none(path):
+    return path.read_bytes() if path.is_file() else None
+
+
+def _keep_edited(split_dir, contents):
+    """Copy the files that are neither as recorded nor as they are about to be written."""
+    recorded = {}  # without a usable record, whatever is there may be somebody's own work
+    with suppress(FileNotFoundError, ValueError, LookupError, TypeError):
+        recorded = json.loads(read_regular(split_dir / INFO_FILE))["sha256"]
+    kept = []
+    for name in SPLIT_FILES:
+        data = _bytes_or_none(split_dir / name)
+        if data is None or data == contents[name]:
+            continue
+        digest = hashlib.sha256(data).hexdigest()
+        if digest == recorded.get(name):
+            continue
+        copy = split_dir / f"{Path(name).stem}.edited-{digest[:8]}.json"
+        shutil.copy2(split_dir / name, copy)
+        kept.append(copy)
+    return kept
+
+
+@contextmanager
+def _locked(folder, kind):
+    """Hold a lock on a folder for the block; nothing is done where there is none or no locks."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        yield
+        return
+    try:
+        with suppress(OSError):
+            fcntl.flock(handle, kind)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _replace_files(split_dir, contents):
+    """Write ``contents`` (split_info.json last) so that no half-written file is ever in place."""
+    with tempfile.TemporaryDirectory(dir=split_dir, prefix=".writing-") as aside:
+        for name, data in contents.items():
+            with (Path(aside) / name).open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        (split_dir / INFO_FILE).unlink(missing_ok=True)
+        for name in contents:
+            os.replace(Path(aside) / name, split_dir / name)
+
+
+def _read_roles(path, attribute_names):
+    """The "roles" mapping of attribute_roles.json; it must give each attribute a role."""
+    content = _parse_json(path)
+    roles = content.get("roles") if isinstance(content, dict) else None
+    if not isinstance(roles, dict):
+        raise UserError(f"{path}, line 1: expected an object with a 'roles' mapping")
+    for name in attribute_names:
+        if not is_text(roles.get(name)):
+            raise UserError(f"{path}: attribute {shown(name)} has no role; expected a word")
+    unknown = [name for name in roles if name not in set(attribute_names)]
+    if unknown:
+        raise UserError(f"{path}: {shown(unknown[0])} is not an attribute of this data set")
+    return roles
+
+
+# ---------------------------------------------------------------------------------------------
+# Loading a split
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """A preprocessed data set, as training uses it. N images, C classes, A attributes."""
+
+    image_ids: list[str]  # N, in the order of image_dictionary.json
+    paths: list[str]  # N, relative to data_root/images
+    labels: np.ndarray  # (N,) int64, 0..C-1
+    attributes: np.ndarray  # (N, A) uint8, 0 or 1
+    indices: dict[str, np.ndarray]  # full_train, dev, rest_train, valid, test -> int64 positions
+    class_names: list[str]  # C
+    attribute_names: list[str]  # A
+    attribute_roles: dict[str, str] | None  # attribute name -> a word such as noise
+    data_root: Path
+    info: dict  # the content of split_info.json
+    fingerprint: str  # hex; covers the annotation files, the images and the six JSON files
+
+    @property
+    def preprocessed_labels(self):
+        """(N,) labels as they were before anybody edited image_dictionary.json.
+
+        ``labels`` where images were added or taken away since.
+        """
+        recorded = self.info.get("labels")
+        if not isinstance(recorded, list) or len(recorded) != len(self.labels):
+            return self.labels
+        known = range(len(self.class_names))
+        if not all(type(label) is int and label in known for label in recorded):
+            return self.labels
+        return np.array(recorded, dtype=np.int64)
+
+    def image_path(self, i):
+        """The file of the i-th image."""
+        return self.data_root / "images" / self.paths[i]
+
+
+def load_split(split_dir, data_root=None):
+    """Load what ``write_split`` wrote, and check it against itself and against the data.
+
+    ``data_root`` defaults to the recorded one. Raises ``UserError`` for a missing or unreadable
+    file, an unknown or repeated id, an id in two sets, a label out of range, a class without a
+    training image, a missing image file, and for annotation files that are not those that were
+    preprocessed (where the data root has ``images/`` alone, only the images are compared). JSON
+    files that were edited since are legitimate: they are named in a warning on stderr.
+    """
+    split_dir = Path(split_dir)
+    with _locked(split_dir, fcntl.LOCK_SH):  # not while somebody replaces them
+        values, hashes = _read_split_files(split_dir)
+    info = values[INFO_FILE]
+    _check_info(split_dir / INFO_FILE, info)
+    dictionary = split_dir / DICTIONARY_FILE
+    paths, labels, attributes = _read_dictionary(dictionary, values[DICTIONARY_FILE], info)
+    image_ids = list(values[DICTIONARY_FILE])
+    sets = {name: values[file] for name, file in SET_FILES.items()}
+    _check_sets(split_dir, sets, image_ids)
+    position = {image_id: i for i, image_id in enumerate(image_ids)}
+    split = Split(
+        image_ids=image_ids,
+        paths=paths,
+        labels=labels,
+        attributes=attributes,
+        indices={
+            name: np.array([position[image_id] for image_id in ids], dtype=np.int64)
+            for name, ids in sets.items()
+        },
+        class_names=info["class_names"],
+        attribute_names=info["attribute_names"],
+        attribute_roles=info.get("attribute_roles"),
+        data_root=Path(info["data_root"] if data_root is None else data_root),
+        info=info,
+        fingerprint=combined_fingerprint(info, hashes),
+    )
+    _check_classes(split_dir, split)
+    edited = [name for name in SPLIT_FILES if hashes[name] != info["sha256"].get(name)]
+    _check_data(split_dir, split, edited)
+    if edited:
+        print(
+            f"warning: edited since preprocessing, and used as they are now: "
+            f"{', '.join(str(split_dir / name) for name in edited)}",
+            file=sys.stderr,
+            flush=True,
+        )
+    return split
+
+
+def _read_split_files(split_dir):
+    """({file name: parsed JSON}, {file name: sha256}) of all seven files."""
+    values, hashes = {}, {}
+    for name in (INFO_FILE, *SPLIT_FILES):
+        path = split_dir / name
+        try:
+            data = read_regular(path)
+        except OSError as error:
+            problem = "is missing" if isinstance(error, FileNotFoundError) else error.strerror
+            raise UserError(
+                f"{path}: {problem}; run python data_preprocess.py --out_dir "
+                f"{shlex.quote(str(split_dir))}"
+            ) from None
+        values[name] = _parse_json(path, data)
+        hashes[name] = hashlib.sha256(data).hexdigest()
+    return values, hashes
+
+
+def _parse_json(path, data=None):
+    def once(pairs):
+        """The object, no name of which may be given twice: json would take the last, silently."""
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            name = next(name for name, n in Counter(name for name, _ in pairs).items() if n > 1)
+            raise UserError(f"{path}: {shown(name)} occurs more than once in an object")
+        return found
+
+    try:
+        return json.loads(read_regular(path) if data is None else data, object_pairs_hook=once)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except json.JSONDecodeError as error:
+        where = f"{path}, line {error.lineno}, column {error.colno}"
+        problem = f"not valid JSON ({error.msg})"
+    except (ValueError, RecursionError):  # not text, numbers of thousands of digits, deep nesting
+        where, problem = f"{path}, line 1", "not readable as JSON"
+    raise UserError(f"{where}: {problem}; mend it or run python data_preprocess.py again")
+
+
+def _check_info(path, info):
+    """split_info.json is ours; check as much as the code below relies on."""
+
+    def names(value):
+        return isinstance(value, list) and value and all(map(is_text, value))
+
+    def _are_roles(value, of):
+        known = isinstance(value, dict) and value.keys() == set(of)
+        return value is None or (known and all(map(is_text, value.values())))
+
+    fine = (
+        isinstance(info, dict)
+        and isinstance(info.get("data_root"), str)
+        and isinstance(info.get("sha256"), dict)
+        and isinstance(info.get("fingerprint"), dict)
+        and isinstance(info["fingerprint"].get("files"), dict)
+        and isinstance(info["fingerprint"].get("images"), str)
+        and names(info.get("class_names"))
+        and names(info.get("attribute_names"))
+        and _are_roles(info.get("attribute_roles"), info["attribute_names"])
+        and {"split_seed", "aux_shot"} <= info.keys()
+    )
+    if not fine:
+        raise UserError(
+            f"{path}, line 1: not what data_preprocess.py writes; run python data_preprocess.py"
+        )
+
+
+def _read_dictionary(path, dictionary, info):
+    """image_dictionary.json as (paths, labels (N,) int64, attributes (N, A) uint8)."""
+    classes, width = len(info["class_names"]), len(info["attribute_names"])
+    if not isinstance(dictionary, dict) or not dictionary:
+        raise UserError(f"{path}, line 1: expected an object of images")
+    seen = {}
+    for key, row in dictionary.items():
+        fine = isinstance(row, list) and len(row) == 3 and isinstance(row[0], str)
+        fine = fine and isinstance(row[2], list) and len(row[2]) == width
+        if not fine or not {int}.issuperset(map(type, row[2])):
+            raise UserError(
+                f"{path}: image id {key}: expected [path, class, [{width} attribute bits]]"
+            )
+        check_image_path(row[0], f"{path}: image id {key}: ")
+        if type(row[1]) is not int or not 0 <= row[1] < classes:
+            raise UserError(
+                f"{path}: image id {key}: class {row[1]!r} is out of range; "
+                f"expected 0 to {classes - 1}"
+            )
+        if not {0, 1}.issuperset(row[2]):
+            raise UserError(f"{path}: image id {key}: an attribute is neither 0 nor 1")
+        first = seen.setdefault(PurePosixPath(row[0]), key)
+        if first != key:
+            raise UserError(
+                f"{path}: image id {key}: {row[0]} is the image of id {first} already; "
+                "one image under two ids could be both trained and tested on"
+            )
+    paths, labels, attributes = zip(*dictionary.values(), strict=True)
+    return (
+        list(paths),
+        np.array(labels, dtype=np.int64),
+        np.array(attributes, dtype=np.uint8).reshape(len(paths), width),
+    )
+
+
+def _check_sets(split_dir, sets, image_ids):
+    """Every set is a list of different known ids; what is trained on is never measured on."""
+    known = set(image_ids)
+    members = {}
+    for name, ids in sets.items():
+        path = split_dir / SET_FILES[name]
+        if not isinstance(ids, list) or not ids or not all(isinstance(i, str) for i in ids):
+            raise UserError(f"{path}, line 1: expected a non-empty list of image ids (strings)")
+        members[name] = set(ids)
+        if unknown := members[name] - known:
+            raise UserError(f"{path}: image id {min(unknown)} is not in {DICTIONARY_FILE}")
+        if len(members[name]) < len(ids):
+            repeated = next(image_id for image_id, n in Counter(ids).items() if n > 1)
+            raise UserError(f"{path}: image id {repeated} occurs more than once")
+    pairs = [*combinations(("dev", "rest_train", "valid", "test"), 2)]
+    for one, other in [*pairs, ("full_train", "valid"), ("full_train", "test")]:
+        if shared := members[one] & members[other]:
+            raise UserError(
+                f"{split_dir}: image id {min(shared)} is both in {SET_FILES[one]} and in "
+                f"{SET_FILES[other]}; the sets must be disjoint"
+            )
+
+
+def _check_classes(split_dir, split):
+    for name in ("full_train", "rest_train"):
+        present = np.bincount(split.labels[split.indices[name]], minlength=len(split.class_names))
+        absent = np.flatnonzero(present == 0)
+        if len(absent):
+            raise UserError(
+                f"{split_dir / SET_FILES[name]}: no image of class {absent[0]} "
+                f"({split.class_names[absent[0]]}); every class needs a training image"
+            )
+
+
+def _check_data(split_dir, split, edited):
+    """The data root still holds what was preprocessed."""
+    root, info = split.data_root, split.info
+    if not os.path.isdir(root / "images"):
+        raise UserError(
+            f"{root / 'images'} does not exist ({split_dir / INFO_FILE} or --data_root names it); "
+            "give the folder that holds images/ as --data_root"
+        )
+    arguments = {"data_root": root, "out_dir": split_dir}
+    arguments.update({key: info[key] for key in ("aux_shot", "split_seed") if key in info})
+    command = "python data_preprocess.py" + "".join(
+        f" --{key} {shlex.quote(str(value))}" for key, value in arguments.items()
+    )
+    if any(os.path.exists(root / name) for name in REQUIRED_FILES):
+        check_fingerprint(info["fingerprint"], root, command)
+        if DICTIONARY_FILE not in edited:
+            return  # its images are those of images.txt, which were just looked at
+    recorded = None if DICTIONARY_FILE in edited else info["fingerprint"]
+    check_image_files(root, split.paths, recorded, command)
