@@ -1,4 +1,4 @@
-"""Reading, checking, splitting and loading: ``auxilearn.data.cub``, ``split``, ``data_preprocess.py``."""
+"""Reading, checking, splitting, loading: ``data.cub``, ``data.split``, ``data_preprocess.py``."""
 
 import json
 import os
