@@ -69,10 +69,11 @@ def prepare(folder):
     write_split(folder / "split", cub.read_annotations(root))
 
 
-def storm(folder, method, kills, workers=0, epochs=60, seed=0):
+def storm(folder, method, kills, workers=0, epochs=60, seed=0, margin=MARGIN):
     """Kill a run ``kills`` times. Returns ({where: kills}, what differs from one left alone).
 
-    Args: ``folder`` as ``prepare`` left it; ``epochs`` of the run, of 4 steps each.
+    Args: ``folder`` as ``prepare`` left it; ``epochs`` of the run, of 4 steps each; ``margin``
+    steps at its end that no kill waits for: more of them where other processes slow this one down.
     """
     undisturbed = config(folder, method, workers, epochs)
     killed = replace(undisturbed, record_dir=str(folder / "killed"), resume=True)
@@ -90,7 +91,7 @@ def storm(folder, method, kills, workers=0, epochs=60, seed=0):
     )
     generator = random.Random(seed)
     steps = summary["steps"]
-    targets = sorted(generator.choices(range(1, steps - MARGIN), k=kills))
+    targets = sorted(generator.choices(range(1, steps - margin), k=kills))
     where = Counter()
     for number, target in enumerate(targets, start=1):
         at_start = generator.random() < AT_START

@@ -104,7 +104,9 @@ def test_killed_and_resumed_equals_undisturbed(
 def test_kill_storm(tmp_path, workers):
     """Real SIGKILLs at random moments of a real process."""
     kill_storm.prepare(tmp_path)
-    where, found = kill_storm.storm(tmp_path, "joint", 3, workers, epochs=20, seed=workers)
+    where, found = kill_storm.storm(
+        tmp_path, "joint", 3, workers, epochs=20, seed=workers, margin=60
+    )
     assert sum(where.values()) == 3
     assert not found
 
