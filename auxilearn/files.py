@@ -1,9 +1,8 @@
-"""Reading files that may be anything."""
+"""Opening files that may be anything."""
 
 import errno
 import os
 import stat
-import zipfile
 
 
 def open_regular(path):
@@ -11,12 +10,7 @@ def open_regular(path):
 
     Those would be waited for, or read, for ever.
     """
-    # Opening a pipe waits for its writer otherwise.
-    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
-        raise OSError(errno.EINVAL, "not a regular file", str(path))
-    return file
+    return _regular(open(path, "rb", opener=_open_at_once))
 
 
 def read_regular(path):
@@ -27,32 +21,23 @@ def read_regular(path):
 
 def append_regular(path):
     """A text file opened to append to, made if need be. OSError as from ``open_regular``."""
-    file = open(  # noqa: SIM115
-        path,
-        "a",
-        encoding="utf-8",
-        errors="backslashreplace",
-        opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK, 0o666),
+    return _regular(
+        open(path, "a", encoding="utf-8", errors="backslashreplace", opener=_open_at_once)
     )
+
+
+def _open_at_once(name, flags):
+    """An ``opener``; opening a pipe waits for its other end otherwise."""
+    return os.open(name, flags | os.O_NONBLOCK, 0o666)
+
+
+def _regular(file):
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
-        raise OSError(errno.EINVAL, "not a regular file", str(path))
+        raise OSError(errno.EINVAL, "not a regular file", str(file.name))
     return file
 
 
 def is_text(value):
     """Whether ``value`` is a string that can be written; JSON may hold halves of characters."""
     return isinstance(value, str) and not any("\ud800" <= sign <= "\udfff" for sign in value)
-
-
-def refuse_inflating(file):
-    """ValueError for a zip archive, open as ``file``, that holds more than its own size.
-
-    ``torch.save`` packs nothing, but ``torch.load`` would unpack what others have packed.
-    """
-    if zipfile.is_zipfile(file):
-        size = file.seek(0, os.SEEK_END)
-        with zipfile.ZipFile(file) as archive:
-            if sum(member.file_size for member in archive.infolist()) > size:
-                raise ValueError("its members are larger than the file")
-    file.seek(0)

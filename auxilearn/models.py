@@ -10,7 +10,8 @@ from torch import nn
 from torch.func import functional_call
 
 from auxilearn.errors import UserError
-from auxilearn.files import open_regular, refuse_inflating
+from auxilearn.files import open_regular
+from auxilearn.record import load_tensors
 from auxilearn.upper_level import TaskLosses
 
 NORMALISATIONS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
@@ -208,11 +209,10 @@ def load_file(path):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch's readers, about a file that is refused next
             with open_regular(path) as file:
-                refuse_inflating(file)
-                return torch.load(file, map_location="cpu", weights_only=True)
+                return load_tensors(file)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except Exception:  # torch.load raises many kinds on a file that is not its own
+    except Exception:  # of many kinds, on a file that is not torch's
         raise UserError(
             f"{path}: not a weights file that can be read without executing code from it "
             "(damaged, cut short, compressed, or not written by torch.save)"

@@ -13,13 +13,14 @@ import subprocess
 import sys
 import tempfile
 import time
+import zipfile
 from importlib import metadata
 from pathlib import Path
 
 import torch
 
 from auxilearn.errors import RunError, UserError
-from auxilearn.files import append_regular, open_regular, read_regular, refuse_inflating
+from auxilearn.files import append_regular, open_regular, read_regular
 
 CONFIG_FILE, METRICS_FILE, LOG_FILE = "config.json", "metrics.jsonl", "log.txt"
 SCHEDULE_FILE = "schedule.jsonl"
@@ -189,14 +190,11 @@ class RunRecord:
         what is wrong with a state, before anything is cut.
         """
         for path in self._checkpoints():
-            problem = None
             try:
                 content = read_regular(path)
+                problem = None if _hash(content) == path.name.split(".")[1] else "is damaged"
             except OSError as error:
                 problem = f"cannot be read ({error.strerror})"
-            else:
-                if _hash(content) != path.name.split(".")[1]:
-                    problem = "is damaged"
             if not problem:
                 state, sizes = _checkpoint_parts(path, _loaded(path, content))
                 current = {file.name: file.stat().st_size for file in self._appended_files()}
@@ -317,13 +315,26 @@ def _saved(value):
     return buffer.getvalue()
 
 
+def load_tensors(file):
+    """What ``torch.save`` wrote to ``file``, open to read bytes, on the CPU. Runs no code from it.
+
+    Raises many kinds on what is not its own, and ValueError for an archive that holds more than its
+    own size: ``torch.save`` packs nothing, but ``torch.load`` would unpack what others have packed.
+    """
+    if zipfile.is_zipfile(file):
+        size = file.seek(0, os.SEEK_END)
+        with zipfile.ZipFile(file) as archive:
+            if sum(member.file_size for member in archive.infolist()) > size:
+                raise ValueError("its members are larger than the file")
+    file.seek(0)
+    return torch.load(file, map_location="cpu", weights_only=True)
+
+
 def _loaded(path, content):
     """What ``_saved`` was given; no code in ``content`` is executed. UserError names ``path``."""
-    file = io.BytesIO(content)
     try:
-        refuse_inflating(file)
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises many kinds on what is not its own
+        return load_tensors(io.BytesIO(content))
+    except Exception as error:  # of many kinds, on what is not torch's
         first_line = str(error).strip().split("\n")[0]
         raise UserError(
             f"{path}: not a checkpoint that can be read safely ({first_line})"

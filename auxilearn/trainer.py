@@ -390,9 +390,6 @@ class Trainer:
         step, best, window = state["step"], state["best"], state["window"]
         accuracy = best["valid_accuracy"]
         kinds = {"epoch": int, "step": int, "hash": str}
-        history = None
-        if self.method.bilevel:
-            history = {"total", "count", "target"}
         return {
             "step": type(step) is int and 0 < step <= self.total_steps,
             "best": isinstance(accuracy, float)
@@ -403,15 +400,8 @@ class Trainer:
             "window": window.keys() == vars(_Window()).keys()
             and all(type(value) in (int, float) for value in window.values())
             and window["start"] <= step,
-            "history": history is None
-            or (
-                state["history"].keys() == history
-                and all(
-                    torch.as_tensor(state["history"][name]).shape in ((), (self.config.task_num,))
-                    for name in ("total", "count")
-                )
-                and all(len(entry[0]) == len(entry[1]) for entry in state["history"]["target"])
-            ),
+            "history": not self.method.bilevel
+            or ScheduleHistory.is_state(state["history"], self.config.task_num),
             "skipped": type(state["skipped"]) is int,
             "reported": isinstance(state["reported"], list),
             "seconds": isinstance(state["seconds"], float),

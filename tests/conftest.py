@@ -102,6 +102,18 @@ def tiny_split(tmp_path_factory):
 
 
 @pytest.fixture
+def counted(monkeypatch):
+    """``counted(function)``: a list that grows with every use of an autograd Function."""
+
+    def count(function):
+        calls, original = [], function.apply
+        monkeypatch.setattr(function, "apply", lambda *args: calls.append(1) or original(*args))
+        return calls
+
+    return count
+
+
+@pytest.fixture
 def float64():
     """Double precision by default, and the global generator seeded."""
     torch.set_default_dtype(torch.float64)

@@ -63,6 +63,17 @@ class ScheduleHistory:
         """What is taken down since the last row, for a checkpoint."""
         return {"total": self.total, "count": self.count, "target": self.target}
 
+    @staticmethod
+    def is_state(state, tasks):
+        """Whether this may be a ``state()`` of a run of so many tasks."""
+        return (
+            state.keys() == {"total", "count", "target"}
+            and all(
+                torch.as_tensor(state[name]).shape in ((), (tasks,)) for name in ("total", "count")
+            )
+            and all(len(entry[0]) == len(entry[1]) for entry in state["target"])
+        )
+
     def restore(self, state, device):
         """Go on from ``state()``, with weights that are on ``device``."""
 

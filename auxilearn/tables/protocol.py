@@ -44,13 +44,16 @@ for _name, _title, _flags in (
     ("free_scale", "scale left free", "--fixed_scale 0"),
     ("gradient", "plain gradient descent's response", "--precondition none"),
     ("neumann", "Neumann series of three terms", "--solver neumann"),
-    ("sgd", "SGD above, at 0.01, clipped at 10", "--upper_optimizer sgd --max_grad_norm 10"),
+    (
+        "sgd",
+        "SGD above, at 0.01, clipped at 10",  # Adam's learning rate means something else
+        "--upper_optimizer sgd --max_grad_norm 10 --aux_lr 0.01",
+    ),
     ("no_warmup", "no warm-up", "--warmup_epochs 0"),
     ("one_batch", "one training batch per upper step", "--n_meta_train_loss_accum 1"),
     ("held_out", "development set held out", "--hold_out_dev 1"),
     ("no_fine_tuning", "no fine-tuning", "--dev_epochs 0"),
 ):
-    _flags += " --aux_lr 0.01" * (_name == "sgd")  # Adam's learning rate means something else
     ROWS["stable_" + _name] = Row(
         f"Stable form, {_title}",
         ABLATION,
