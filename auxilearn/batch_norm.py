@@ -32,7 +32,8 @@ def _backward_kernel(grad, x, weight, mean, invstd):
 
 
 def _per_channel(values, like):
-    return values.reshape(1, -1, *[1] * (like.dim() - 2))
+    # In the dtype of ``like``: mixed ones are added ten times more slowly on a CPU.
+    return values.to(like.dtype).reshape(1, -1, *[1] * (like.dim() - 2))
 
 
 def _add_scaled(total, *terms):

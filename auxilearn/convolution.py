@@ -35,6 +35,14 @@ def _backward(grad, x, weight, geometry, of_x, of_weight):
     )[:2]
 
 
+def _is_leaf(tensor):
+    """Whether it is a leaf of the graph, or one in another dtype (as with ``--amp``)."""
+    node = tensor.grad_fn
+    if node is not None and node.name() == "ToCopyBackward0":
+        node = node.next_functions[0][0]
+    return node is None or node.name() == "torch::autograd::AccumulateGrad"
+
+
 class _Convolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, geometry, mode):
@@ -47,7 +55,7 @@ class _Convolution(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         of_x, of_weight, of_bias, *_ = ctx.needs_input_grad
         # Under create_graph gradients are enabled: this gradient is to be differentiated.
-        known = ctx.mode.leaf_gradients or not (weight.is_leaf and torch.is_grad_enabled())
+        known = ctx.mode.leaf_gradients or not (_is_leaf(weight) and torch.is_grad_enabled())
         grad_x, grad_weight = _ConvolutionBackward.apply(
             grad, x, weight, ctx.geometry, of_x, of_weight, known
         )

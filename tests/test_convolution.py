@@ -81,11 +81,14 @@ def test_only_the_weight_gradients_of_leaves_are_left_out():
     x, weight = torch.randn(3, 4, 7, 6), torch.randn(6, 4, 3, 3, requires_grad=True)
     with FastConvolution() as mode:
         of_leaf, of_other = F.conv2d(x, weight).sum(), F.conv2d(x, derived := weight * 1).sum()
+        of_cast = F.conv2d(x.bfloat16(), weight.bfloat16()).float().sum()
         mode.leaf_gradients = False
         (leaf,) = torch.autograd.grad(of_leaf, weight, create_graph=True)
+        (cast,) = torch.autograd.grad(of_cast, weight, create_graph=True)
         (other,) = torch.autograd.grad(of_other, derived, create_graph=True)
         (read,) = torch.autograd.grad(F.conv2d(x, weight).sum(), weight)  # nothing will follow
     assert not leaf.any()
+    assert not cast.any()
     torch.testing.assert_close(other, read)
     assert read.abs().min() > 0
 

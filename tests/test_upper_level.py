@@ -1,5 +1,6 @@
 """The training path's hypergradient against double backward and closed forms, in float64."""
 
+import copy
 import warnings
 import weakref
 
@@ -8,8 +9,10 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
+from auxilearn.data.dataset import Batch
 from auxilearn.hypernet import MonoJoint, MonoLinearHyperNet, MonoNonlinearHyperNet, Naive_hyper
 from auxilearn.implicit_diff import conjugate_gradient, exact, identity, neumann
+from auxilearn.models import TaskModel
 from auxilearn.upper_level import (
     DoubleBackwardOperators,
     FastOperators,
@@ -102,6 +105,36 @@ def test_forward_mode_equals_double_backward(method, masked, dropout):
     assert solution.residual == pytest.approx(plain_solution.residual, rel=1e-10)
     assert dev_loss == pytest.approx(plain_dev_loss, rel=1e-12)
     assert sum(t.abs().sum() for t in plain) > 1e-8  # the comparison is not of zeros
+
+
+@pytest.mark.parametrize("operators", [FastOperators, DoubleBackwardOperators])
+def test_bfloat16_is_off_by_its_rounding_only(operators):
+    """``--amp bf16`` on a smooth network, against float64: a thousandth, as double backward is."""
+    smooth = [nn.BatchNorm2d(8), nn.Softplus()]
+    pool = [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    backbone = nn.Sequential(
+        *(nn.Conv2d(3, 8, 3, padding=1), *smooth),
+        *(nn.Conv2d(8, 8, 3, stride=2, bias=False), *copy.deepcopy(smooth), *pool),
+    )
+    model, scheduler = TaskModel(backbone, 8, [2] * TASKS), MonoJoint(0, TASKS, 8)
+    train_batch, dev_batch = (
+        Batch(
+            torch.randint(256, (size, 3, 8, 8), dtype=torch.uint8),
+            torch.randint(2, (size, TASKS)),
+            sample_id=None,
+            mask=None,
+        )
+        for size in (24, 16)
+    )
+
+    def hypergradient(model, scheduler):
+        upper = UpperLevel(model, scheduler, neumann(alpha=0.05, terms=3))
+        upper._operators = operators
+        return upper.hypergradient([train_batch], [dev_batch])[0]
+
+    expected = hypergradient(model, scheduler)
+    model.amp = True
+    assert 1e-5 < relative_error(hypergradient(model.float(), scheduler.float()), expected) < 3e-3
 
 
 class Convolutions(SmallResNet):
