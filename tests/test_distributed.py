@@ -16,7 +16,7 @@ from torch import nn
 
 from auxilearn.distributed import Ranks, leaving
 from auxilearn.hypernet import MonoJoint, MonoLinearHyperNet, Naive_hyper
-from auxilearn.implicit_diff import conjugate_gradient, neumann
+from auxilearn.implicit_diff import conjugate_gradient, neumann, preconditioned
 from auxilearn.upper_level import TaskLosses, UpperLevel, scheduled_loss
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -68,10 +68,12 @@ def one_step(method, reduction, ranks):
         return ranks.average(tensors, sum(len(b[2]) for b in batches))
 
     exact = reduction == "exact"
-    solver = neumann(0.05, 3) if reduction != "cg" else conjugate_gradient(1.0, 20)
-    upper = UpperLevel(model, scheduler, solver, average=average if exact else None)
+    solver = neumann(0.05, 3)
     if reduction == "cg":
-        upper.average = average
+        exact = True
+        scale = [1.0 + p.detach().abs() for p in theta]
+        solver = preconditioned(conjugate_gradient(1.0, 20), lambda: scale)
+    upper = UpperLevel(model, scheduler, solver, average=average if exact else None)
     hypergrads, _, dev_loss = upper.hypergradient([train], [dev])
     if reduction == "final":
         hypergrads = average(hypergrads, [train])
