@@ -67,13 +67,12 @@ def one_step(method, reduction, ranks):
     def average(tensors, batches):
         return ranks.average(tensors, sum(len(b[2]) for b in batches))
 
-    exact = reduction == "exact"
     solver = neumann(0.05, 3)
     if reduction == "cg":
-        exact = True
         scale = [1.0 + p.detach().abs() for p in theta]
         solver = preconditioned(conjugate_gradient(1.0, 20), lambda: scale)
-    upper = UpperLevel(model, scheduler, solver, average=average if exact else None)
+    exact = average if reduction != "final" else None
+    upper = UpperLevel(model, scheduler, solver, average=exact)
     hypergrads, _, dev_loss = upper.hypergradient([train], [dev])
     if reduction == "final":
         hypergrads = average(hypergrads, [train])
