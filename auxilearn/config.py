@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from auxilearn.errors import UserError
-from auxilearn.hypernet import FACTORS
+from auxilearn.hypernet import FACTORS, FIXED_SCALES
 from auxilearn.methods import METHODS
 
 SOLVERS = ("neumann", "identity", "cg", "exact")
@@ -244,11 +244,15 @@ class Config:
         kind=str,
         many=True,
     )
-    fixed_scale: bool = _setting(
-        True,
+    fixed_scale: str | None = _setting(
+        None,
         UPPER,
-        "with --method joint_stable: 1 holds the mean of every task's weights, the target's at 1, "
-        "so that only the task factor moves it; 0 lets it drift, for ablations",
+        "what the parameters of --method joint_stable cannot change: total = the mean of all "
+        "weights; share = nor the target task's share in it, the default with --labeled_per_class; "
+        "none = nothing, for ablations",
+        kind=str,
+        choices=FIXED_SCALES,
+        by_method="none",
     )
     aux_hidden_dim: list[int] = _setting(
         (10, 10, 10, 10), UPPER, "hidden sizes of --method task", kind=int, many=True
@@ -657,6 +661,8 @@ def with_method_defaults(config):
         own["warmup_epochs"] = min(own["warmup_epochs"], config.epochs // 2)
     if config.main_optimizer == "sgd":
         own["precondition"] = "none"
+    if config.labeled_per_class and "fixed_scale" in own:
+        own["fixed_scale"] = "share"
     return dataclasses.replace(
         config,
         **{

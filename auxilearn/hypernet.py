@@ -19,6 +19,7 @@ from torch import nn
 
 STANDARDISE_EPS = 1e-6
 FACTORS = ("feature", "loss", "task")  # of JTDS's schedule
+FIXED_SCALES = ("none", "total", "share")  # of the stable form's
 
 
 def masked_column_means(values, mask=None):
@@ -220,7 +221,7 @@ class MonoJoint(MonoHyperNet):
 class StableJoint(MonoHyperNet):
     r"""JTDS's three factors without the direction in which its weights run away.
 
-        W_ik = r_ik / mean_i r_ik * 2 sigmoid(t_k)        t = 0 for the target: its mean weight is 1
+        W_ik = r_ik / mean_i r_ik * s_k / mean_k s_k      s_k = 2 sigmoid(t_k)
                                     task factor
         r_ik = 2 sigmoid(a_k . G_i) * 2 sigmoid(u_k z_ik)
                feature factor         loss factor
@@ -230,22 +231,27 @@ class StableJoint(MonoHyperNet):
 
     - A lower optimiser like Adam does not feel the scale of the loss, so nothing holds the scale of
       a schedule. Here every task's weights are divided by their mean over the batch (over the
-      samples that have a loss), and the target's task factor is 1: no parameter can change it.
-    - Bounded factors: an auxiliary task counts 0 to 2 times as much as the target in the mean, and
-      no sample more than 4 / mean r times as much as the mean sample.
+      samples that have a loss), and the task factors by their mean over the tasks: no parameter can
+      change the mean of all weights, 1. To give one task more is to give another less.
+    - Bounded factors: no task counts more than K times the mean task, and no sample more than
+      4 / mean r times as much as the mean sample.
     - All parameters are 0 at first, where W = 1 exactly: equal weights, until the development set
       says otherwise. With inputs of that size, a step of Adam at rate r moves the logits of the
       feature and task factors by about r at most, those of the loss factor by about r |z|.
 
     K (d + 2) parameters: feature_sel.weight a (K, d), loss_w u (K,), task_prior t (K,).
 
-    Args: ``input_dim`` is K, ``feature_dim`` is d; ``factors``: those that are learned;
-    ``fixed_scale=False``, for ablations: W_ik = r_ik * 2 sigmoid(t_k), the target's t learned too.
+    Args: ``input_dim`` is K, ``feature_dim`` is d; ``factors``: those that are learned.
+    ``fixed_scale``: "total", the above; "share", the target's mean weight is held at 1 as well, and
+    the mean over the auxiliary tasks with it, for a target task with few labels, of which one step
+    always wants more; "none", for ablations: W_ik = r_ik s_k.
     """
 
-    def __init__(self, main_task, input_dim, feature_dim, *, factors=FACTORS, fixed_scale=True):
+    def __init__(self, main_task, input_dim, feature_dim, *, factors=FACTORS, fixed_scale="total"):
         super().__init__(main_task, input_dim)
         self.learned = _checked_factors(factors)
+        if fixed_scale not in FIXED_SCALES:
+            raise ValueError(f"fixed_scale must be one of {FIXED_SCALES}, not {fixed_scale!r}")
         self.fixed_scale = fixed_scale
         if "feature" in self.learned:
             self.feature_sel = nn.Linear(feature_dim, input_dim, bias=False)
@@ -266,17 +272,24 @@ class StableJoint(MonoHyperNet):
             loss = self.loss_w * standardise(losses.detach(), mask)
         if "task" in self.learned:
             task = self.task_prior
-            if self.fixed_scale:
-                others = torch.arange(self.input_dim, device=task.device) != self.main_task
-                task = task * others
         feature, loss, task = (2 * torch.sigmoid(score) for score in (feature, loss, task))
-        return feature, loss, task
+        return feature, loss, self._held(task)
+
+    def _held(self, task):
+        """Task factors (K,) divided by their mean over the tasks among which weight may move."""
+        if self.fixed_scale == "none":
+            return task
+        if self.fixed_scale == "total" or self.input_dim == 1:
+            return task / task.mean()
+        target = torch.arange(self.input_dim, device=task.device) == self.main_task
+        auxiliary_mean = task.masked_fill(target, 0.0).sum() / (self.input_dim - 1)
+        return (task / auxiliary_mean).masked_fill(target, 1.0)
 
     def schedule(self, features, losses, mask=None):
         """The schedule W (B, K); differentiable in the scheduler, constant in the model."""
         feature, loss, task = self.factors(features, losses, mask)
         weights = feature * loss
-        if self.fixed_scale:
+        if self.fixed_scale != "none":
             means = masked_column_means(weights, mask)
             weights = weights / torch.where(means > 0, means, 1.0)
         return weights * task

@@ -27,7 +27,7 @@ class Problem(NamedTuple):
     samples: int  # size of the training set
     hidden_sizes: list[int]  # of the monotone network
     factors: list[str]  # of JTDS's schedule, those that are learned
-    fixed_scale: bool  # of joint_stable's
+    fixed_scale: str  # of joint_stable's
     weighted_cosines: bool  # which of the two versions of gcs
 
     @classmethod
@@ -94,6 +94,7 @@ METHODS = {
             "max_grad_norm": 0.0,
             "n_meta_train_loss_accum": 4,
             "hold_out_dev": False,
+            "fixed_scale": "total",
         },
     ),
     "naive": Method(

@@ -111,8 +111,14 @@ def test_what_is_left_open_is_taken_from_the_method(tiny_split):
     released = resolve(parse([*flags, "--method", "joint"]), split)
     stable = resolve(parse([*flags, "--method", "joint_stable"]), split)
     names = ["upper_optimizer", "solver", "precondition", "warmup_epochs", "max_grad_norm"]
-    assert [getattr(released, name) for name in names] == ["sgd", "neumann", "none", 0, 10.0]
-    assert [getattr(stable, name) for name in names] == ["adam", "identity", "adam", 5, 0.0]
+    names += ["fixed_scale"]
+    assert [getattr(released, name) for name in names] == ["sgd", "neumann", "none", 0, 10, "none"]
+    assert [getattr(stable, name) for name in names] == ["adam", "identity", "adam", 5, 0, "total"]
+    few_labels = [*flags, "--labeled_per_class", "1", "--method"]
+    assert resolve(parse([*few_labels, "joint_stable"]), split).fixed_scale == "share"
+    assert resolve(parse([*few_labels, "joint"]), split).fixed_scale == "none"
+    asked = resolve(parse([*few_labels, "joint_stable", "--fixed_scale", "total"]), split)
+    assert asked.fixed_scale == "total"
     asked = ["--solver", "cg", "--precondition", "none", "--max_grad_norm", "3", "--aux_lr", "0.2"]
     asked = resolve(parse([*flags, "--method", "joint_stable", *asked]), split)
     assert (asked.solver, asked.precondition, asked.max_grad_norm) == ("cg", "none", 3.0)

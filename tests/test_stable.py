@@ -77,20 +77,32 @@ def schedule_loops(net, features, losses, mask):
             weights[i, k] = reference.sigmoid(score) * reference.sigmoid(u[k] * z[i, k])
         if inside:
             weights[:, k] /= math.fsum(weights[i, k] for i in inside) / len(inside)
-        weights[:, k] *= 2 * reference.sigmoid(t[k] if k else 0.0)
+        weights[:, k] *= task_factors(net)[k]
     return weights
 
 
+def task_factors(net):
+    """s_k over the mean of those it competes with, by the definition of ``fixed_scale``."""
+    s = [reference.sigmoid(t) for t in net.task_prior.tolist()]
+    if net.fixed_scale == "share":
+        return [1.0] + [x * (K - 1) / math.fsum(s[1:]) for x in s[1:]]
+    return [x * K / math.fsum(s) for x in s]
+
+
+held = pytest.mark.parametrize("fixed_scale", ["total", "share"])
+
+
+@held
 @pytest.mark.parametrize("masked", [False, True])
-def test_formula(masked):
-    net, (features, losses) = scheduler(), batch()
+def test_formula(masked, fixed_scale):
+    net, (features, losses) = scheduler(fixed_scale=fixed_scale), batch()
     mask = some_mask() if masked else None
     expected = schedule_loops(net, features, losses, None if mask is None else mask.numpy())
     found = net.schedule(features, losses, mask).detach().numpy()
     inside = np.ones((B, K), dtype=bool) if mask is None else mask.numpy()
     np.testing.assert_allclose(found[inside], expected[inside], rtol=1e-12)
     factors = net.factors(features, losses, mask)
-    expected_task = [1.0] + [2 * reference.sigmoid(x) for x in net.task_prior.tolist()[1:]]
+    expected_task = task_factors(net)
     np.testing.assert_allclose(factors[2].detach(), expected_task, rtol=1e-12)
     product = (factors[0] * factors[1]).detach().numpy()
     for k in range(K):  # up to a number per task, the schedule is the product of its factors
@@ -103,33 +115,63 @@ def test_formula(masked):
             )
 
 
+@pytest.mark.parametrize("fixed_scale", ["none", "total", "share"])
 @pytest.mark.parametrize("masked", [False, True])
-def test_it_starts_with_equal_weights(masked):
-    net, (features, losses) = StableJoint(0, K, D), batch()
+def test_it_starts_with_equal_weights(masked, fixed_scale):
+    net, (features, losses) = StableJoint(0, K, D, fixed_scale=fixed_scale), batch()
     mask = some_mask() if masked else None
     equal = Identity(0, K).scheduled_loss(losses, mask=mask)
     assert torch.equal(net.scheduled_loss(losses, features, mask=mask), equal)
     assert sum(p.numel() for p in net.parameters()) == K * (D + 2)
 
 
-@pytest.mark.parametrize("masked", [False, True])
+@held
 @pytest.mark.parametrize("size", [1.0, 30.0])
-def test_no_parameter_moves_the_target_s_mean_weight(masked, size):
+def test_no_parameter_moves_the_mean_weight(size, fixed_scale):
     """The direction along which JTDS's weights drift is not there any more."""
-    net, (features, losses) = scheduler(size), batch()
-    mask = some_mask() if masked else torch.ones(B, K, dtype=torch.bool)
-    weights = net.schedule(features, losses, mask)
-    inside = [weights[mask[:, k], k] for k in range(K)]
-    assert inside[0].mean().item() == pytest.approx(1.0, abs=1e-12)
-    slopes = torch.autograd.grad(inside[0].mean(), list(net.parameters()))
-    assert max(slope.abs().max().item() for slope in slopes) < 1e-12
-    for column in inside[1:]:
-        assert len(column) == 0 or 0 <= column.mean().item() <= 2 + 1e-12
+    net, (features, losses) = scheduler(size, fixed_scale=fixed_scale), batch()
+    weights = net.schedule(features, losses)
     assert torch.isfinite(weights).all()
+    tasks = weights.mean(dim=0)
+    held_means = [tasks.mean()] + ([tasks[0]] if fixed_scale == "share" else [])
+    for mean in held_means:
+        assert mean.item() == pytest.approx(1.0, abs=1e-12)
+        slopes = torch.autograd.grad(mean, list(net.parameters()), retain_graph=True)
+        assert max(slope.abs().max().item() for slope in slopes) < 1e-12
+    (slope,) = torch.autograd.grad(tasks[0], [net.task_prior])
+    if fixed_scale == "total" and size == 1.0:  # the target's share moves, at the others' expense
+        assert slope[0] > 0 and (slope[1:] < 0).all()
+
+
+@held
+def test_a_masked_task_has_its_weight_over_the_samples_that_have_a_loss(fixed_scale):
+    net, (features, losses) = scheduler(fixed_scale=fixed_scale), batch()
+    mask = some_mask()
+    weights = net.schedule(features, losses, mask)
+    for k in (0, 1, 3):  # task 2 has none
+        assert weights[mask[:, k], k].mean().item() == pytest.approx(
+            task_factors(net)[k], rel=1e-12
+        )
+
+
+@held
+def test_a_single_task_keeps_its_weight(fixed_scale):
+    net = StableJoint(0, 1, D, fixed_scale=fixed_scale)
+    torch.nn.init.normal_(net.task_prior)
+    losses = torch.rand(B, 1)
+    weights = net.schedule(torch.randn(B, D), losses)
+    torch.testing.assert_close(weights, torch.ones(B, 1))
+    (slope,) = torch.autograd.grad((weights * losses).mean(), [net.task_prior])
+    assert slope.item() == 0
+
+
+def test_an_unknown_way_of_holding_the_scale_is_refused():
+    with pytest.raises(ValueError, match="fixed_scale must be one of"):
+        StableJoint(0, K, D, fixed_scale="target")
 
 
 def test_without_the_fixed_scale_the_target_s_weight_moves():
-    net, (features, losses) = scheduler(fixed_scale=False), batch()
+    net, (features, losses) = scheduler(fixed_scale="none"), batch()
     feature, loss, task = net.factors(features, losses)
     torch.testing.assert_close(task, 2 * torch.sigmoid(net.task_prior))
     torch.testing.assert_close(net.schedule(features, losses), feature * loss * task)

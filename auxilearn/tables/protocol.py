@@ -41,7 +41,7 @@ for _factors in ("task", "feature", "loss", "feature loss", "feature task", "los
 # What docs/stability.md calls remedies, each taken back, and all of the schedule.
 for _name, _title, _flags in (
     ("equal", "schedule held at equal weights", "--warmup_epochs 1000000"),
-    ("free_scale", "scale left free", "--fixed_scale 0"),
+    ("free_scale", "scale left free", "--fixed_scale none"),
     ("gradient", "plain gradient descent's response", "--precondition none"),
     ("neumann", "Neumann series of three terms", "--solver neumann"),
     (
