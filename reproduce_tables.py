@@ -27,7 +27,7 @@ from auxilearn.errors import RunError, UserError, run_script
 from auxilearn.files import append_regular
 from auxilearn.tables import local, slurm, sweep
 from auxilearn.tables.notes import notes
-from auxilearn.tables.protocol import DATASETS, ROWS, TABLES, USUAL_ROWS
+from auxilearn.tables.protocol import DATASETS, ROWS, SETTINGS, TABLES, USUAL_ROWS
 from auxilearn.tables.render import markdown, read_paper, write_table
 from auxilearn.tables.tuning import Hyperparameters, check_file, trials, write_choice
 
@@ -55,6 +55,13 @@ def parse_arguments(argv=None):
         nargs="+",
         choices=tuple(TABLES),
         help="with all and tune (default: all three)",
+    )
+    add(
+        "--settings",
+        nargs="+",
+        choices=tuple(SETTINGS),
+        metavar="SETTING",
+        help=f"columns of the tables, of {', '.join(SETTINGS)} (default: all)",
     )
     add(
         "--seeds",
@@ -171,6 +178,12 @@ def parse_arguments(argv=None):
         parser.error("--tables goes with all and tune")
     wanted = args.tables or TABLES if args.what in ("all", "tune") else [args.what]
     args.tables = [table for table in TABLES if table in wanted]
+    if args.settings and args.what == "tune":
+        parser.error("--settings goes with tables: each is tuned on one setting of its own")
+    args.settings = args.settings or list(SETTINGS)
+    args.tables = [t for t in args.tables if set(TABLES[t].settings) & set(args.settings)]
+    if not args.tables:
+        parser.error(f"--settings: {args.what} has no column {' or '.join(args.settings)}")
     args.flags = [*(["--epochs", str(args.epochs)] if args.epochs else []), *_split(args.run_flags)]
     args.main_lr = sweep.learning_rate(args.dataset, args.flags)
     if args.hyperparameters == "none":
@@ -303,6 +316,7 @@ def wanted_runs(args, tuned, tables):
         for row in args.methods
         for table in tables
         for setting in TABLES[table].settings
+        if setting in args.settings
         for seed in args.seeds
     ]
 
@@ -364,7 +378,7 @@ def show(args, places, table, results, tuned, fingerprint):
                 sweep.result_of(job, run[1], run[2], fingerprint)
                 for job, run in zip(jobs, of_table2, strict=True)
             ]
-            if all(r.state == "done" for r in clean):
+            if clean and all(r.state == "done" for r in clean):
                 drawn = results + clean
         written += draw_table(table, drawn, args.dataset, args.out_dir)
     finally:  # without matplotlib, the numbers are there all the same

@@ -564,6 +564,17 @@ def test_some_tables_of_all(places, command):
     assert code == 2 and "--tables goes with all and tune" in err
 
 
+def test_some_columns_of_a_table(places, command):
+    wanted = ["all", *places, "--seeds", "1", "2", "--methods", "single", "--dry_run", "--settings"]
+    code, out, _ = command(reproduce_tables.main, *wanted, "corrupted_0.6", "supervised")
+    assert (code, len(out.splitlines())) == (0, 5)
+    assert out.count("--corrupted_rate 0.6") == 2 and out.count("--corrupted ") == 2
+    code, _, err = command(reproduce_tables.main, "table2", *wanted[1:], "corrupted_0.6", "semi")
+    assert code == 2 and "--settings: table2 has no column corrupted_0.6 or semi" in err
+    code, _, err = command(reproduce_tables.main, "tune", *wanted[1:], "semi")
+    assert code == 2 and "--settings goes with tables" in err
+
+
 def test_every_command_of_a_dry_run_runs(places, tmp_path, command):
     wanted = ["table2", *places, "--seeds", "1", "--methods", "single", "joint_task"]
     code, out, _ = command(reproduce_tables.main, *wanted, "--dry_run")

@@ -211,11 +211,12 @@ def test_ties_share_the_best_and_do_not_depend_on_order():
 
 def test_a_cell_without_any_result_is_wanted_all_the_same():
     results = cell("single", "corrupted_0.2", VALUES["single"])
+    results += cell("common", "corrupted_0.6", VALUES["common"])
     found = evaluate("table4", results, SEEDS)
+    assert found.settings == ("corrupted_0.2", "corrupted_0.6")  # nobody asked for 40 %
     assert found.cells["single", "corrupted_0.6"] == Cell({}, 4)
     assert line_of(markdown("table4", "mini", results, SEEDS), ROWS["single"].title)[1:] == [
         "**50.0 ± 1.6** †",
-        "– (0 of 4)",
         "– (0 of 4)",
     ]
 

@@ -19,7 +19,7 @@ from auxilearn.tables.protocol import (
     TABLES,
     TARGET_ONLY,
 )
-from auxilearn.tables.statistics import Cell, of_kind, runs
+from auxilearn.tables.statistics import Cell, of_kind, runs, settings_of
 
 DPI = 200
 WIDTH = 7.2  # inches, about that of a page's text
@@ -77,7 +77,7 @@ def table_figure(table_name, results, dataset_name):
 def _cells(table_name, results):
     """({(row, setting): Cell}, settings) of the chart: rates ascending, 0 included if known."""
     known = runs(results)
-    settings = TABLES[table_name].settings
+    settings = settings_of(table_name, known)
     if len(settings) > 1:
         clean = [name for name, setting in SETTINGS.items() if setting.rate == 0]
         settings = [name for name in clean if any(s == name for _, s in known)] + [*settings]

@@ -118,16 +118,16 @@ class Statistics(NamedTuple):
 def evaluate(table_name, results, seeds):
     """``Statistics`` of a table from the ``Result`` list of its wanted runs.
 
-    A row is shown if ``results`` have it in one of the table's settings, and is then wanted in all
-    of them with all ``seeds``; other settings and seeds are left out. Only complete cells (every
+    Of the table's settings those are shown that ``results`` have; a row is shown if they have it in
+    one of these, and is then wanted in all of them with all ``seeds``. Only complete cells (every
     wanted run done) can be the best, be the best baseline, or be tested.
 
     Raises:
         ValueError: ``results`` contradict themselves or the protocol.
         UserError: scipy is missing.
     """
-    settings, seeds = TABLES[table_name].settings, tuple(sorted(set(seeds)))
-    known = runs(results)
+    known, seeds = runs(results), tuple(sorted(set(seeds)))
+    settings = settings_of(table_name, known)
     rows = tuple(row for row in ROWS if any((row, setting) in known for setting in settings))
     cells = {
         (row, setting): Cell(_accuracies(known.get((row, setting), {}), seeds), len(seeds))
@@ -148,6 +148,11 @@ def evaluate(table_name, results, seeds):
         *_family(cells, [(row, baseline[s], s) for s in settings for row in schedules]),
         *_family(cells, [(row, ROWS[row].full, s) for s in settings for row in ablations]),
     )
+
+
+def settings_of(table_name, known):
+    """The settings of a table that are among the keys of ``runs``, in the table's order."""
+    return tuple(s for s in TABLES[table_name].settings if any(s == key[1] for key in known))
 
 
 def compare(results, row, other, setting):
