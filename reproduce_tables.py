@@ -184,7 +184,11 @@ def parse_arguments(argv=None):
     args.tables = [t for t in args.tables if set(TABLES[t].settings) & set(args.settings)]
     if not args.tables:
         parser.error(f"--settings: {args.what} has no column {' or '.join(args.settings)}")
-    args.flags = [*(["--epochs", str(args.epochs)] if args.epochs else []), *_split(args.run_flags)]
+    args.flags = _split(args.run_flags)
+    if args.epochs:
+        if any(word.partition("=")[0] == "--epochs" for word in args.flags):
+            parser.error("--epochs: given twice, in --run_flags as well")
+        args.flags = ["--epochs", str(args.epochs), *args.flags]
     args.main_lr = sweep.learning_rate(args.dataset, args.flags)
     if args.hyperparameters == "none":
         args.hyperparameters = None

@@ -575,6 +575,13 @@ def test_some_columns_of_a_table(places, command):
     assert code == 2 and "--settings goes with tables" in err
 
 
+def test_epochs_are_given_once(command):
+    wanted = ["table2", "--dataset", "mini", "--epochs", "3", "--dry_run"]
+    for flags in ("--epochs 2", "--epochs=2"):
+        code, _, err = command(reproduce_tables.main, *wanted, f"--run_flags={flags}")
+        assert code == 2 and "--epochs: given twice" in err
+
+
 def test_every_command_of_a_dry_run_runs(places, tmp_path, command):
     wanted = ["table2", *places, "--seeds", "1", "--methods", "single", "joint_task"]
     code, out, _ = command(reproduce_tables.main, *wanted, "--dry_run")
