@@ -92,6 +92,7 @@ def main():
             axes[panel].set_xlabel("lower step")
             if panel in ("weight", "norm"):
                 axes[panel].set_yscale("log")
+                axes[panel].yaxis.set_major_formatter("{x:g}")
         axes["ratio"].axhline(1, color=COLOURS["muted"], ls="--", lw=1)
         axes["accuracy"].legend()
         figure.savefig(args.out, dpi=110)
