@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from auxilearn.errors import UserError
-from auxilearn.hypernet import FACTORS, FIXED_SCALES
+from auxilearn.hypernet import FACTORS, TARGET_SHARES
 from auxilearn.methods import METHODS
 
 SOLVERS = ("neumann", "identity", "cg", "exact")
@@ -244,14 +244,14 @@ class Config:
         kind=str,
         many=True,
     )
-    fixed_scale: str | None = _setting(
+    target_share: str | None = _setting(
         None,
         UPPER,
-        "what the parameters of --method joint_stable cannot change: total = the mean of all "
-        "weights; share = nor the target task's share in it, the default with --labeled_per_class; "
-        "none = nothing, for ablations",
+        "with --method joint_stable: the target task's share of all weight, whose mean over the "
+        "tasks is held at 1: learned, within bounds; fixed = 1 / K, the default with "
+        "--labeled_per_class; free = the scale is not held either, for ablations",
         kind=str,
-        choices=FIXED_SCALES,
+        choices=(*TARGET_SHARES, "none"),
         by_method="none",
     )
     aux_hidden_dim: list[int] = _setting(
@@ -589,6 +589,11 @@ def check(config):
         raise UserError(f"--aux_hidden_dim takes sizes of at most {1 << 12}")
     if not config.factors:
         raise UserError(f"--factors takes one or more of {', '.join(FACTORS)}")
+    if config.method == "joint_stable" and config.target_share == "none":
+        raise UserError(
+            "--target_share none is what other methods have; a run of joint_stable that was "
+            "recorded without it is of an earlier form, which this version does not know"
+        )
     if not 0 <= config.corrupted_rate <= 1:
         raise UserError(f"--corrupted_rate must be within [0, 1], not {config.corrupted_rate}")
     if config.corrupted and config.labeled_per_class:
@@ -661,8 +666,8 @@ def with_method_defaults(config):
         own["warmup_epochs"] = min(own["warmup_epochs"], config.epochs // 2)
     if config.main_optimizer == "sgd":
         own["precondition"] = "none"
-    if config.labeled_per_class and "fixed_scale" in own:
-        own["fixed_scale"] = "share"
+    if config.labeled_per_class and "target_share" in own:
+        own["target_share"] = "fixed"
     return dataclasses.replace(
         config,
         **{

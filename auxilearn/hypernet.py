@@ -19,7 +19,7 @@ from torch import nn
 
 STANDARDISE_EPS = 1e-6
 FACTORS = ("feature", "loss", "task")  # of JTDS's schedule
-FIXED_SCALES = ("none", "total", "share")  # of the stable form's
+TARGET_SHARES = ("learned", "fixed", "free")  # of the stable form's
 
 
 def masked_column_means(values, mask=None):
@@ -221,10 +221,12 @@ class MonoJoint(MonoHyperNet):
 class StableJoint(MonoHyperNet):
     r"""JTDS's three factors without the direction in which its weights run away.
 
-        W_ik = r_ik / mean_i r_ik * s_k / mean_k s_k      s_k = 2 sigmoid(t_k)
+        W_ik = r_ik / mean_i r_ik * s_k / mean_k s_k
                                     task factor
         r_ik = 2 sigmoid(a_k . G_i) * 2 sigmoid(u_k z_ik)
                feature factor         loss factor
+        s_k  = sigmoid(t_k) / mean of the auxiliary tasks' sigmoid(t_l)      k an auxiliary task
+        s_k  = (1 + q) / (1 + q exp(-t_k)),  q = sqrt(K - 1)                 k the target
 
     with z the standardised losses, as in ``MonoJoint``, and G the features of the batch, centred,
     each sample's scaled to length 1 / sqrt(d). What differs from ``MonoJoint``, and why:
@@ -232,9 +234,10 @@ class StableJoint(MonoHyperNet):
     - A lower optimiser like Adam does not feel the scale of the loss, so nothing holds the scale of
       a schedule. Here every task's weights are divided by their mean over the batch (over the
       samples that have a loss), and the task factors by their mean over the tasks: no parameter can
-      change the mean of all weights, 1. To give one task more is to give another less.
-    - Bounded factors: no task counts more than K times the mean task, and no sample more than
-      4 / mean r times as much as the mean sample.
+      change the mean over the tasks, 1. To give one task more is to give another less.
+    - Bounded factors. The target counts less than 1 + sqrt(K - 1) times the mean auxiliary task:
+      half-way, on a logarithmic scale, between equal weights and half of all weight. No sample
+      counts more than 4 / mean r times as much as its task's mean sample.
     - All parameters are 0 at first, where W = 1 exactly: equal weights, until the development set
       says otherwise. With inputs of that size, a step of Adam at rate r moves the logits of the
       feature and task factors by about r at most, those of the loss factor by about r |z|.
@@ -242,17 +245,19 @@ class StableJoint(MonoHyperNet):
     K (d + 2) parameters: feature_sel.weight a (K, d), loss_w u (K,), task_prior t (K,).
 
     Args: ``input_dim`` is K, ``feature_dim`` is d; ``factors``: those that are learned.
-    ``fixed_scale``: "total", the above; "share", the target's mean weight is held at 1 as well, and
-    the mean over the auxiliary tasks with it, for a target task with few labels, of which one step
-    always wants more; "none", for ablations: W_ik = r_ik s_k.
+    ``target_share`` of all weight: "learned", the above; "fixed", s_k = 1 for the target, for one
+    with few labels, of which a single step always wants more (and with two tasks, no task factor is
+    left); "free", for ablations: W_ik = r_ik 2 sigmoid(t_k), nothing is held.
     """
 
-    def __init__(self, main_task, input_dim, feature_dim, *, factors=FACTORS, fixed_scale="total"):
+    def __init__(
+        self, main_task, input_dim, feature_dim, *, factors=FACTORS, target_share="learned"
+    ):
         super().__init__(main_task, input_dim)
         self.learned = _checked_factors(factors)
-        if fixed_scale not in FIXED_SCALES:
-            raise ValueError(f"fixed_scale must be one of {FIXED_SCALES}, not {fixed_scale!r}")
-        self.fixed_scale = fixed_scale
+        if target_share not in TARGET_SHARES:
+            raise ValueError(f"target_share must be one of {TARGET_SHARES}, not {target_share!r}")
+        self.target_share = target_share
         if "feature" in self.learned:
             self.feature_sel = nn.Linear(feature_dim, input_dim, bias=False)
             nn.init.zeros_(self.feature_sel.weight)
@@ -272,24 +277,31 @@ class StableJoint(MonoHyperNet):
             loss = self.loss_w * standardise(losses.detach(), mask)
         if "task" in self.learned:
             task = self.task_prior
-        feature, loss, task = (2 * torch.sigmoid(score) for score in (feature, loss, task))
-        return feature, loss, self._held(task)
+        return 2 * torch.sigmoid(feature), 2 * torch.sigmoid(loss), self._task_factor(task)
 
-    def _held(self, task):
-        """Task factors (K,) divided by their mean over the tasks among which weight may move."""
-        if self.fixed_scale == "none":
-            return task
-        if self.fixed_scale == "total" or self.input_dim == 1:
-            return task / task.mean()
-        target = torch.arange(self.input_dim, device=task.device) == self.main_task
-        auxiliary_mean = task.masked_fill(target, 0.0).sum() / (self.input_dim - 1)
-        return (task / auxiliary_mean).masked_fill(target, 1.0)
+    def _task_factor(self, t):
+        """s_k / mean_k s_k, (K,), of the task priors t (K,)."""
+        if self.target_share == "free":
+            return 2 * torch.sigmoid(t)
+        others = self.input_dim - 1
+        if not others:
+            return 1 + 0 * t
+        target = torch.arange(self.input_dim, device=t.device) == self.main_task
+        score = F.logsigmoid(t).masked_fill(target, -torch.inf)
+        s = torch.exp(score - score.max().detach())  # up to a number, none of them underflows
+        s = s * (others / s.sum())
+        if self.target_share == "fixed":
+            return s.masked_fill(target, 1.0)
+        q = others**0.5
+        of_target = (1 + q) / (1 + q * torch.exp(-t.clamp(min=-40)))
+        s = torch.where(target, of_target, s)
+        return s / s.mean()
 
     def schedule(self, features, losses, mask=None):
         """The schedule W (B, K); differentiable in the scheduler, constant in the model."""
         feature, loss, task = self.factors(features, losses, mask)
         weights = feature * loss
-        if self.fixed_scale != "none":
+        if self.target_share != "free":
             means = masked_column_means(weights, mask)
             weights = weights / torch.where(means > 0, means, 1.0)
         return weights * task

@@ -27,7 +27,7 @@ class Problem(NamedTuple):
     samples: int  # size of the training set
     hidden_sizes: list[int]  # of the monotone network
     factors: list[str]  # of JTDS's schedule, those that are learned
-    fixed_scale: str  # of joint_stable's
+    target_share: str  # of joint_stable's schedule
     weighted_cosines: bool  # which of the two versions of gcs
 
     @classmethod
@@ -39,7 +39,7 @@ class Problem(NamedTuple):
             samples,
             config.aux_hidden_dim,
             config.factors,
-            config.fixed_scale,
+            config.target_share,
             config.gcs == "weighted",
         )
 
@@ -81,7 +81,7 @@ METHODS = {
         learned=UPPER,
         auxiliary=True,
         build=lambda p: StableJoint(
-            0, p.tasks, p.feature_dim, factors=p.factors, fixed_scale=p.fixed_scale
+            0, p.tasks, p.feature_dim, factors=p.factors, target_share=p.target_share
         ),
         fine_tuned=True,
         defaults={
@@ -94,7 +94,7 @@ METHODS = {
             "max_grad_norm": 0.0,
             "n_meta_train_loss_accum": 4,
             "hold_out_dev": False,
-            "fixed_scale": "total",
+            "target_share": "learned",
         },
     ),
     "naive": Method(

@@ -111,14 +111,21 @@ def test_what_is_left_open_is_taken_from_the_method(tiny_split):
     released = resolve(parse([*flags, "--method", "joint"]), split)
     stable = resolve(parse([*flags, "--method", "joint_stable"]), split)
     names = ["upper_optimizer", "solver", "precondition", "warmup_epochs", "max_grad_norm"]
-    names += ["fixed_scale"]
+    names += ["target_share"]
     assert [getattr(released, name) for name in names] == ["sgd", "neumann", "none", 0, 10, "none"]
-    assert [getattr(stable, name) for name in names] == ["adam", "identity", "adam", 5, 0, "total"]
+    assert [getattr(stable, name) for name in names] == [
+        "adam",
+        "identity",
+        "adam",
+        5,
+        0,
+        "learned",
+    ]
     few_labels = [*flags, "--labeled_per_class", "1", "--method"]
-    assert resolve(parse([*few_labels, "joint_stable"]), split).fixed_scale == "share"
-    assert resolve(parse([*few_labels, "joint"]), split).fixed_scale == "none"
-    asked = resolve(parse([*few_labels, "joint_stable", "--fixed_scale", "total"]), split)
-    assert asked.fixed_scale == "total"
+    assert resolve(parse([*few_labels, "joint_stable"]), split).target_share == "fixed"
+    assert resolve(parse([*few_labels, "joint"]), split).target_share == "none"
+    asked = resolve(parse([*few_labels, "joint_stable", "--target_share", "learned"]), split)
+    assert asked.target_share == "learned"
     asked = ["--solver", "cg", "--precondition", "none", "--max_grad_norm", "3", "--aux_lr", "0.2"]
     asked = resolve(parse([*flags, "--method", "joint_stable", *asked]), split)
     assert (asked.solver, asked.precondition, asked.max_grad_norm) == ("cg", "none", 3.0)

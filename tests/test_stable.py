@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from auxilearn.config import resolve
+from auxilearn.config import from_record, resolve
 from auxilearn.data.split import load_split
 from auxilearn.errors import UserError
 from auxilearn.hypernet import Identity, StableJoint
@@ -82,20 +82,23 @@ def schedule_loops(net, features, losses, mask):
 
 
 def task_factors(net):
-    """s_k over the mean of those it competes with, by the definition of ``fixed_scale``."""
-    s = [reference.sigmoid(t) for t in net.task_prior.tolist()]
-    if net.fixed_scale == "share":
-        return [1.0] + [x * (K - 1) / math.fsum(s[1:]) for x in s[1:]]
+    """s_k / mean_k s_k by its definition; the target is task 0."""
+    t = net.task_prior.tolist()
+    s = [reference.sigmoid(x) for x in t]
+    s = [1.0] + [x * (K - 1) / math.fsum(s[1:]) for x in s[1:]]
+    if net.target_share == "learned":
+        most = 1 + math.sqrt(K - 1)
+        s[0] = most * reference.sigmoid(t[0] - math.log(most - 1))
     return [x * K / math.fsum(s) for x in s]
 
 
-held = pytest.mark.parametrize("fixed_scale", ["total", "share"])
+held = pytest.mark.parametrize("target_share", ["learned", "fixed"])
 
 
 @held
 @pytest.mark.parametrize("masked", [False, True])
-def test_formula(masked, fixed_scale):
-    net, (features, losses) = scheduler(fixed_scale=fixed_scale), batch()
+def test_formula(masked, target_share):
+    net, (features, losses) = scheduler(target_share=target_share), batch()
     mask = some_mask() if masked else None
     expected = schedule_loops(net, features, losses, None if mask is None else mask.numpy())
     found = net.schedule(features, losses, mask).detach().numpy()
@@ -115,10 +118,10 @@ def test_formula(masked, fixed_scale):
             )
 
 
-@pytest.mark.parametrize("fixed_scale", ["none", "total", "share"])
+@pytest.mark.parametrize("target_share", ["learned", "fixed", "free"])
 @pytest.mark.parametrize("masked", [False, True])
-def test_it_starts_with_equal_weights(masked, fixed_scale):
-    net, (features, losses) = StableJoint(0, K, D, fixed_scale=fixed_scale), batch()
+def test_it_starts_with_equal_weights(masked, target_share):
+    net, (features, losses) = StableJoint(0, K, D, target_share=target_share), batch()
     mask = some_mask() if masked else None
     equal = Identity(0, K).scheduled_loss(losses, mask=mask)
     assert torch.equal(net.scheduled_loss(losses, features, mask=mask), equal)
@@ -127,25 +130,25 @@ def test_it_starts_with_equal_weights(masked, fixed_scale):
 
 @held
 @pytest.mark.parametrize("size", [1.0, 30.0])
-def test_no_parameter_moves_the_mean_weight(size, fixed_scale):
+def test_no_parameter_moves_the_mean_weight(size, target_share):
     """The direction along which JTDS's weights drift is not there any more."""
-    net, (features, losses) = scheduler(size, fixed_scale=fixed_scale), batch()
+    net, (features, losses) = scheduler(size, target_share=target_share), batch()
     weights = net.schedule(features, losses)
     assert torch.isfinite(weights).all()
     tasks = weights.mean(dim=0)
-    held_means = [tasks.mean()] + ([tasks[0]] if fixed_scale == "share" else [])
+    held_means = [tasks.mean()] + ([tasks[0]] if target_share == "fixed" else [])
     for mean in held_means:
         assert mean.item() == pytest.approx(1.0, abs=1e-12)
         slopes = torch.autograd.grad(mean, list(net.parameters()), retain_graph=True)
         assert max(slope.abs().max().item() for slope in slopes) < 1e-12
     (slope,) = torch.autograd.grad(tasks[0], [net.task_prior])
-    if fixed_scale == "total" and size == 1.0:  # the target's share moves, at the others' expense
-        assert slope[0] > 0 and (slope[1:] < 0).all()
+    if target_share == "learned" and size == 1.0:  # its own parameter alone moves its share
+        assert slope[0] > 0.01 and (slope[1:].abs() < 1e-12).all()
 
 
 @held
-def test_a_masked_task_has_its_weight_over_the_samples_that_have_a_loss(fixed_scale):
-    net, (features, losses) = scheduler(fixed_scale=fixed_scale), batch()
+def test_a_masked_task_has_its_weight_over_the_samples_that_have_a_loss(target_share):
+    net, (features, losses) = scheduler(target_share=target_share), batch()
     mask = some_mask()
     weights = net.schedule(features, losses, mask)
     for k in (0, 1, 3):  # task 2 has none
@@ -155,8 +158,8 @@ def test_a_masked_task_has_its_weight_over_the_samples_that_have_a_loss(fixed_sc
 
 
 @held
-def test_a_single_task_keeps_its_weight(fixed_scale):
-    net = StableJoint(0, 1, D, fixed_scale=fixed_scale)
+def test_a_single_task_keeps_its_weight(target_share):
+    net = StableJoint(0, 1, D, target_share=target_share)
     torch.nn.init.normal_(net.task_prior)
     losses = torch.rand(B, 1)
     weights = net.schedule(torch.randn(B, D), losses)
@@ -165,13 +168,33 @@ def test_a_single_task_keeps_its_weight(fixed_scale):
     assert slope.item() == pytest.approx(0, abs=1e-15)
 
 
+def test_the_target_s_weight_is_bounded():
+    """Below 1 + sqrt(K - 1) times the mean auxiliary task, whatever the parameters."""
+    net, (features, losses) = StableJoint(0, K, D), batch()
+    for t, ratio in ((1e3, 1 + math.sqrt(K - 1)), (-1e3, 0.0)):
+        with torch.no_grad():
+            net.task_prior[0] = t
+        tasks = net.schedule(features, losses).mean(dim=0)
+        assert (tasks[0] / tasks[1:].mean()).item() == pytest.approx(ratio, rel=1e-9, abs=1e-9)
+
+
+@held
+@pytest.mark.parametrize("t", [-150.0, 150.0])
+def test_far_from_its_start_it_is_finite_in_float32(t, target_share):
+    net = StableJoint(0, K, D, target_share=target_share).float()
+    torch.nn.init.constant_(net.task_prior, t)
+    weights = net.schedule(torch.rand(B, D).float(), torch.rand(B, K).float())
+    gradients = torch.autograd.grad((weights * torch.rand(B, K).float()).sum(), net.parameters())
+    assert all(torch.isfinite(tensor).all() for tensor in (weights, *gradients))
+
+
 def test_an_unknown_way_of_holding_the_scale_is_refused():
-    with pytest.raises(ValueError, match="fixed_scale must be one of"):
-        StableJoint(0, K, D, fixed_scale="target")
+    with pytest.raises(ValueError, match="target_share must be one of"):
+        StableJoint(0, K, D, target_share="all")
 
 
-def test_without_the_fixed_scale_the_target_s_weight_moves():
-    net, (features, losses) = scheduler(fixed_scale="none"), batch()
+def test_without_the_target_share_the_target_s_weight_moves():
+    net, (features, losses) = scheduler(target_share="free"), batch()
     feature, loss, task = net.factors(features, losses)
     torch.testing.assert_close(task, 2 * torch.sigmoid(net.task_prior))
     torch.testing.assert_close(net.schedule(features, losses), feature * loss * task)
@@ -329,7 +352,7 @@ def test_a_run_that_ends_before_its_first_upper_step_says_so(tiny_run, capfd):
 
 
 @held
-def test_adam_above_moves_every_task_by_its_rate(tiny_run, fixed_scale):
+def test_adam_above_moves_every_task_by_its_rate(tiny_run, target_share):
     """Some up and some down, for their mean is held; the target only where its share may move."""
     run = tiny_run(
         method="joint_stable",
@@ -337,13 +360,13 @@ def test_adam_above_moves_every_task_by_its_rate(tiny_run, fixed_scale):
         max_steps=2,
         auxw_decay=0,
         dev_epochs=0,
-        fixed_scale=fixed_scale,
+        target_share=target_share,
     )
     task = run.checkpoint["scheduler"]["task_prior"]
-    moved = task[1:] if fixed_scale == "share" else task
+    moved = task[1:] if target_share == "fixed" else task
     torch.testing.assert_close(moved.abs(), torch.full_like(moved, 0.25), rtol=1e-3, atol=0)
     assert (moved > 0).any() and (moved < 0).any()
-    assert fixed_scale == "total" or task[0] == 0
+    assert target_share == "learned" or task[0] == 0
 
 
 def test_a_killed_run_goes_on_after_its_warm_up(tiny_config, tmp_path, monkeypatch):
@@ -386,9 +409,24 @@ def test_a_run_recorded_before_a_setting_existed_goes_on(tiny_config, tmp_path):
     train(config)
     path = tmp_path / "record" / "full" / "old" / "config.json"
     recorded = json.loads(path.read_text())
-    for name in ("precondition", "upper_optimizer", "warmup_epochs", "fixed_scale", "tensorboard"):
+    for name in ("precondition", "upper_optimizer", "warmup_epochs", "target_share", "tensorboard"):
         del recorded["config"][name]
     path.write_text(json.dumps(recorded))
     train(dataclasses.replace(config, resume=True))
     with pytest.raises(UserError, match="precondition was 'none' and is 'adam'"):
         train(dataclasses.replace(config, resume=True, precondition="adam"))
+
+
+def test_a_run_of_an_earlier_form_is_refused(tiny_config, tmp_path):
+    """It held something else, which its record does not say in today's terms."""
+    config = tiny_config(method="joint_stable", exp_name="old", max_steps=3, epochs=2)
+    train(config)
+    path = tmp_path / "record" / "full" / "old" / "config.json"
+    recorded = json.loads(path.read_text())
+    del recorded["config"]["target_share"]
+    recorded["config"]["fixed_scale"] = True
+    path.write_text(json.dumps(recorded))
+    with pytest.raises(UserError, match="target_share was 'none' and is 'learned'"):
+        train(dataclasses.replace(config, resume=True))
+    with pytest.raises(UserError, match="is of an earlier form"):
+        from_record(recorded["config"])

@@ -114,7 +114,8 @@ def test_ablations_of_the_stable_form_take_one_remedy_back_each(job_of):
             }
     assert changed == {
         "equal": {"warmup_epochs": 1000000},
-        "free_scale": {"fixed_scale": "none"},
+        "free_scale": {"target_share": "free"},
+        "fixed_share": {"target_share": "fixed"},
         "gradient": {"precondition": "none"},
         "neumann": {"solver": "neumann"},
         "sgd": {"upper_optimizer": "sgd", "max_grad_norm": 10, "aux_lr": 0.01},

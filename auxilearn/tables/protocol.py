@@ -41,7 +41,8 @@ for _factors in ("task", "feature", "loss", "feature loss", "feature task", "los
 # What docs/stability.md calls remedies, each taken back, and all of the schedule.
 for _name, _title, _flags in (
     ("equal", "schedule held at equal weights", "--warmup_epochs 1000000"),
-    ("free_scale", "scale left free", "--fixed_scale none"),
+    ("free_scale", "scale left free", "--target_share free"),
+    ("fixed_share", "the target's share fixed", "--target_share fixed"),
     ("gradient", "plain gradient descent's response", "--precondition none"),
     ("neumann", "Neumann series of three terms", "--solver neumann"),
     (
