@@ -277,7 +277,7 @@ def main(argv=None):
         ]
     else:
         tuned.check(args.seeds)
-        wanted = wanted_runs(args, tuned, args.tables)
+        wanted = wanted_runs(args, tuned, args.tables, args.settings)
     jobs = [make_job(args, places, *run) for run in wanted]
     if args.dry_run:
         print(shlex.join([*sweep.script("data_preprocess.py"), *preprocess_flags]))
@@ -313,14 +313,14 @@ def main(argv=None):
         )
 
 
-def wanted_runs(args, tuned, tables):
-    """(table, row, setting, seed, hyper-parameters) of every run of the tables."""
+def wanted_runs(args, tuned, tables, settings):
+    """(table, row, setting, seed, hyper-parameters) of every run of the tables in ``settings``."""
     return [
         (table, row, setting, seed, tuned.of(table, row, args.flags))
         for row in args.methods
         for table in tables
         for setting in TABLES[table].settings
-        if setting in args.settings
+        if setting in settings
         for seed in args.seeds
     ]
 
@@ -330,8 +330,9 @@ def make_job(args, places, _table, row, setting, seed, chosen):
 
 
 def command_line():
-    """This command, for the record."""
-    return shlex.join(["python", "reproduce_tables.py", *sys.argv[1:]])
+    """The command that makes what this one shows, for the record."""
+    words = [word for word in sys.argv[1:] if word != "--collect_only"]
+    return shlex.join(["python", "reproduce_tables.py", *words])
 
 
 def choose(args, wanted, results, fingerprint):
@@ -368,6 +369,9 @@ def show(args, places, table, results, tuned, fingerprint):
     """Print a table, and write it with its chart."""
     rows = [row for row in args.methods if any(r.row == row for r in results)]
     how = tuned.notes(table, rows, args.flags, fingerprint)
+    left_out = [SETTINGS[s].title for s in TABLES[table].settings if s not in args.settings]
+    if left_out:
+        how.append(f"Left out, and not in the count of tests: {', '.join(left_out)}.")
     below = notes(results, command_line(), how)
     print(markdown(table, args.dataset, results, args.seeds, args.paper, below))
     written = write_table(table, args.dataset, results, args.seeds, args.out_dir, args.paper, below)
@@ -376,13 +380,13 @@ def show(args, places, table, results, tuned, fingerprint):
 
         drawn = results
         if table == "table4":  # its curves begin without corruption where table 2 has been run
-            of_table2 = wanted_runs(args, tuned, ["table2"])
+            of_table2 = wanted_runs(args, tuned, ["table2"], SETTINGS)
             jobs = [make_job(args, places, *run) for run in of_table2]
             clean = [
                 sweep.result_of(job, run[1], run[2], fingerprint)
                 for job, run in zip(jobs, of_table2, strict=True)
             ]
-            if clean and all(r.state == "done" for r in clean):
+            if all(r.state == "done" for r in clean):
                 drawn = results + clean
         written += draw_table(table, drawn, args.dataset, args.out_dir)
     finally:  # without matplotlib, the numbers are there all the same

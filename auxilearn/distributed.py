@@ -4,7 +4,8 @@
 
 Each rank takes every N-th sample of a batch. What is averaged over ranks is weighted by their
 numbers of samples, so that gradients are those of the whole batch wherever the loss is a mean over
-samples. Batch norm's statistics and the standardised losses of a schedule are each rank's own.
+samples. Batch norm's statistics, and what a schedule takes from its batch (standardised losses; in
+the stable form also mean weights and centred features), are each rank's own.
 """
 
 import os

@@ -26,7 +26,7 @@ from auxilearn.errors import UserError
 from auxilearn.hypernet import LinearHyperNet, MonoJoint, MonoNonlinearHyperNet, Naive_hyper
 from auxilearn.report import schedule_weights, statistics, write
 from auxilearn.report.figures import _scheduled_steps
-from auxilearn.report.findings import Findings, Target
+from auxilearn.report.findings import Findings, Target, find
 from auxilearn.report.history import QUANTILES, ScheduleHistory, read_rows
 from auxilearn.report.run import evaluate_run, read_run
 from auxilearn.report.weights import sample_weights
@@ -836,6 +836,9 @@ def test_a_fine_tuned_run_is_seen_as_its_schedule_left_it(data, tmp_path):
     assert not plain.before_fine_tuning
     np.testing.assert_array_equal(found.table.weights, plain.table.weights)
     assert np.ptp(found.table.weights[:, 0]) > 0
+    # Between tasks, the mean weights are the task factor and nothing else.
+    np.testing.assert_allclose(found.table.weights.mean(0), found.table.factors["task"], rtol=1e-5)
+    assert find(run, found).spread_of_tasks == {"task": 1.0}
     steps = {row["epoch"] for row in run.rows["step"]}
     assert max(steps) > config.epochs >= max(row["epoch"] for row in _scheduled_steps(run))
 

@@ -69,6 +69,8 @@ def table_figure(table_name, results, dataset_name):
 
         from auxilearn.report import style
     title = f"{TABLES[table_name].title}: {DATASETS[dataset_name].title}"
+    if len(settings) == 1 < len(TABLES[table_name].settings):
+        title += f", {SETTINGS[settings[0]].title}"
     with mpl.rc_context(style.STYLE):
         draw = _draw_methods if len(settings) == 1 else _draw_rates
         return draw(style, cells, settings, title)
