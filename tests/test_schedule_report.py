@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import types
 from html.parser import HTMLParser
 from itertools import product
 from pathlib import Path
@@ -841,6 +842,14 @@ def test_a_fine_tuned_run_is_seen_as_its_schedule_left_it(data, tmp_path):
     assert find(run, found).spread_of_tasks == {"task": 1.0}
     steps = {row["epoch"] for row in run.rows["step"]}
     assert max(steps) > config.epochs >= max(row["epoch"] for row in _scheduled_steps(run))
+
+
+def test_equal_tasks_have_no_spread_to_explain():
+    factors = {"feature": np.full((5, 4), 1.3), "loss": np.full((5, 4), 0.7), "task": np.ones(4)}
+    table = types.SimpleNamespace(factors=factors)
+    tasks = types.SimpleNamespace(mean=np.ones(4))
+    findings = Findings(None, types.SimpleNamespace(table=table), tasks, None)
+    assert findings.spread_of_tasks == {}
 
 
 def test_events_for_tensorboard(make_run, no_charts, command, monkeypatch, tmp_path):

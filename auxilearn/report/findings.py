@@ -213,9 +213,10 @@ class Findings:
         """What makes the weights of auxiliary tasks differ: {factor: share}."""
         if self.evaluation is None or not self.evaluation.table.factors or len(self.tasks.mean) < 3:
             return {}
-        if np.allclose(self.tasks.mean, self.evaluation.table.factors["task"], rtol=1e-3):
-            return {"task": 1.0}  # the others are divided by their means over the samples
-        return spread_shares({k: v[1:] for k, v in self.mean_factors.items()})
+        factors = self.mean_factors
+        if np.allclose(self.tasks.mean, factors["task"], rtol=1e-3):
+            factors = {"task": factors["task"]}  # the others are divided by their means
+        return spread_shares({k: v[1:] for k, v in factors.items()})
 
     @property
     def mean_factors(self):

@@ -102,7 +102,10 @@ def spread_shares(factors):
     variance = np.mean(centred**2)
     if variance < 1e-12:
         return {}
-    return {name: float(np.mean(centred * value) / variance) for name, value in logs.items()}
+    return {
+        name: float(np.mean(centred * (value - value.mean())) / variance)
+        for name, value in logs.items()
+    }
 
 
 def two_groups(values, steps=200):
