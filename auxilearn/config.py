@@ -722,6 +722,49 @@ def resolve(config, split):
     return resolved
 
 
+def _of_solver(*solvers):
+    return lambda config, method: method.bilevel and config.solver in solvers
+
+
+def _fine_tunes(config, method):
+    return method.fine_tuned and config.dev_epochs > 0
+
+
+# When a setting changes something; those of the upper level that are not here, where there is one.
+_MATTERS = {
+    "corrupted_rate": lambda config, method: config.corrupted,
+    "aux_weight": lambda config, method: method.auxiliary,
+    "gcs": lambda config, method: config.method == "gcs",
+    "dev_epochs": lambda config, method: method.fine_tuned,
+    "dev_lr": _fine_tunes,
+    "aux_batch_size": lambda config, method: method.bilevel or _fine_tunes(config, method),
+    "factors": lambda config, method: config.method in ("joint", "joint_stable"),
+    "target_share": lambda config, method: config.method == "joint_stable",
+    "aux_hidden_dim": lambda config, method: config.method == "task",
+    "neumann_alpha": _of_solver("neumann"),
+    "neumann_terms": _of_solver("neumann"),
+    "neumann_scale": _of_solver("neumann"),
+    "on_divergence": _of_solver("neumann"),
+    "damping": _of_solver("cg", "exact"),
+    "cg_iterations": _of_solver("cg"),
+}
+
+
+def idle(config):
+    """Names of the settings of ``config`` that differ from their defaults and change nothing."""
+    method, full = METHODS[config.method], with_method_defaults(config)
+    return [
+        field.name
+        for field in dataclasses.fields(config)
+        if getattr(config, field.name) != _unless_given(field)
+        and not (
+            _MATTERS[field.name](full, method)
+            if field.name in _MATTERS
+            else method.bilevel or field.metadata["group"] != UPPER
+        )
+    ]
+
+
 def choose_device(name):
     """The torch device called ``name``, or the best there is. UserError if it cannot be used."""
     if name is None:

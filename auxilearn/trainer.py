@@ -17,7 +17,7 @@ import time
 import torch
 from tqdm import tqdm
 
-from auxilearn.config import NEUTRAL, defaults, resolve, training_set_name
+from auxilearn.config import NEUTRAL, defaults, idle, resolve, training_set_name
 from auxilearn.data.cache import open_images
 from auxilearn.data.dataset import (
     EndlessBatches,
@@ -66,7 +66,7 @@ def train(config):
         if ranks.size > 1:
             config = dataclasses.replace(config, device=str(ranks.device))
         split = load_split(config.split_dir, config.data_root)
-        trainer = Trainer(resolve(config, split), split, ranks)
+        trainer = Trainer(resolve(config, split), split, ranks, idle(config))
         record = _open_record(trainer) if ranks.first else NoRecord()
         try:
             summary = ranks.from_first(record.finished())
@@ -131,12 +131,13 @@ def _open_record(trainer):
 class Trainer:
     """One run: task model, scheduler, their optimisers and their streams of batches.
 
-    Args: a resolved ``Config``, the ``Split`` it was resolved against, and the ``Ranks`` that share
-    the run (by default this process alone).
+    Args: a resolved ``Config``, the ``Split`` it was resolved against, the ``Ranks`` that share
+    the run (by default this process alone), and the names of settings to be called ineffective.
     """
 
-    def __init__(self, config, split, ranks=None):
+    def __init__(self, config, split, ranks=None, ineffective=()):
         self.config = config
+        self.ineffective = ineffective
         self.split = split
         self.ranks = ranks = ranks or Ranks()
         # Not a method: through the upper level, the trainer would hold itself and its workers.
@@ -292,6 +293,9 @@ class Trainer:
             + (f" and {self.ranks.size - 1} more" if self.ranks.size > 1 else "")
         )
         self._say(f"recording in {record.directory}")
+        if self.ineffective:
+            flags = ", ".join(f"--{name}" for name in self.ineffective)
+            self._say(f"note: without effect in this run: {flags}")
         if self.method.bilevel and not self._upper_steps(self.main_steps):
             self._say(
                 f"warning: {self.main_steps} lower steps end before the first upper step "

@@ -10,7 +10,7 @@ import torch
 
 import data_preprocess
 import train_bilevel
-from auxilearn.config import Config, check, parse, resolve, with_method_defaults
+from auxilearn.config import Config, check, idle, parse, resolve, with_method_defaults
 from auxilearn.data import cub
 from auxilearn.data.split import load_split, write_split
 from auxilearn.errors import UserError
@@ -483,3 +483,78 @@ def test_the_split_is_made_once(tmp_path):
     first = write_split(tmp_path / "split", cub.read_annotations(root))
     again = write_split(tmp_path / "split", cub.read_annotations(root))
     assert (first.changed, again.changed) == (True, False)
+
+
+# --------------------------------------------------------------------------------------------------
+# Settings without effect
+# --------------------------------------------------------------------------------------------------
+
+# Of every setting that may be without effect, another value than its default.
+OTHER_VALUES = {
+    "aux_weight": 0.3,
+    "gcs": "weighted",
+    "dev_epochs": 2,
+    "dev_lr": 0.01,
+    "aux_lr": 0.05,
+    "auxw_decay": 0.5,
+    "upper_optimizer": "adam",
+    "warmup_epochs": 1,
+    "hyperstep": 3,
+    "aux_batch_size": 2,
+    "dev_batches": "first",
+    "n_meta_loss_accum": 2,
+    "n_meta_train_loss_accum": 2,
+    "hold_out_dev": False,
+    "factors": ["loss"],
+    "target_share": "free",
+    "aux_hidden_dim": [3],
+    "solver": "identity",
+    "precondition": "adam",
+    "neumann_alpha": 0.05,
+    "neumann_terms": 2,
+    "neumann_scale": "alpha",
+    "damping": 3.0,
+    "cg_iterations": 1,
+    "max_grad_norm": 1e-3,
+}
+
+
+@pytest.mark.parametrize("method", ["joint", "common_dev"])
+def test_a_setting_changes_a_run_unless_it_is_called_idle(method, tiny_config, tiny_run):
+    settings = {"method": method, "main_lr": 2e-3, "overwrite": True, "exp_name": "run"}
+    plain = tiny_run(**settings).timeless_rows
+    for name, value in OTHER_VALUES.items():
+        changed = {**settings, name: value}
+        unchanged = tiny_run(**changed).timeless_rows == plain
+        assert unchanged == (name in idle(tiny_config(**changed))), name
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("--method joint --aux_lr 0.1 --solver cg --damping 2 --cg_iterations 3", ""),
+        ("--method joint --solver cg --neumann_terms 5", "neumann_terms"),
+        ("--method joint_stable --dev_lr 0.1 --aux_batch_size 7 --target_share free", ""),
+        ("--method joint_stable --dev_epochs 0 --dev_lr 0.1", "dev_lr"),
+        ("--method common_dev --aux_batch_size 7 --aux_lr 0.1 --hyperstep 5", "aux_lr hyperstep"),
+        ("--method common_dev --dev_epochs 0 --aux_batch_size 7", "aux_batch_size"),
+        (
+            "--method single --aux_weight 0.1 --factors loss --gcs weighted",
+            "aux_weight factors gcs",
+        ),
+        ("--method task --aux_hidden_dim 5 --target_share fixed", "target_share"),
+        ("--method common --corrupted_rate 0.6", "corrupted_rate"),
+        ("--method common --corrupted_rate 0.6 --corrupted 1", ""),
+    ],
+)
+def test_flags_without_effect(flags, expected):
+    assert sorted(idle(parse(shlex.split(flags)))) == expected.split()
+
+
+def test_a_run_says_which_of_its_flags_have_no_effect(tmp_path, tiny_split, command):
+    flags = {"split_dir": tiny_split, "record_dir": tmp_path, "epochs": 1, "method": "common"}
+    code, out, err = command(train_bilevel.main, *tiny_flags(**flags, solver="cg"))
+    assert (code, err) == (0, "")
+    # TINY has settings for every method; warmup_epochs 0 among them.
+    given = "dev_epochs, --warmup_epochs, --hyperstep, --aux_batch_size, --solver, --neumann_terms"
+    assert f"note: without effect in this run: --{given}\n" in out

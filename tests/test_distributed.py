@@ -15,7 +15,7 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from auxilearn.distributed import Ranks, leaving
-from auxilearn.hypernet import MonoJoint, MonoLinearHyperNet, Naive_hyper
+from auxilearn.hypernet import MonoJoint, MonoLinearHyperNet, Naive_hyper, StableJoint
 from auxilearn.implicit_diff import conjugate_gradient, neumann, preconditioned
 from auxilearn.upper_level import TaskLosses, UpperLevel, scheduled_loss
 
@@ -46,6 +46,7 @@ def problem(method):
         "naive": lambda: Naive_hyper(SAMPLES, TASKS),
         "linear": lambda: MonoLinearHyperNet(0, TASKS),
         "joint": lambda: MonoJoint(0, TASKS, 6),
+        "joint_stable": lambda: StableJoint(0, TASKS, 6),
     }[method]()
     # 10 and 7 samples: the two ranks' shares of the second differ in size.
     batches = [(torch.randn(n, 4), torch.randn(n, TASKS), torch.arange(n)) for n in (10, 7)]
@@ -137,6 +138,18 @@ def test_standardised_losses_are_each_ranks_own(tmp_path):
     alone = one_step("joint", "exact", Ranks())
     assert 1e-6 < error(gradient, alone[0]) < 0.1
     assert 1e-6 < error(hypergradient, alone[1]) < 0.5
+
+
+def test_the_stable_form_starts_as_one_and_learns_from_each_ranks_batch(tmp_path):
+    """All its weights are 1 at first, so what sees samples one by one is that of the whole batch:
+    the lower gradient and the task prior's hypergradient. Loss and feature factor see the shard."""
+    gradient, hypergradient, _ = two_processes("joint_stable", "exact", tmp_path)
+    alone = one_step("joint_stable", "exact", Ranks())
+    assert error(gradient, alone[0]) < 1e-12
+    pieces = (h.split([TASKS, TASKS, TASKS * 6]) for h in (hypergradient, alone[1]))
+    of_loss_w, of_task_prior, of_features = map(error, *pieces)
+    assert of_task_prior < 1e-10
+    assert min(of_loss_w, of_features) > 1e-6
 
 
 # --------------------------------------------------------------------------------------------------
