@@ -726,18 +726,21 @@ def _of_solver(*solvers):
     return lambda config, method: method.bilevel and config.solver in solvers
 
 
-def _fine_tunes(config, method):
-    return method.fine_tuned and config.dev_epochs > 0
+def fine_tunes(config):
+    """Whether training ends with passes over the development set."""
+    return METHODS[config.method].fine_tuned and config.dev_epochs > 0
 
 
 # When a setting changes something; those of the upper level that are not here, where there is one.
 _MATTERS = {
     "corrupted_rate": lambda config, method: config.corrupted,
-    "aux_weight": lambda config, method: method.auxiliary,
+    "aux_weight": lambda config, method: (
+        method.auxiliary and config.whether_aux is not False and config.task_num != 1
+    ),
     "gcs": lambda config, method: config.method == "gcs",
     "dev_epochs": lambda config, method: method.fine_tuned,
-    "dev_lr": _fine_tunes,
-    "aux_batch_size": lambda config, method: method.bilevel or _fine_tunes(config, method),
+    "dev_lr": lambda config, method: fine_tunes(config),
+    "aux_batch_size": lambda config, method: method.bilevel or fine_tunes(config),
     "factors": lambda config, method: config.method in ("joint", "joint_stable"),
     "target_share": lambda config, method: config.method == "joint_stable",
     "aux_hidden_dim": lambda config, method: config.method == "task",

@@ -17,7 +17,7 @@ import time
 import torch
 from tqdm import tqdm
 
-from auxilearn.config import NEUTRAL, defaults, idle, resolve, training_set_name
+from auxilearn.config import NEUTRAL, defaults, fine_tunes, idle, resolve, training_set_name
 from auxilearn.data.cache import open_images
 from auxilearn.data.dataset import (
     EndlessBatches,
@@ -159,7 +159,7 @@ class Trainer:
         if config.max_steps is not None:
             self.main_steps = min(self.main_steps, config.max_steps)
         self.total_steps = self.main_steps
-        self.fine_tunes = self.method.fine_tuned and config.dev_epochs > 0
+        self.fine_tunes = fine_tunes(config)
         if self.fine_tunes:
             self.dev_set = sample_set(split, "dev", config.task_num)
             self.steps_per_dev_epoch = math.ceil(len(self.dev_set) / config.aux_batch_size)

@@ -543,6 +543,8 @@ def test_a_setting_changes_a_run_unless_it_is_called_idle(method, tiny_config, t
             "aux_weight factors gcs",
         ),
         ("--method task --aux_hidden_dim 5 --target_share fixed", "target_share"),
+        ("--method common --aux_weight 0.1 --whether_aux 0", "aux_weight"),
+        ("--method common --aux_weight 0.1 --task_num 1", "aux_weight"),
         ("--method common --corrupted_rate 0.6", "corrupted_rate"),
         ("--method common --corrupted_rate 0.6 --corrupted 1", ""),
     ],

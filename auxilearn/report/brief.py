@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from auxilearn.config import fine_tunes
 from auxilearn.report.wording import readable
 
 EQUAL = 0.01  # areas under ROC curves that differ by less are called equal
@@ -34,7 +35,7 @@ def _training(findings):
         f"Validation accuracy went from {accuracy[0]:.1%} to {accuracy[best]:.1%}, its best, in "
         f"epoch {epochs[best]['epoch']} of {findings.run.config.epochs}"
     )
-    if findings.run.method.fine_tuned and findings.run.config.dev_epochs:
+    if fine_tunes(findings.run.config):
         text += f" and {findings.run.config.dev_epochs} of fine-tuning"
     if summary is None:
         done = epochs[-1]["epoch"]
