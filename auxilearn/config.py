@@ -607,7 +607,8 @@ def check(config):
         raise UserError("--resume 1 needs the --exp_name of the run to continue")
     if name is not None and (name in ("", ".", "..") or "/" in name or not name.isprintable()):
         raise UserError(f"--exp_name {name!r} must be a plain name without slashes")
-    if config.precondition == "adam" and config.main_optimizer != "adam":
+    bilevel = METHODS[config.method].bilevel
+    if bilevel and config.precondition == "adam" and config.main_optimizer != "adam":
         raise UserError(
             f"--precondition adam is for --main_optimizer adam, not {config.main_optimizer}: take "
             "--precondition none, which answers for the steps of sgd"
@@ -726,43 +727,58 @@ def _of_solver(*solvers):
     return lambda config, method: method.bilevel and config.solver in solvers
 
 
+_neumann = _of_solver("neumann")
+
+
 def fine_tunes(config):
     """Whether training ends with passes over the development set."""
     return METHODS[config.method].fine_tuned and config.dev_epochs > 0
 
 
+def _has_auxiliary(config, method):
+    return method.auxiliary and config.whether_aux is not False and config.task_num != 1
+
+
 # When a setting changes something; those of the upper level that are not here, where there is one.
 _MATTERS = {
     "corrupted_rate": lambda config, method: config.corrupted,
-    "aux_weight": lambda config, method: (
-        method.auxiliary and config.whether_aux is not False and config.task_num != 1
-    ),
-    "gcs": lambda config, method: config.method == "gcs",
+    "cache_dir": lambda config, method: config.cache != "off",
+    "aux_weight": _has_auxiliary,
+    "gcs": lambda config, method: config.method == "gcs" and _has_auxiliary(config, method),
     "dev_epochs": lambda config, method: method.fine_tuned,
     "dev_lr": lambda config, method: fine_tunes(config),
     "aux_batch_size": lambda config, method: method.bilevel or fine_tunes(config),
     "factors": lambda config, method: config.method in ("joint", "joint_stable"),
-    "target_share": lambda config, method: config.method == "joint_stable",
+    "target_share": lambda config, method: (
+        config.method == "joint_stable"
+        and (config.target_share == "free" or "task" in config.factors)
+    ),
     "aux_hidden_dim": lambda config, method: config.method == "task",
-    "neumann_alpha": _of_solver("neumann"),
-    "neumann_terms": _of_solver("neumann"),
-    "neumann_scale": _of_solver("neumann"),
-    "on_divergence": _of_solver("neumann"),
+    "neumann_alpha": lambda config, method: (
+        _neumann(config, method) and (config.neumann_terms > 0 or config.neumann_scale == "alpha")
+    ),
+    "neumann_terms": _neumann,
+    "neumann_scale": _neumann,
+    "on_divergence": lambda config, method: _neumann(config, method) and config.neumann_terms > 0,
     "damping": _of_solver("cg", "exact"),
     "cg_iterations": _of_solver("cg"),
 }
 
 
-def idle(config):
-    """Names of the settings of ``config`` that differ from their defaults and change nothing."""
+def ineffective(config, processes=1):
+    """Names of the settings that differ from their defaults and change nothing in a run.
+
+    Args: ``config`` as given, before ``resolve``; ``processes``: how many train together.
+    """
     method, full = METHODS[config.method], with_method_defaults(config)
+    matters = {"reduction": lambda config, method: method.bilevel and processes > 1, **_MATTERS}
     return [
         field.name
         for field in dataclasses.fields(config)
         if getattr(config, field.name) != _unless_given(field)
         and not (
-            _MATTERS[field.name](full, method)
-            if field.name in _MATTERS
+            matters[field.name](full, method)
+            if field.name in matters
             else method.bilevel or field.metadata["group"] != UPPER
         )
     ]
@@ -787,7 +803,7 @@ def _check_batch_norm(config, split):
     if config.image_size >= smallest:
         return
     sizes = {"--train_batch_size": (config.train_batch_size, training_set_name(config))}
-    if METHODS[config.method].bilevel or METHODS[config.method].fine_tuned:
+    if METHODS[config.method].bilevel or fine_tunes(config):
         sizes["--aux_batch_size"] = (config.aux_batch_size, "dev")
     for flag, (size, name) in sizes.items():
         if len(split.indices[name]) % size == 1 or size == 1:

@@ -17,7 +17,14 @@ import time
 import torch
 from tqdm import tqdm
 
-from auxilearn.config import NEUTRAL, defaults, fine_tunes, idle, resolve, training_set_name
+from auxilearn.config import (
+    NEUTRAL,
+    defaults,
+    fine_tunes,
+    ineffective,
+    resolve,
+    training_set_name,
+)
 from auxilearn.data.cache import open_images
 from auxilearn.data.dataset import (
     EndlessBatches,
@@ -66,7 +73,8 @@ def train(config):
         if ranks.size > 1:
             config = dataclasses.replace(config, device=str(ranks.device))
         split = load_split(config.split_dir, config.data_root)
-        trainer = Trainer(resolve(config, split), split, ranks, idle(config))
+        unused = ineffective(config, ranks.size)
+        trainer = Trainer(resolve(config, split), split, ranks, unused)
         record = _open_record(trainer) if ranks.first else NoRecord()
         try:
             summary = ranks.from_first(record.finished())
@@ -295,7 +303,9 @@ class Trainer:
         self._say(f"recording in {record.directory}")
         if self.ineffective:
             flags = ", ".join(f"--{name}" for name in self.ineffective)
-            self._say(f"note: without effect in this run: {flags}")
+            self._say(f"note: settings without effect in this run: {flags}")
+        if "corrupted_rate" in self.ineffective:
+            self._say("warning: --corrupted_rate without --corrupted 1: no label is corrupted")
         if self.method.bilevel and not self._upper_steps(self.main_steps):
             self._say(
                 f"warning: {self.main_steps} lower steps end before the first upper step "

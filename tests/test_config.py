@@ -10,7 +10,16 @@ import torch
 
 import data_preprocess
 import train_bilevel
-from auxilearn.config import Config, check, idle, parse, resolve, with_method_defaults
+from auxilearn.config import (
+    _MATTERS,
+    UPPER,
+    Config,
+    check,
+    ineffective,
+    parse,
+    resolve,
+    with_method_defaults,
+)
 from auxilearn.data import cub
 from auxilearn.data.split import load_split, write_split
 from auxilearn.errors import UserError
@@ -493,6 +502,8 @@ def test_the_split_is_made_once(tmp_path):
 OTHER_VALUES = {
     "aux_weight": 0.3,
     "gcs": "weighted",
+    "corrupted_rate": 0.6,
+    "cache_dir": "elsewhere",
     "dev_epochs": 2,
     "dev_lr": 0.01,
     "aux_lr": 0.05,
@@ -515,18 +526,41 @@ OTHER_VALUES = {
     "neumann_scale": "alpha",
     "damping": 3.0,
     "cg_iterations": 1,
+    "reduction": "final",
+    "on_nonfinite": "skip",
+    "on_divergence": "identity",
     "max_grad_norm": 1e-3,
 }
+# What shows in accidents alone, or in no number.
+SILENT = {"on_nonfinite", "on_divergence", "cache_dir"}
 
 
-@pytest.mark.parametrize("method", ["joint", "common_dev"])
-def test_a_setting_changes_a_run_unless_it_is_called_idle(method, tiny_config, tiny_run):
-    settings = {"method": method, "main_lr": 2e-3, "overwrite": True, "exp_name": "run"}
-    plain = tiny_run(**settings).timeless_rows
+def test_every_setting_that_may_be_without_effect_is_listed():
+    upper = {field.name for field in dataclasses.fields(Config) if field.metadata["group"] == UPPER}
+    assert OTHER_VALUES.keys() == upper | _MATTERS.keys()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"method": "joint"},
+        {"method": "joint", "solver": "cg"},
+        {"method": "joint_stable"},
+        {"method": "common_dev"},
+        {"method": "gcs", "corrupted": True},
+        {"method": "task"},
+    ],
+    ids=lambda settings: " ".join(map(str, settings.values())),
+)
+def test_a_setting_changes_a_run_unless_it_is_called_ineffective(settings, tiny_config, tiny_run):
+    settings = {**settings, "main_lr": 2e-3, "overwrite": True, "exp_name": "run"}
+    plain, own = tiny_run(**settings).timeless_rows, with_method_defaults(tiny_config(**settings))
     for name, value in OTHER_VALUES.items():
+        if name in SILENT or name in settings or value == getattr(own, name):
+            continue
         changed = {**settings, name: value}
         unchanged = tiny_run(**changed).timeless_rows == plain
-        assert unchanged == (name in idle(tiny_config(**changed))), name
+        assert unchanged == (name in ineffective(tiny_config(**changed))), name
 
 
 @pytest.mark.parametrize(
@@ -534,6 +568,7 @@ def test_a_setting_changes_a_run_unless_it_is_called_idle(method, tiny_config, t
     [
         ("--method joint --aux_lr 0.1 --solver cg --damping 2 --cg_iterations 3", ""),
         ("--method joint --solver cg --neumann_terms 5", "neumann_terms"),
+        ("--method joint --solver exact --damping 2 --cg_iterations 3", "cg_iterations"),
         ("--method joint_stable --dev_lr 0.1 --aux_batch_size 7 --target_share free", ""),
         ("--method joint_stable --dev_epochs 0 --dev_lr 0.1", "dev_lr"),
         ("--method common_dev --aux_batch_size 7 --aux_lr 0.1 --hyperstep 5", "aux_lr hyperstep"),
@@ -545,12 +580,36 @@ def test_a_setting_changes_a_run_unless_it_is_called_idle(method, tiny_config, t
         ("--method task --aux_hidden_dim 5 --target_share fixed", "target_share"),
         ("--method common --aux_weight 0.1 --whether_aux 0", "aux_weight"),
         ("--method common --aux_weight 0.1 --task_num 1", "aux_weight"),
+        ("--method gcs --gcs weighted --task_num 1", "gcs"),
+        ("--method joint --neumann_terms 0 --neumann_alpha 0.1", "neumann_alpha"),
+        ("--method joint --neumann_terms 0 --neumann_alpha 0.1 --neumann_scale alpha", ""),
+        ("--method joint --neumann_terms 0 --on_divergence identity", "on_divergence"),
+        ("--method joint --on_divergence identity --on_nonfinite skip", ""),
+        ("--method joint_stable --on_divergence identity", "on_divergence"),
+        ("--method joint_stable --factors loss --target_share fixed", "target_share"),
+        ("--method joint_stable --factors loss --target_share free", ""),
+        ("--method joint --cache off --cache_dir elsewhere", "cache_dir"),
+        ("--method joint --cache_dir elsewhere", ""),
+        ("--method common --precondition adam --main_optimizer sgd", "precondition"),
         ("--method common --corrupted_rate 0.6", "corrupted_rate"),
         ("--method common --corrupted_rate 0.6 --corrupted 1", ""),
     ],
 )
 def test_flags_without_effect(flags, expected):
-    assert sorted(idle(parse(shlex.split(flags)))) == expected.split()
+    assert sorted(ineffective(parse(shlex.split(flags)))) == expected.split()
+
+
+def test_the_reduction_matters_under_torchrun():
+    config = parse(["--method", "joint", "--reduction", "final"])
+    assert ineffective(config) == ["reduction"] and ineffective(config, processes=2) == []
+
+
+def test_a_batch_of_one_image_is_refused_where_it_would_be_trained_on(tiny_config, tiny_split):
+    split = load_split(tiny_split)
+    small = {"image_size": 8, "aux_batch_size": 1, "backbone": "convnet"}
+    resolve(tiny_config(method="common_dev", dev_epochs=0, **small), split)
+    with pytest.raises(UserError, match="aux_batch_size 1 leaves a batch of one image"):
+        resolve(tiny_config(method="common_dev", dev_epochs=1, **small), split)
 
 
 def test_a_run_says_which_of_its_flags_have_no_effect(tmp_path, tiny_split, command):
@@ -558,5 +617,9 @@ def test_a_run_says_which_of_its_flags_have_no_effect(tmp_path, tiny_split, comm
     code, out, err = command(train_bilevel.main, *tiny_flags(**flags, solver="cg"))
     assert (code, err) == (0, "")
     # TINY has settings for every method; warmup_epochs 0 among them.
-    given = "dev_epochs, --warmup_epochs, --hyperstep, --aux_batch_size, --solver, --neumann_terms"
-    assert f"note: without effect in this run: --{given}\n" in out
+    names = "dev_epochs warmup_epochs hyperstep aux_batch_size solver neumann_terms"
+    given = ", ".join(f"--{name}" for name in names.split())
+    assert f"note: settings without effect in this run: {given}\n" in out
+    assert "no label is corrupted" not in out
+    run = tiny_flags(**flags, corrupted_rate=0.6, overwrite=1)
+    assert "warning: --corrupted_rate without" in command(train_bilevel.main, *run)[1]
