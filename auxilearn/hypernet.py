@@ -236,7 +236,7 @@ class StableJoint(MonoHyperNet):
       samples that have a loss), and the task factors by their mean over the tasks: no parameter can
       change the mean over the tasks, 1. To give one task more is to give another less.
     - Bounded factors. The target counts less than 1 + sqrt(K - 1) times the mean auxiliary task:
-      half-way, on a logarithmic scale, between equal weights and half of all weight. No sample
+      about half-way, on a logarithmic scale, from equal weights to half of all weight. No sample
       counts more than 4 / mean r times as much as its task's mean sample.
     - All parameters are 0 at first, where W = 1 exactly: equal weights, until the development set
       says otherwise. With inputs of that size, a step of Adam at rate r moves the logits of the
