@@ -17,14 +17,7 @@ import time
 import torch
 from tqdm import tqdm
 
-from auxilearn.config import (
-    NEUTRAL,
-    defaults,
-    fine_tunes,
-    ineffective,
-    resolve,
-    training_set_name,
-)
+from auxilearn.config import NEUTRAL, defaults, fine_tunes, ineffective, resolve, training_set_name
 from auxilearn.data.cache import open_images
 from auxilearn.data.dataset import (
     EndlessBatches,
@@ -73,8 +66,7 @@ def train(config):
         if ranks.size > 1:
             config = dataclasses.replace(config, device=str(ranks.device))
         split = load_split(config.split_dir, config.data_root)
-        unused = ineffective(config, ranks.size)
-        trainer = Trainer(resolve(config, split), split, ranks, unused)
+        trainer = Trainer(resolve(config, split), split, ranks, ineffective(config, ranks.size))
         record = _open_record(trainer) if ranks.first else NoRecord()
         try:
             summary = ranks.from_first(record.finished())
