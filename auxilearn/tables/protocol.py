@@ -160,14 +160,12 @@ def candidates(row, unit):
         return tuple({"main_lr": rate} for rate in rates(0.25, 0.5, 1, 1.5, 2.5, 5))
     if row == "common_tuned":
         others = ({"aux_weight": 0.3}, {"aux_weight": 0.1})
-    elif row == "common_dev":
+    elif row in ("common_dev", "joint_stable"):  # alike, so that they differ by the schedule alone
         others = ({"aux_weight": 1.0, "dev_epochs": 30}, {"aux_weight": 0.3, "dev_epochs": 30})
     elif row in ("uncertainty", "gcs"):
         others = ({"aux_weight": 1.0}, {"aux_weight": 0.3})
     elif row == "naive":  # a weight of a single sample moves little in a step
         others = ({"aux_weight": 0.3, "aux_lr": 3e-2}, {"aux_weight": 0.3, "aux_lr": 3e-1})
-    elif row == "joint_stable":
-        others = ({"aux_lr": 3e-2, "dev_epochs": 30}, {"aux_lr": 1e-1, "dev_epochs": 30})
     else:
         others = ({"aux_lr": 1e-2}, {"aux_lr": 3e-3})
     return tuple({"main_lr": rate, **other} for rate in rates(1, 2.5, 5) for other in others)
