@@ -84,6 +84,10 @@ def test_every_row_has_the_same_number_of_candidates(dataset):
         assert DATASETS[dataset].main_lr in [c["main_lr"] for c in found]
 
 
+def test_the_stable_form_and_its_baseline_without_a_schedule_have_the_same_candidates():
+    assert candidates("joint_stable", 2e-3) == candidates("common_dev", 2e-3)
+
+
 def test_the_tables_have_the_papers_settings():
     rates = [SETTINGS[name].rate for name in TABLES["table4"].settings]
     assert rates == [0.2, 0.4, 0.6]
