@@ -583,7 +583,7 @@ def test_an_unreadable_image_is_found_at_the_start_by_the_cache(own_data, tiny_r
 
 def test_divergence_stops_the_run_and_keeps_the_best_checkpoint(tiny_split, tmp_path, command):
     flags = tiny_flags(split_dir=tiny_split, record_dir=tmp_path, method="joint", exp_name="wild")
-    flags += ["--aux_lr", "1e37", "--hyperstep", "4"]  # an epoch is 3 steps
+    flags += ["--aux_lr", "1e37", "--auxw_decay", "1e30", "--hyperstep", "4"]  # an epoch is 3 steps
     code, out, err = command(train_bilevel.main, *flags)
     run = Run(tmp_path / "full" / "wild")
     assert code == 1
