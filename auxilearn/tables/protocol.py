@@ -129,7 +129,7 @@ DATASETS = {
         "scanned digits",
         "digits",
         2e-3,
-        (*_SMALL, "--threads", "1", "--image_size", "16", "--epochs", "12")
+        (*_SMALL, "--threads", "1", "--image_size", "16", "--epochs", "40")
         + ("--hyperstep", "5", "--aux_batch_size", "10", "--dev_epochs", "10"),
     ),
 }

@@ -3,7 +3,7 @@
 One readable file holds, by data set and table, what was chosen for every row, from which
 candidates, and the validation accuracy of each (null: its run failed):
 
-    {"digits": {"seeds": [101], "flags": [...], "fingerprint": "...",
+    {"digits": {"seeds": [101, 102], "flags": [...], "fingerprint": "...",
      "tables": {"table2": {"setting": "supervised", "rows":
       {"joint": {"command": "python reproduce_tables.py tune ...",
                  "chosen": {"main_lr": 0.002, ...},
