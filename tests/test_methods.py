@@ -283,10 +283,14 @@ def test_fine_tuning_is_adam_on_the_target_loss_of_the_development_set(tiny_conf
     for p in model.parameters():
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
     optimizer.step()
-    # A gradient that is rounding and nothing else still makes a step of Adam, of either sign.
+    gradients = {name: p.grad + 5e-4 * start[name] for name, p in model.named_parameters()}
     for name, value in steps[1][1].items():
-        close = torch.isclose(model.state_dict()[name], value, rtol=1e-4, atol=1e-5)
-        assert close.double().mean() >= 0.9999, name
+        mine = model.state_dict()[name]
+        if name in gradients:  # one that is 0 but for rounding makes a step of Adam of either sign
+            rounding = (gradients[name] != 0) & (gradients[name].abs() < 1e-7)
+            assert rounding.sum() < 10
+            mine, value = mine[~rounding], value[~rounding]
+        torch.testing.assert_close(mine, value, rtol=1e-4, atol=1e-5)
     clean = trainer.split.labels[trainer.split.indices["dev"]]
     assert sorted(batch.labels[:, 0].tolist()) == sorted(clean.tolist())
 

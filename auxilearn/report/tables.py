@@ -43,8 +43,8 @@ def write_samples(path, findings):
                 evaluation.split.paths[position],
                 evaluation.split.labels[position],
                 "" if i is None else target.given[i],
-                "" if i is None or target.weight is None else _exact(target.weight[i]),
-                "" if i is None else _exact(target.loss[i]),
+                "" if i is None or target.weight is None else _short(target.weight[i], 9),
+                "" if i is None else _short(target.loss[i], 9),
                 evaluation.table.prediction[place],
             ]
         )
@@ -112,13 +112,9 @@ def write_weights(path, findings):
     write_aside(path, lambda file: np.savez_compressed(file, **arrays))
 
 
-def _short(value):
-    return "" if np.isnan(value) else f"{value:.6g}"
-
-
-def _exact(value):
-    """Digits that tell every float32 from its neighbours: a ranking keeps its order in the file."""
-    return f"{value:.9g}"
+def _short(value, digits=6):
+    """Nine digits tell every float32 from its neighbours: a ranking keeps its order in the file."""
+    return "" if np.isnan(value) else f"{value:.{digits}g}"
 
 
 def _write_csv(path, header, rows):
