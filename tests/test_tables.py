@@ -76,16 +76,28 @@ def train_as(job):
 # --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("table", TABLES)
 @pytest.mark.parametrize("dataset", DATASETS)
-def test_every_row_has_the_same_number_of_candidates(dataset):
+def test_every_row_has_the_same_number_of_candidates(dataset, table):
     for row in ROWS:
-        found = candidates(tuned_as(row), DATASETS[dataset].main_lr)
+        found = candidates(table, tuned_as(row), DATASETS[dataset].main_lr)
         assert len({json.dumps(c) for c in found}) == len(found) == BUDGET
         assert DATASETS[dataset].main_lr in [c["main_lr"] for c in found]
 
 
-def test_the_stable_form_and_its_baseline_without_a_schedule_have_the_same_candidates():
-    assert candidates("joint_stable", 2e-3) == candidates("common_dev", 2e-3)
+@pytest.mark.parametrize("table", TABLES)
+def test_the_stable_form_and_its_baseline_without_a_schedule_have_the_same_candidates(table):
+    assert candidates(table, "joint_stable", 2e-3) == candidates(table, "common_dev", 2e-3)
+
+
+def test_auxiliary_tasks_may_count_more_where_few_images_have_a_target_label():
+    def tried(table, row):
+        return {c.get("aux_weight") for c in candidates(table, row, 2e-3)}
+
+    for row in ("common_dev", "joint_stable", "uncertainty", "gcs"):
+        assert tried("table2", row) == tried("table4", row) == {1.0, 0.3}
+        assert tried("table3", row) == {1.0, 3.0}
+    assert tried("table3", "common_tuned") == {3.0, 10.0}
 
 
 def test_the_tables_have_the_papers_settings():

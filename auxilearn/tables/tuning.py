@@ -107,7 +107,7 @@ def trials(tables, rows, main_lr):
         (table, row, TUNED_ON[table], candidate)
         for table in tables
         for row in tuned
-        for candidate in candidates(row, main_lr)
+        for candidate in candidates(table, row, main_lr)
     ]
 
 
