@@ -25,6 +25,7 @@ from pathlib import Path
 from auxilearn.data import cub
 from auxilearn.data.split import combined_fingerprint, write_split
 from auxilearn.errors import UserError, run_script
+from auxilearn.files import named
 
 DEFAULT_ROOTS = {None: "CUB_200_2011", "mini": "miniature", "digits": "digits"}
 
@@ -35,14 +36,14 @@ def parse_arguments(argv=None):
     )
     parser.add_argument(
         "--data_root",
-        type=Path,
+        type=named,
         metavar="DIR",
         help="the folder that holds images.txt and images/ "
         "(default: CUB_200_2011; with --generate: miniature or digits)",
     )
     parser.add_argument(
         "--out_dir",
-        type=Path,
+        type=named,
         default=Path("preprocess_data"),
         metavar="DIR",
         help="where the JSON files go (default: %(default)s)",

@@ -11,6 +11,7 @@ the training images, and matplotlib (python -m pip install -r requirements-repor
 import argparse
 
 from auxilearn.errors import run_script
+from auxilearn.files import named
 from auxilearn.report.write import write_report
 
 
@@ -19,8 +20,13 @@ def parse_arguments():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("run_dir", metavar="RUN_DIR", help="folder of the run, RECORD_DIR/<full|semi|noisy>/NAME")
-    add("--out", metavar="DIR", help="where the report goes (default: RUN_DIR/report)")
+    add(
+        "run_dir",
+        type=named,
+        metavar="RUN_DIR",
+        help="folder of the run, RECORD_DIR/<full|semi|noisy>/NAME",
+    )
+    add("--out", type=named, metavar="DIR", help="where the report goes (default: RUN_DIR/report)")
     add(
         "--rank_by",
         choices=("auto", "weight", "loss"),
@@ -36,8 +42,8 @@ def parse_arguments():
         help="tasks that get a contact sheet in any case, named as in tasks.csv (default: as many "
         "as the page holds, from both ends of the ranking)",
     )
-    add("--split_dir", metavar="DIR", help="the split, if it was moved since")
-    add("--data_root", metavar="DIR", help="the data, if they were moved since")
+    add("--split_dir", type=named, metavar="DIR", help="the split, if it was moved since")
+    add("--data_root", type=named, metavar="DIR", help="the data, if they were moved since")
     add("--device", metavar="NAME", help="cpu, cuda or cuda:N (default: the first GPU, else cpu)")
     add(
         "--num_workers",

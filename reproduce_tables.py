@@ -24,7 +24,7 @@ from pathlib import Path
 import data_preprocess
 from auxilearn.data.split import load_split
 from auxilearn.errors import RunError, UserError, run_script
-from auxilearn.files import append_regular
+from auxilearn.files import append_regular, named
 from auxilearn.tables import local, slurm, sweep
 from auxilearn.tables.notes import notes
 from auxilearn.tables.protocol import DATASETS, ROWS, SETTINGS, TABLES, USUAL_ROWS
@@ -80,10 +80,10 @@ def parse_arguments(argv=None):
     )
     add(
         "--hyperparameters",
+        type=named,
         metavar="FILE",
-        default=_shown(RESULTS / "hyperparameters.json"),
         help="what tune writes and tables use; 'none' uses the data set's settings for every row "
-        "(default: %(default)s)",
+        f"(default: {_shown(RESULTS / 'hyperparameters.json')})",
     )
     add("--dry_run", action="store_true", help="print the commands, run nothing")
     add(
@@ -94,32 +94,32 @@ def parse_arguments(argv=None):
     add = parser.add_argument_group("places").add_argument
     add(
         "--sweep_dir",
-        type=Path,
+        type=named,
         default=Path("sweeps"),
         metavar="DIR",
         help="data, runs and logs are kept in DIR/DATASET (default: %(default)s)",
     )
     add(
         "--out_dir",
-        type=Path,
+        type=named,
         metavar="DIR",
         help="where tables go (default: SWEEP_DIR/DATASET/tables)",
     )
     add(
         "--data_root",
-        type=Path,
+        type=named,
         metavar="DIR",
         help="folder in CUB layout (default: CUB_200_2011; of mini and digits, made in SWEEP_DIR)",
     )
     add(
         "--split_dir",
-        type=Path,
+        type=named,
         metavar="DIR",
         help="its split, made if need be (default: in SWEEP_DIR)",
     )
     add(
         "--paper",
-        type=Path,
+        type=named,
         metavar="FILE",
         help="the paper's numbers, to be filled in by hand (default: "
         f"{_shown(RESULTS / 'paper_numbers.csv')})",
@@ -190,8 +190,15 @@ def parse_arguments(argv=None):
             parser.error("--epochs: given twice, in --run_flags as well")
         args.flags = ["--epochs", str(args.epochs), *args.flags]
     args.main_lr = sweep.learning_rate(args.dataset, args.flags)
-    if args.hyperparameters == "none":
+    if args.hyperparameters is None:
+        args.hyperparameters = Path(_shown(RESULTS / "hyperparameters.json"))
+    elif args.hyperparameters == Path("none"):
         args.hyperparameters = None
+    elif args.what != "tune" and not args.hyperparameters.exists():
+        raise UserError(
+            f"--hyperparameters {args.hyperparameters} does not exist: tune writes such a file; "
+            "none uses the data set's settings"
+        )
     if args.paper is None and (RESULTS / "paper_numbers.csv").exists():
         args.paper = RESULTS / "paper_numbers.csv"
     args.out_dir = args.out_dir or args.sweep_dir / args.dataset / "tables"
@@ -260,8 +267,16 @@ def launcher(args, places, jobs):
             **({"array_parallelism": args.jobs} if args.jobs else {}),
         )
     gpus = local.chosen_gpus(args.gpus)
-    one_thread = all(job.config.threads == 1 for job in jobs)
-    count = args.jobs or len(gpus) or (local.usable_cores() if one_thread else 1)
+    cores = local.usable_cores()
+    threads = max(job.config.threads or cores for job in jobs)
+    count = args.jobs or len(gpus) or (cores if threads == 1 else 1)
+    if not gpus and count > 1 and threads > 1 and count * threads > cores:
+        # Threads that wait for one another keep their core busy all the while.
+        print(
+            f"note: {count} runs at the same time, of {threads} threads each on {cores} cores, can "
+            "slow one another down tenfold; --run_flags='--threads 1' avoids that",
+            file=sys.stderr,
+        )
     return lambda jobs: local.launch(jobs, count, gpus)
 
 
@@ -290,6 +305,11 @@ def main(argv=None):
     fingerprint = prepare(args, places, preprocess_flags)
     if args.what == "tune":
         check_file(args.hyperparameters, args.dataset, args.seeds, args.flags, fingerprint)
+    elif tuned.entry and tuned.entry["fingerprint"] != fingerprint:
+        print(
+            f"note: the hyper-parameters in {tuned.file} were chosen on other data or split",
+            file=sys.stderr,
+        )
     failed = []
     if not args.collect_only:
         elsewhere = args.launcher == "local"

@@ -17,7 +17,7 @@ from auxilearn.errors import UserError
 from auxilearn.hypernet import FACTORS, TARGET_SHARES
 from auxilearn.methods import METHODS
 
-SOLVERS = ("neumann", "identity", "cg", "exact")
+SOLVERS = ("neumann", "identity", "cg")
 BACKBONES = ("resnet18", "convnet")
 
 
@@ -261,7 +261,7 @@ class Config:
         None,
         UPPER,
         "how the inverse Hessian is approximated: neumann = truncated series; identity = not at "
-        "all; cg = damped conjugate gradients; exact = dense, for a few thousand parameters",
+        "all; cg = damped conjugate gradients",
         kind=str,
         choices=SOLVERS,
         by_method="neumann",
@@ -289,8 +289,7 @@ class Config:
     damping: float = _setting(
         1.0,
         UPPER,
-        "added to the Hessian by cg and exact; with --precondition adam, times what Adam divides "
-        "by",
+        "added to the Hessian by cg; with --precondition adam, times what Adam divides by",
     )
     cg_iterations: int = _setting(10, UPPER, "most Hessian-vector products of cg")
     reduction: str = _setting(
@@ -572,6 +571,8 @@ def check(config):
             raise UserError(f"--{field.name} must be at most {_LARGEST}, not {value}")
         if value is None:
             continue
+        if value == "":
+            raise UserError(f"--{field.name} must not be empty")
         if field.name in _AT_LEAST and value < _AT_LEAST[field.name]:
             raise UserError(f"--{field.name} must be at least {_AT_LEAST[field.name]}, not {value}")
         if field.name in _AT_MOST and value > _AT_MOST[field.name]:
@@ -617,8 +618,6 @@ def check(config):
         raise UserError("--backbone_pretrain 1: there are no ImageNet weights for the convnet")
     if config.backbone_weights and config.backbone_pretrain:
         raise UserError("--backbone_weights and --backbone_pretrain 1 exclude each other")
-    if not config.record_dir:
-        raise UserError("--record_dir must name a folder")
 
 
 def from_record(settings):
@@ -712,6 +711,7 @@ def resolve(config, split):
         data_root=str(split.data_root),
         task_num=task_num,
         whether_aux=whether_aux,
+        factors=[factor for factor in FACTORS if factor in config.factors],
         backbone_pretrain=pretrain,
         cache_dir=config.cache_dir or f"{config.split_dir}/cache",
         dev_lr=config.dev_lr or config.main_lr / 5,
@@ -723,11 +723,12 @@ def resolve(config, split):
     return resolved
 
 
-def _of_solver(*solvers):
-    return lambda config, method: method.bilevel and config.solver in solvers
+def _neumann(config, method):
+    return method.bilevel and config.solver == "neumann"
 
 
-_neumann = _of_solver("neumann")
+def _conjugate_gradient(config, method):
+    return method.bilevel and config.solver == "cg"
 
 
 def fine_tunes(config):
@@ -742,6 +743,8 @@ def _has_auxiliary(config, method):
 # When a setting changes something; those of the upper level that are not here, where there is one.
 _MATTERS = {
     "corrupted_rate": lambda config, method: config.corrupted,
+    "backbone_pretrain": lambda config, method: config.backbone == "resnet18",
+    "tf32": lambda config, method: choose_device(config.device).type == "cuda",
     "cache_dir": lambda config, method: config.cache != "off",
     "aux_weight": _has_auxiliary,
     "gcs": lambda config, method: config.method == "gcs" and _has_auxiliary(config, method),
@@ -751,7 +754,10 @@ _MATTERS = {
     "factors": lambda config, method: config.method in ("joint", "joint_stable"),
     "target_share": lambda config, method: (
         config.method == "joint_stable"
-        and (config.target_share == "free" or "task" in config.factors)
+        and (
+            config.target_share == "free"
+            or ("task" in config.factors and _has_auxiliary(config, method))
+        )
     ),
     "aux_hidden_dim": lambda config, method: config.method == "task",
     "neumann_alpha": lambda config, method: (
@@ -760,8 +766,8 @@ _MATTERS = {
     "neumann_terms": _neumann,
     "neumann_scale": _neumann,
     "on_divergence": lambda config, method: _neumann(config, method) and config.neumann_terms > 0,
-    "damping": _of_solver("cg", "exact"),
-    "cg_iterations": _of_solver("cg"),
+    "damping": _conjugate_gradient,
+    "cg_iterations": _conjugate_gradient,
 }
 
 

@@ -1,8 +1,10 @@
 """Opening files that may be anything."""
 
+import argparse
 import errno
 import os
 import stat
+from pathlib import Path
 
 
 def open_regular(path):
@@ -24,6 +26,14 @@ def append_regular(path):
     return _regular(
         open(path, "a", encoding="utf-8", errors="backslashreplace", opener=_open_at_once)
     )
+
+
+def named(text):
+    """The ``Path`` of a word of a command line; argparse refuses an empty one, as of a variable
+    that is not set, which would be the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected a name, not an empty word")
+    return Path(text)
 
 
 def _open_at_once(name, flags):

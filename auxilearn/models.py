@@ -212,6 +212,8 @@ def load_file(path):
                 return load_tensors(file)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: a folder, not a file of weights") from None
     except Exception:  # of many kinds, on a file that is not torch's
         raise UserError(
             f"{path}: not a weights file that can be read without executing code from it "

@@ -17,7 +17,15 @@ import time
 import torch
 from tqdm import tqdm
 
-from auxilearn.config import NEUTRAL, defaults, fine_tunes, ineffective, resolve, training_set_name
+from auxilearn.config import (
+    NEUTRAL,
+    check,
+    defaults,
+    fine_tunes,
+    ineffective,
+    resolve,
+    training_set_name,
+)
 from auxilearn.data.cache import open_images
 from auxilearn.data.dataset import (
     EndlessBatches,
@@ -32,9 +40,7 @@ from auxilearn.data.split import load_split
 from auxilearn.distributed import Ranks, joined
 from auxilearn.errors import DivergenceError, RunError, UserError, needs
 from auxilearn.implicit_diff import (
-    EXACT_LIMIT,
     conjugate_gradient,
-    exact,
     identity,
     neumann,
     preconditioned,
@@ -65,6 +71,7 @@ def train(config):
     with _machine_faults(config), joined(config.device) as ranks:
         if ranks.size > 1:
             config = dataclasses.replace(config, device=str(ranks.device))
+        check(config)
         split = load_split(config.split_dir, config.data_root)
         trainer = Trainer(resolve(config, split), split, ranks, ineffective(config, ranks.size))
         record = _open_record(trainer) if ranks.first else NoRecord()
@@ -181,12 +188,6 @@ class Trainer:
         torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
         torch.backends.cudnn.allow_tf32 = config.tf32
         self.theta = list(self.model.parameters())
-        size = sum(p.numel() for p in self.theta)
-        if self.method.bilevel and config.solver == "exact" and size > EXACT_LIMIT:
-            raise UserError(
-                f"--solver exact builds the Hessian of at most {EXACT_LIMIT} parameters, and this "
-                f"model has {size}: use neumann, identity or cg"
-            )
         torch.manual_seed(derived_seed(config.seed, "scheduler"))
         problem = Problem.of(config, len(self.train_set))
         self.scheduler = self.method.build(problem).to(self.device)
@@ -289,7 +290,8 @@ class Trainer:
         self.history = self._open_history()
         self._say(
             f"{config.method} ({self.method.title}), {config.setting} setting, "
-            f"{len(self.train_set)} images, {config.task_num} tasks, on {self.device}"
+            f"{len(self.train_set)} images, {config.task_num} task{'s' * (config.task_num > 1)}, "
+            f"on {self.device}"
             + (f" and {self.ranks.size - 1} more" if self.ranks.size > 1 else "")
         )
         self._say(f"recording in {record.directory}")
@@ -796,6 +798,4 @@ def build_solver(config):
         )
     if config.solver == "identity":
         return identity()
-    if config.solver == "cg":
-        return conjugate_gradient(config.damping, config.cg_iterations)
-    return exact(config.damping)
+    return conjugate_gradient(config.damping, config.cg_iterations)

@@ -350,7 +350,9 @@ BAD_VALUES = {
     f"--num_workers {10**8}": "--num_workers",
     f"--image_size {10**6}": "--image_size",
     f"--method task --aux_hidden_dim {10**9}": "--aux_hidden_dim",
-    "--method task --solver exact": "--solver exact",
+    "--data_root=": "--data_root must not be empty",
+    "--cache_dir=": "--cache_dir must not be empty",
+    "--backbone_weights=": "--backbone_weights must not be empty",
 }
 
 
@@ -501,6 +503,7 @@ def test_the_split_is_made_once(tmp_path):
 
 # Of every setting that may be without effect, another value than its default.
 OTHER_VALUES = {
+    "backbone_pretrain": False,
     "aux_weight": 0.3,
     "gcs": "weighted",
     "corrupted_rate": 0.6,
@@ -531,6 +534,7 @@ OTHER_VALUES = {
     "on_nonfinite": "skip",
     "on_divergence": "identity",
     "max_grad_norm": 1e-3,
+    "tf32": True,
 }
 # What shows in accidents alone, or in no number.
 SILENT = {"on_nonfinite", "on_divergence", "cache_dir"}
@@ -569,7 +573,7 @@ def test_a_setting_changes_a_run_unless_it_is_called_ineffective(settings, tiny_
     [
         ("--method joint --aux_lr 0.1 --solver cg --damping 2 --cg_iterations 3", ""),
         ("--method joint --solver cg --neumann_terms 5", "neumann_terms"),
-        ("--method joint --solver exact --damping 2 --cg_iterations 3", "cg_iterations"),
+        ("--method joint --solver identity --damping 2", "damping"),
         ("--method joint_stable --dev_lr 0.1 --aux_batch_size 7 --target_share free", ""),
         ("--method joint_stable --dev_epochs 0 --dev_lr 0.1", "dev_lr"),
         ("--method common_dev --aux_batch_size 7 --aux_lr 0.1 --hyperstep 5", "aux_lr hyperstep"),
@@ -589,6 +593,10 @@ def test_a_setting_changes_a_run_unless_it_is_called_ineffective(settings, tiny_
         ("--method joint_stable --on_divergence identity", "on_divergence"),
         ("--method joint_stable --factors loss --target_share fixed", "target_share"),
         ("--method joint_stable --factors loss --target_share free", ""),
+        ("--method joint_stable --task_num 1 --target_share fixed", "target_share"),
+        ("--backbone convnet --backbone_pretrain 0", "backbone_pretrain"),
+        ("--backbone_pretrain 0", ""),
+        ("--device cpu --tf32 1", "tf32"),
         ("--method joint --cache off --cache_dir elsewhere", "cache_dir"),
         ("--method joint --cache_dir elsewhere", ""),
         ("--method common --precondition adam --main_optimizer sgd", "precondition"),

@@ -604,6 +604,17 @@ def test_unlabelled_samples_have_no_target_weight(make_run, no_charts):
     assert "Ranking wrong labels" not in Page(page).text
 
 
+def test_a_wrong_flag_leaves_an_earlier_report_as_it_was(make_run, no_charts, command, tmp_path):
+    run = copied(make_run(**JOINT), tmp_path)
+    page, _ = write.write_report(run)
+    before = {path: path.read_bytes() for path in page.parent.iterdir() if path.is_file()}
+    for flags in (["--num_workers", -1], ["--device", "nonsense"], ["--split_dir", tmp_path]):
+        code, _, err = command(inspect_schedule.main, run, *flags)
+        assert code == 2
+        assert_one_error_line(err, flags[1], "stays as it was")
+    assert {path: path.read_bytes() for path in before} == before
+
+
 def test_wanted_sheets_and_ranking_by_loss(make_run, no_charts, command, monkeypatch):
     run = make_run(**JOINT)
     monkeypatch.setattr("auxilearn.report.pictures.BUDGET", 0)
@@ -631,6 +642,8 @@ def test_labels_are_ranked_by_weight_where_weights_fall_with_the_loss(slope, by)
     findings = Findings(None, None, None, target)
     assert findings.ranking == by
     assert dataclasses.replace(findings, rank_by="weight").ranking == "weight"
+    at_start = dataclasses.replace(target, weight=weight ** (0.01 / np.ptp(np.log(weight))))
+    assert dataclasses.replace(findings, target=at_start).ranking == "loss"
     unweighted = dataclasses.replace(target, weight=None)
     unscheduled = dataclasses.replace(findings, target=unweighted, rank_by="weight")
     assert unscheduled.ranking == "loss"
@@ -778,7 +791,7 @@ def test_a_checkpoint_that_does_not_fit(make_run, no_charts, command, tmp_path):
 def test_folders_that_are_no_run(make_run, command, tmp_path):
     run = make_run(**JOINT)
     for folder, parts in (
-        (tmp_path / "none", ["no such folder"]),
+        (tmp_path / "none", ["is no folder"]),
         (tmp_path, ["holds no run", "config.json is missing"]),
         (run.parent, ["holds no run", "did you mean"]),
     ):

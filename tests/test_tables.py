@@ -10,9 +10,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+import data_preprocess
+import inspect_schedule
 import reproduce_tables
 from auxilearn.config import Config, flags_of, parse, with_method_defaults
 from auxilearn.data.split import load_split
@@ -676,6 +679,42 @@ def test_data_that_are_not_there(command, tmp_path):
     assert_one_error_line(err, tmp_path / "nothing")
 
 
+def test_hyperparameters_that_are_named_must_be_there(places, command, tmp_path):
+    missing = tmp_path / "tuned.json"
+    code, _, err = command(reproduce_tables.main, "table2", *places, "--hyperparameters", missing)
+    assert code == 2
+    assert_one_error_line(err, missing, "does not exist")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [reproduce_tables.main, "table2", "--sweep_dir"],
+        [reproduce_tables.main, "table2", "--hyperparameters"],
+        [data_preprocess.main, "--out_dir"],
+        [data_preprocess.main, "--data_root"],
+        [inspect_schedule.main],
+    ],
+    ids=lambda words: " ".join([words[0].__module__, *words[1:]]),
+)
+def test_an_empty_word_is_not_the_current_folder(words, command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = command(*words, "")
+    assert (code, out) == (2, "")
+    assert "expected a name, not an empty word" in err.splitlines()[-1]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_hyperparameters_of_other_data_are_noted(places, command, tmp_path, fingerprint):
+    file = tmp_path / "tuned.json"
+    entry = json.loads((ROOT / "results" / "hyperparameters.json").read_text())["digits"]
+    for found in (fingerprint, entry["fingerprint"]):
+        write_json(file, {"cub": {**entry, "fingerprint": found}})
+        flags = [*places, "--hyperparameters", file, "--collect_only", "--methods", "single"]
+        code, _, err = command(reproduce_tables.main, "table2", *flags)
+        assert ("chosen on other data" in err) == (found != fingerprint), err
+
+
 def test_a_gpu_that_is_not_there(places, command):
     code, _, err = command(reproduce_tables.main, "table2", *places, "--gpus", "99")
     assert code == 2
@@ -686,3 +725,17 @@ def test_jobs_are_dealt_out_over_gpus():
     assert local._least_used([], []) is None
     assert local._least_used([3, 5], [(0, 0, 3)]) == 5
     assert local._least_used([3, 5], [(0, 0, 5), (0, 0, 3), (0, 0, 5)]) == 3
+
+
+@pytest.mark.parametrize(
+    "jobs, threads, cores, warns",
+    [(2, 2, 2, True), (2, None, 2, True), (2, 1, 1, False), (2, 2, 4, False), (1, None, 2, False)],
+)
+def test_runs_that_share_cores_are_told(job_of, monkeypatch, capsys, jobs, threads, cores, warns):
+    monkeypatch.setattr(local, "chosen_gpus", lambda numbers: [])
+    monkeypatch.setattr(local, "usable_cores", lambda: cores)
+    job = job_of()
+    job.config.threads = threads
+    args = SimpleNamespace(launcher="local", jobs=jobs, gpus=[])
+    reproduce_tables.launcher(args, None, [job])
+    assert ("--threads 1" in capsys.readouterr().err) == warns

@@ -520,12 +520,6 @@ def test_every_solver_trains(solver, tiny_run):
     assert all(count == {"neumann": 1, "identity": 0}.get(solver, count) for count in products)
 
 
-def test_an_exact_solver_on_a_large_model_is_refused_at_the_start(tiny_run, tiny_config):
-    with pytest.raises(UserError, match="--solver exact"):
-        tiny_run(method="joint", solver="exact")
-    assert not Path(tiny_config().record_dir).exists()
-
-
 # --------------------------------------------------------------------------------------------------
 # Failing
 # --------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from auxilearn.report.statistics import (
 
 APART = 2  # separation of two groups of samples from which one is suspected
 FALLING = -0.5  # rank correlation of weight and loss from which weights are about labels
+MOVED = 1.1  # ratio of high and low weights from which a schedule has left its start
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,17 @@ class Target:
         return self.weight is not None and np.ptp(self.weight) > 1e-6 * np.abs(self.weight).max()
 
     @cached_property
+    def span(self):
+        """The 5 and 95 % quantiles of the target weights."""
+        return tuple(np.quantile(self.weight, (0.05, 0.95)))
+
+    @property
+    def has_moved(self):
+        """Whether nine in ten target weights differ by more than a schedule's at its start."""
+        low, high = self.span
+        return high > MOVED * low
+
+    @cached_property
     def falls_with_loss(self):
         """Rank correlation of target weight and target loss; NaN without either's spread."""
         return np.nan if self.weight is None else correlation(self.weight, self.loss)
@@ -136,15 +148,16 @@ class Findings:
     def ranking(self):
         """What labels are ranked by: weight or loss.
 
-        With ``auto``, by weight where the target weights clearly fall with the loss. A schedule
-        that does not distrust what the model cannot explain is about pictures, not about labels.
-        The truth, where it is known, has no say.
+        With ``auto``, by weight where the target weights differ and clearly fall with the loss. A
+        schedule that does not distrust what the model cannot explain is about pictures, not about
+        labels. The truth, where it is known, has no say.
         """
         if self.target is None or self.target.weight is None:
             return "loss"
         if self.rank_by != "auto":
             return self.rank_by
-        return "weight" if self.target.falls_with_loss < FALLING else "loss"
+        target = self.target
+        return "weight" if target.has_moved and target.falls_with_loss < FALLING else "loss"
 
     @property
     def truth(self):

@@ -50,7 +50,7 @@ def read_run(directory):
     """The ``Run`` in ``directory``. UserError where there is none."""
     directory = Path(directory)
     if not directory.is_dir():
-        raise UserError(f"{directory}: no such folder; expected RECORD_DIR/<full|semi|noisy>/NAME")
+        raise UserError(f"{directory} is no folder; expected RECORD_DIR/<full|semi|noisy>/NAME")
     path = directory / CONFIG_FILE
     if not path.is_file():
         raise UserError(

@@ -216,7 +216,8 @@ def _problem(content):
                     if name not in SETTABLE or not number or not 0 <= value < float("inf"):
                         known = ", ".join(SETTABLE)
                         return (
-                            f"{dataset}, {table}, {row}: {name} = {value!r}: a number for {known}"
+                            f"{dataset}, {table}, {row}: {name} = {value!r}: expected a number "
+                            f"from 0 up, of one of {known}"
                         )
                     if kind is int and not isinstance(value, int):
                         return f"{dataset}, {table}, {row}: {name} = {value!r}: a whole number"
