@@ -32,6 +32,7 @@ from auxilearn.tables.render import markdown, read_paper, write_table
 from auxilearn.tables.tuning import Hyperparameters, check_file, trials, write_choice
 
 RESULTS = Path(__file__).resolve().parent / "results"
+CUB_CLASSES_AND_IMAGES = 200, 11_788
 SEEDS, TUNING_SEEDS = (1, 2, 3, 4, 5), (101, 102)
 
 
@@ -236,7 +237,7 @@ def places_of(args):
 
 
 def prepare(args, places, preprocess_flags):
-    """Make sure that the data and their split are there. Returns their fingerprint.
+    """Make sure that the data and their split are there. Returns the ``Split``.
 
     With --collect_only nothing is made.
     """
@@ -249,7 +250,7 @@ def prepare(args, places, preprocess_flags):
                 with contextlib.suppress(OSError):  # a file system without locks
                     fcntl.lockf(lock, fcntl.LOCK_EX)
                 data_preprocess.main(preprocess_flags)
-    return load_split(str(places.split_dir), str(places.data_root)).fingerprint
+    return load_split(str(places.split_dir), str(places.data_root))
 
 
 def launcher(args, places, jobs):
@@ -302,7 +303,8 @@ def main(argv=None):
         read_paper(args.paper)  # what is wrong with it should not be found after days of training
     with sweep.disk_errors(args.out_dir):
         args.out_dir.mkdir(parents=True, exist_ok=True)
-    fingerprint = prepare(args, places, preprocess_flags)
+    split = prepare(args, places, preprocess_flags)
+    fingerprint = split.fingerprint
     if args.what == "tune":
         check_file(args.hyperparameters, args.dataset, args.seeds, args.flags, fingerprint)
     elif tuned.entry and tuned.entry["fingerprint"] != fingerprint:
@@ -324,7 +326,7 @@ def main(argv=None):
     else:
         for table in args.tables:
             of_table = [r for r, run in zip(results, wanted, strict=True) if run[0] == table]
-            show(args, places, table, of_table, tuned, fingerprint)
+            show(args, places, table, of_table, tuned, split)
     if failed:
         job, reason = failed[0]
         raise RunError(
@@ -347,6 +349,12 @@ def wanted_runs(args, tuned, tables, settings):
 
 def make_job(args, places, _table, row, setting, seed, chosen):
     return sweep.make_job(places, args.dataset, row, setting, seed, chosen, args.flags)
+
+
+def own_data(dataset, split):
+    """The name of data in CUB's layout that are not CUB; None for those of ``dataset``."""
+    is_cub = (len(split.class_names), len(split.labels)) == CUB_CLASSES_AND_IMAGES
+    return None if dataset != "cub" or is_cub else Path(split.data_root).resolve().name
 
 
 def command_line():
@@ -385,16 +393,18 @@ def choose(args, wanted, results, fingerprint):
     print(f"written to {args.hyperparameters}")
 
 
-def show(args, places, table, results, tuned, fingerprint):
+def show(args, places, table, results, tuned, split):
     """Print a table, and write it with its chart."""
     rows = [row for row in args.methods if any(r.row == row for r in results)]
-    how = tuned.notes(table, rows, args.flags, fingerprint)
+    how = tuned.notes(table, rows, args.flags, split.fingerprint)
     left_out = [SETTINGS[s].title for s in TABLES[table].settings if s not in args.settings]
     if left_out:
         how.append(f"Left out, and not in the count of tests: {', '.join(left_out)}.")
     below = notes(results, command_line(), how)
-    print(markdown(table, args.dataset, results, args.seeds, args.paper, below))
-    written = write_table(table, args.dataset, results, args.seeds, args.out_dir, args.paper, below)
+    data = own_data(args.dataset, split)
+    table_of = table, args.dataset, results, args.seeds
+    print(markdown(*table_of, args.paper, below, data))
+    written = write_table(*table_of, args.out_dir, args.paper, below, data)
     try:
         from auxilearn.tables.chart import draw_table
 
@@ -403,12 +413,12 @@ def show(args, places, table, results, tuned, fingerprint):
             of_table2 = wanted_runs(args, tuned, ["table2"], SETTINGS)
             jobs = [make_job(args, places, *run) for run in of_table2]
             clean = [
-                sweep.result_of(job, run[1], run[2], fingerprint)
+                sweep.result_of(job, run[1], run[2], split.fingerprint)
                 for job, run in zip(jobs, of_table2, strict=True)
             ]
             if all(r.state == "done" for r in clean):
                 drawn = results + clean
-        written += draw_table(table, drawn, args.dataset, args.out_dir)
+        written += draw_table(table, drawn, args.dataset, args.out_dir, data)
     finally:  # without matplotlib, the numbers are there all the same
         print("written: " + ", ".join(map(str, written)))
 

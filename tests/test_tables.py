@@ -629,6 +629,9 @@ def test_what_a_table_says_of_its_runs(places, tmp_path, command):
         accuracies = [r.summary["test_accuracy"] for r in runs if r.summary["method"] == method]
         assert means[method] == pytest.approx(100 * sum(accuracies) / 2)
     assert "4 runs on Python" in out
+    # These images are not CUB's: neither its name nor the paper's numbers stand there.
+    assert "## Table 2: Supervised, data\n\n| method | supervised |\n" in out
+    assert "Supervised: data" in (tmp_path / "sweeps/cub/tables/table2.svg").read_text()
     # A run that was deleted is run again, and it alone.
     gone = runs[0].directory
     shutil.rmtree(gone)

@@ -29,17 +29,17 @@ BASELINE_LINES = ((0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5)))
 MORE_MARKERS = ("<", "p", ">", "h", "*")  # beyond those of the report
 
 
-def draw_table(table_name, results, dataset_name, out):
+def draw_table(table_name, results, dataset_name, out, data=None):
     """Write ``<table>.png`` and ``.svg`` into ``out``; returns their paths.
 
     Without a finished run there is nothing to draw: earlier charts are removed, none are written.
-    The same results give the same bytes.
+    The same results give the same bytes. ``data``: as in ``write_table``.
 
     Raises:
         UserError: matplotlib is missing, or a file cannot be written.
     """
     paths = [Path(out) / f"{table_name}.{suffix}" for suffix in ("png", "svg")]
-    figure = table_figure(table_name, results, dataset_name)
+    figure = table_figure(table_name, results, dataset_name, data)
     try:
         if figure is None:
             for path in paths:
@@ -55,7 +55,7 @@ def draw_table(table_name, results, dataset_name, out):
     return paths
 
 
-def table_figure(table_name, results, dataset_name):
+def table_figure(table_name, results, dataset_name, data=None):
     """The figure, or None without a finished run. Ablations are left out.
 
     A cell of which runs are missing has a hollow marker. What shows a method has its key in its
@@ -68,7 +68,7 @@ def table_figure(table_name, results, dataset_name):
         import matplotlib as mpl
 
         from auxilearn.report import style
-    title = f"{TABLES[table_name].title}: {DATASETS[dataset_name].title}"
+    title = f"{TABLES[table_name].title}: {data or DATASETS[dataset_name].title}"
     if len(settings) == 1 < len(TABLES[table_name].settings):
         title += f", {SETTINGS[settings[0]].title}"
     with mpl.rc_context(style.STYLE):

@@ -51,7 +51,9 @@ TEST_HEADER = [
 TEST_ALIGN = "lllrrrrr"
 
 
-def write_table(table_name, dataset_name, results, seeds, out_dir, paper_file=None, notes=()):
+def write_table(
+    table_name, dataset_name, results, seeds, out_dir, paper_file=None, notes=(), data=None
+):
     """Write ``<table>.md``, ``.csv``, ``.tex`` and ``<table>_runs.csv``; returns their paths.
 
     The same arguments give the same bytes, in whatever order ``results`` come.
@@ -60,13 +62,15 @@ def write_table(table_name, dataset_name, results, seeds, out_dir, paper_file=No
         results: ``Result`` of each wanted run.
         paper_file: CSV of the paper's figures (``read_paper``), or None.
         notes: lines below the table; what stands between backticks is code.
+        data: name of data that are not those ``dataset_name`` stands for, in its layout; with
+            them the paper's figures do not compare.
 
     The cells' CSV is in per cent and points, the runs' as the runs recorded it, in [0, 1].
 
     Raises:
         UserError: a mistake in ``paper_file``, scipy is missing, or a file cannot be written.
     """
-    table = _Table(table_name, dataset_name, results, seeds, paper_file, notes)
+    table = _Table(table_name, dataset_name, results, seeds, paper_file, notes, data)
     out = Path(out_dir)
     files = {
         f"{table_name}.md": table.markdown(),
@@ -80,9 +84,9 @@ def write_table(table_name, dataset_name, results, seeds, out_dir, paper_file=No
     return [out / name for name in files]
 
 
-def markdown(table_name, dataset_name, results, seeds, paper_file=None, notes=()):
+def markdown(table_name, dataset_name, results, seeds, paper_file=None, notes=(), data=None):
     """What ``write_table`` writes into ``<table>.md``."""
-    return _Table(table_name, dataset_name, results, seeds, paper_file, notes).markdown()
+    return _Table(table_name, dataset_name, results, seeds, paper_file, notes, data).markdown()
 
 
 def read_paper(path):
@@ -191,21 +195,22 @@ def _write(path, content):
 class _Table:
     """The arguments of ``write_table``, evaluated."""
 
-    def __init__(self, name, dataset, results, seeds, paper_file, notes):
+    def __init__(self, name, dataset, results, seeds, paper_file, notes, data):
         self.name, self.dataset, self.notes = name, dataset, list(notes)
+        self.data = data or DATASETS[dataset].title
         self.found = evaluate(name, results, seeds)
         self.results = runs(results)
         self.paper_file = paper_file
-        figures = {} if paper_file is None else read_paper(paper_file)
+        figures = {} if paper_file is None or data else read_paper(paper_file)
         self.paper = {key[2:]: v for key, v in figures.items() if key[:2] == (dataset, name)}
-        self.with_paper = dataset in PAPER_DATASETS or bool(self.paper)
+        self.with_paper = (dataset in PAPER_DATASETS and not data) or bool(self.paper)
         self.test_of = {
             (test.row, test.setting): test for test in (*self.found.tests, *self.found.ablations)
         }
 
     @property
     def title(self):
-        return f"{TABLES[self.name].title}, {DATASETS[self.dataset].title}"
+        return f"{TABLES[self.name].title}, {self.data}"
 
     def header(self):
         columns = ["method"]
