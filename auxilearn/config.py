@@ -798,7 +798,7 @@ def choose_device(name):
         device = torch.device(name)
         torch.zeros(1, device=device).item()  # some devices exist, but hold no numbers
     except Exception as error:  # each backend has its own kinds
-        first_line = str(error).strip().split("\n")[0]
+        first_line = str(error).strip().split("\n")[0][:200]
         raise UserError(f"--device {name} cannot be used here ({first_line})") from None
     return device
 
