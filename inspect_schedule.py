@@ -32,7 +32,7 @@ def parse_arguments():
         choices=("auto", "weight", "loss"),
         default="auto",
         help="what labels are ranked by: low target weight, or plainly high target loss; auto goes "
-        "by weight where the weights clearly fall with the loss (default: %(default)s)",
+        "by weight where the weights differ and clearly fall with the loss (default: %(default)s)",
     )
     add(
         "--sheets",

@@ -200,8 +200,6 @@ def parse_arguments(argv=None):
             f"--hyperparameters {args.hyperparameters} does not exist: tune writes such a file; "
             "none uses the data set's settings"
         )
-    if args.paper is None and (RESULTS / "paper_numbers.csv").exists():
-        args.paper = RESULTS / "paper_numbers.csv"
     args.out_dir = args.out_dir or args.sweep_dir / args.dataset / "tables"
     return args
 
@@ -271,14 +269,19 @@ def launcher(args, places, jobs):
     cores = local.usable_cores()
     threads = max(job.config.threads or cores for job in jobs)
     count = args.jobs or len(gpus) or (cores if threads == 1 else 1)
-    if not gpus and count > 1 and threads > 1 and count * threads > cores:
-        # Threads that wait for one another keep their core busy all the while.
-        print(
-            f"note: {count} runs at the same time, of {threads} threads each on {cores} cores, can "
-            "slow one another down tenfold; --run_flags='--threads 1' avoids that",
-            file=sys.stderr,
-        )
-    return lambda jobs: local.launch(jobs, count, gpus)
+
+    def launch(jobs):
+        at_once = min(count, len(jobs))
+        if not gpus and at_once > 1 and threads > 1 and at_once * threads > cores:
+            # Threads that wait for one another keep their core busy all the while.
+            print(
+                f"note: {at_once} runs at the same time, of {threads} threads each on {cores} "
+                "cores, can slow one another down tenfold; --run_flags='--threads 1' avoids that",
+                file=sys.stderr,
+            )
+        return local.launch(jobs, count, gpus)
+
+    return launch
 
 
 def main(argv=None):
@@ -307,7 +310,7 @@ def main(argv=None):
     fingerprint = split.fingerprint
     if args.what == "tune":
         check_file(args.hyperparameters, args.dataset, args.seeds, args.flags, fingerprint)
-    elif tuned.entry and tuned.entry["fingerprint"] != fingerprint:
+    elif any(chosen for *_, chosen in wanted) and tuned.entry["fingerprint"] != fingerprint:
         print(
             f"note: the hyper-parameters in {tuned.file} were chosen on other data or split",
             file=sys.stderr,
@@ -402,9 +405,12 @@ def show(args, places, table, results, tuned, split):
         how.append(f"Left out, and not in the count of tests: {', '.join(left_out)}.")
     below = notes(results, command_line(), how)
     data = own_data(args.dataset, split)
+    paper = args.paper
+    if not paper and not data and (RESULTS / "paper_numbers.csv").exists():
+        paper = RESULTS / "paper_numbers.csv"
     table_of = table, args.dataset, results, args.seeds
-    print(markdown(*table_of, args.paper, below, data))
-    written = write_table(*table_of, args.out_dir, args.paper, below, data)
+    print(markdown(*table_of, paper, below, data))
+    written = write_table(*table_of, args.out_dir, paper, below, data)
     try:
         from auxilearn.tables.chart import draw_table
 

@@ -606,7 +606,7 @@ def check(config):
     name = config.exp_name
     if config.resume and name is None:
         raise UserError("--resume 1 needs the --exp_name of the run to continue")
-    if name is not None and (name in ("", ".", "..") or "/" in name or not name.isprintable()):
+    if name is not None and (name in (".", "..") or "/" in name or not name.isprintable()):
         raise UserError(f"--exp_name {name!r} must be a plain name without slashes")
     bilevel = METHODS[config.method].bilevel
     if bilevel and config.precondition == "adam" and config.main_optimizer != "adam":
@@ -711,7 +711,6 @@ def resolve(config, split):
         data_root=str(split.data_root),
         task_num=task_num,
         whether_aux=whether_aux,
-        factors=[factor for factor in FACTORS if factor in config.factors],
         backbone_pretrain=pretrain,
         cache_dir=config.cache_dir or f"{config.split_dir}/cache",
         dev_lr=config.dev_lr or config.main_lr / 5,
@@ -743,8 +742,9 @@ def _has_auxiliary(config, method):
 # When a setting changes something; those of the upper level that are not here, where there is one.
 _MATTERS = {
     "corrupted_rate": lambda config, method: config.corrupted,
-    "backbone_pretrain": lambda config, method: config.backbone == "resnet18",
-    "tf32": lambda config, method: choose_device(config.device).type == "cuda",
+    "backbone_pretrain": lambda config, method: (
+        config.backbone == "resnet18" and not config.backbone_weights
+    ),
     "cache_dir": lambda config, method: config.cache != "off",
     "aux_weight": _has_auxiliary,
     "gcs": lambda config, method: config.method == "gcs" and _has_auxiliary(config, method),

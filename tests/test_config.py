@@ -534,7 +534,6 @@ OTHER_VALUES = {
     "on_nonfinite": "skip",
     "on_divergence": "identity",
     "max_grad_norm": 1e-3,
-    "tf32": True,
 }
 # What shows in accidents alone, or in no number.
 SILENT = {"on_nonfinite", "on_divergence", "cache_dir"}
@@ -596,7 +595,7 @@ def test_a_setting_changes_a_run_unless_it_is_called_ineffective(settings, tiny_
         ("--method joint_stable --task_num 1 --target_share fixed", "target_share"),
         ("--backbone convnet --backbone_pretrain 0", "backbone_pretrain"),
         ("--backbone_pretrain 0", ""),
-        ("--device cpu --tf32 1", "tf32"),
+        ("--backbone_weights other.pt --backbone_pretrain 0", "backbone_pretrain"),
         ("--method joint --cache off --cache_dir elsewhere", "cache_dir"),
         ("--method joint --cache_dir elsewhere", ""),
         ("--method common --precondition adam --main_optimizer sgd", "precondition"),

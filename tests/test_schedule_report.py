@@ -29,6 +29,7 @@ from auxilearn.report import schedule_weights, statistics, write
 from auxilearn.report.figures import _scheduled_steps
 from auxilearn.report.findings import Findings, Target, find
 from auxilearn.report.history import QUANTILES, ScheduleHistory, read_rows
+from auxilearn.report.page import _why_ranked
 from auxilearn.report.run import evaluate_run, read_run
 from auxilearn.report.weights import sample_weights
 from auxilearn.trainer import Trainer, train
@@ -604,10 +605,12 @@ def test_unlabelled_samples_have_no_target_weight(make_run, no_charts):
     assert "Ranking wrong labels" not in Page(page).text
 
 
-def test_a_wrong_flag_leaves_an_earlier_report_as_it_was(make_run, no_charts, command, tmp_path):
-    run = copied(make_run(**JOINT), tmp_path)
-    page, _ = write.write_report(run)
-    before = {path: path.read_bytes() for path in page.parent.iterdir() if path.is_file()}
+@pytest.mark.parametrize("settings", [JOINT, {"method": "common"}], ids=("joint", "common"))
+def test_a_wrong_flag_leaves_an_earlier_report(settings, make_run, no_charts, command, tmp_path):
+    run = copied(make_run(**settings), tmp_path)
+    command(inspect_schedule.main, run)
+    before = {path: path.read_bytes() for path in (run / "report").rglob("*") if path.is_file()}
+    assert run / "report" / "samples.csv" in before
     for flags in (["--num_workers", -1], ["--device", "nonsense"], ["--split_dir", tmp_path]):
         code, _, err = command(inspect_schedule.main, run, *flags)
         assert code == 2
@@ -642,8 +645,12 @@ def test_labels_are_ranked_by_weight_where_weights_fall_with_the_loss(slope, by)
     findings = Findings(None, None, None, target)
     assert findings.ranking == by
     assert dataclasses.replace(findings, rank_by="weight").ranking == "weight"
-    at_start = dataclasses.replace(target, weight=weight ** (0.01 / np.ptp(np.log(weight))))
-    assert dataclasses.replace(findings, target=at_start).ranking == "loss"
+    alike = dataclasses.replace(target, weight=weight ** (0.05 / np.ptp(np.log(weight))))
+    assert dataclasses.replace(findings, target=alike).ranking == "loss"
+    assert "within 10 %" in _why_ranked(dataclasses.replace(findings, target=alike))
+    few = np.where(loss > np.quantile(loss, 0.97), 0.05, 1 - 0.01 * loss)  # as of 3 % wrong labels
+    few = dataclasses.replace(target, weight=few)
+    assert dataclasses.replace(findings, target=few).ranking == "weight"
     unweighted = dataclasses.replace(target, weight=None)
     unscheduled = dataclasses.replace(findings, target=unweighted, rank_by="weight")
     assert unscheduled.ranking == "loss"

@@ -689,6 +689,14 @@ def test_hyperparameters_that_are_named_must_be_there(places, command, tmp_path)
     assert_one_error_line(err, missing, "does not exist")
 
 
+def test_own_data_have_a_name_of_their_own(tmp_path):
+    cub = SimpleNamespace(class_names=["a"] * 200, labels=range(11_788), data_root=tmp_path)
+    assert reproduce_tables.own_data("cub", cub) is None
+    own = SimpleNamespace(class_names=["a"] * 10, labels=range(100), data_root=tmp_path / "birds")
+    assert reproduce_tables.own_data("cub", own) == "birds"
+    assert reproduce_tables.own_data("digits", own) is None
+
+
 @pytest.mark.parametrize(
     "words",
     [
@@ -731,14 +739,24 @@ def test_jobs_are_dealt_out_over_gpus():
 
 
 @pytest.mark.parametrize(
-    "jobs, threads, cores, warns",
-    [(2, 2, 2, True), (2, None, 2, True), (2, 1, 1, False), (2, 2, 4, False), (1, None, 2, False)],
+    "jobs, threads, cores, gpus, warns",
+    [
+        (2, 2, 2, 0, True),
+        (2, None, 2, 0, True),
+        (2, 1, 1, 0, False),
+        (2, 2, 4, 0, False),
+        (1, None, 2, 0, False),
+        (2, None, 2, 2, False),
+    ],
 )
-def test_runs_that_share_cores_are_told(job_of, monkeypatch, capsys, jobs, threads, cores, warns):
-    monkeypatch.setattr(local, "chosen_gpus", lambda numbers: [])
+def test_runs_that_share_cores_are_told(
+    job_of, monkeypatch, capsys, jobs, threads, cores, gpus, warns
+):
+    monkeypatch.setattr(local, "chosen_gpus", lambda numbers: ["0", "1"][:gpus])
     monkeypatch.setattr(local, "usable_cores", lambda: cores)
+    monkeypatch.setattr(local, "launch", lambda jobs, count, gpus: [])
     job = job_of()
     job.config.threads = threads
     args = SimpleNamespace(launcher="local", jobs=jobs, gpus=[])
-    reproduce_tables.launcher(args, None, [job])
+    reproduce_tables.launcher(args, None, [job])([job, job])
     assert ("--threads 1" in capsys.readouterr().err) == warns

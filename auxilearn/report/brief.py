@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 from auxilearn.config import fine_tunes
-from auxilearn.report.findings import MOVED
+from auxilearn.report.findings import ALIKE
 from auxilearn.report.wording import readable
 
 EQUAL = 0.01  # areas under ROC curves that differ by less are called equal
@@ -92,7 +92,7 @@ def _tasks(findings):
         text += f" Least: {listed(order[-3:])}."
     text += f" The target's is {tasks.mean[0]:.2f}"
     text += "." if tasks.share is None else f", {tasks.share[0]:.0%} of the scheduled loss."
-    if len(order) > 3 and tasks.mean[1:].max() < MOVED * tasks.mean[1:].min():
+    if len(order) > 3 and tasks.mean[1:].max() < ALIKE * tasks.mean[1:].min():
         text += " All are within 10 % of each other: the schedule has hardly left its start."
         return Statement("caution", "Tasks", text)
     if findings.settledness is None:
@@ -149,7 +149,7 @@ def _samples(findings):
     if not target.tells_samples_apart:
         text = "All samples have the same target weight: this schedule does not tell them apart."
         return Statement("note", "Samples", text)
-    low, high = target.span
+    low, high = np.quantile(target.weight, (0.05, 0.95))
     text = f"Nine in ten target weights lie between {low:.2f} and {high:.2f}"
     text += f", a factor of {high / low:.3g}." if low > 0 else "."
     if shares := findings.spread_of_samples:

@@ -19,7 +19,7 @@ from auxilearn.report.statistics import (
 
 APART = 2  # separation of two groups of samples from which one is suspected
 FALLING = -0.5  # rank correlation of weight and loss from which weights are about labels
-MOVED = 1.1  # ratio of high and low weights from which a schedule has left its start
+ALIKE = 1.1  # ratio of the largest and the smallest weight up to which they say nothing
 
 
 @dataclass(frozen=True)
@@ -93,16 +93,10 @@ class Target:
         """Whether the schedule gives different samples different weights."""
         return self.weight is not None and np.ptp(self.weight) > 1e-6 * np.abs(self.weight).max()
 
-    @cached_property
-    def span(self):
-        """The 5 and 95 % quantiles of the target weights."""
-        return tuple(np.quantile(self.weight, (0.05, 0.95)))
-
     @property
-    def has_moved(self):
-        """Whether nine in ten target weights differ by more than a schedule's at its start."""
-        low, high = self.span
-        return high > MOVED * low
+    def are_alike(self):
+        """Whether all target weights lie within 10 % of each other."""
+        return self.weight.max() <= ALIKE * self.weight.min()
 
     @cached_property
     def falls_with_loss(self):
@@ -157,7 +151,7 @@ class Findings:
         if self.rank_by != "auto":
             return self.rank_by
         target = self.target
-        return "weight" if target.has_moved and target.falls_with_loss < FALLING else "loss"
+        return "loss" if target.are_alike or not target.falls_with_loss < FALLING else "weight"
 
     @property
     def truth(self):

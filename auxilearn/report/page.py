@@ -404,12 +404,8 @@ def _why_ranked(findings):
         return f"Ranked by {by}."
     if not target.tells_samples_apart:
         return "Ranked by loss: the schedule does not tell samples apart."
-    if not target.has_moved:
-        low, high = target.span
-        return (
-            f"Ranked by loss: nine in ten target weights lie between {low:.3g} and {high:.3g}, the "
-            "schedule has hardly left its start."
-        )
+    if target.are_alike:
+        return "Ranked by loss: all target weights are within 10 % of each other."
     rule = f"rank correlation {target.falls_with_loss:.2f}; by weight from -0.5 down"
     if by == "weight":
         return f"Ranked by weight, which falls with the loss ({rule})."

@@ -10,7 +10,8 @@ from auxilearn.report.statistics import compact
 
 SAMPLES_FILE, TASKS_FILE, LABELS_FILE = "samples.csv", "tasks.csv", "clean_labels.csv"
 CLASSES_FILE, WEIGHTS_FILE = "classes.csv", "weights.npz"
-TABLE_FILES = (SAMPLES_FILE, TASKS_FILE, LABELS_FILE, CLASSES_FILE, WEIGHTS_FILE)
+OF_THE_SAMPLES = (SAMPLES_FILE, LABELS_FILE, CLASSES_FILE, WEIGHTS_FILE)
+TABLE_FILES = (TASKS_FILE, *OF_THE_SAMPLES)
 
 
 def write_tables(directory, findings):

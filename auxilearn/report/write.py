@@ -8,7 +8,7 @@ from auxilearn.report.brief import statements
 from auxilearn.report.findings import find
 from auxilearn.report.page import build_page
 from auxilearn.report.run import BEST_FILE, evaluate_run, read_run
-from auxilearn.report.tables import TABLE_FILES, WEIGHTS_FILE, write_tables
+from auxilearn.report.tables import OF_THE_SAMPLES, TABLE_FILES, write_tables
 
 REQUIREMENTS = "requirements-report.txt"
 PAGE_FILE, FIGURES, EVENTS = "index.html", "figures", "tensorboard"
@@ -23,7 +23,7 @@ def write_report(run_dir, out=None, *, rank_by="auto", sheets=(), tensorboard=Fa
 
     Returns (path of the page, ``Statement``s on it). Raises UserError: there is no run; or, after
     all that can be shown has been written, the run has no schedule, or its data or checkpoint
-    cannot be used (a report of the weights that is there already then stays as it is). Of a run
+    cannot be used (a report with samples that is there already then stays as it is). Of a run
     that has completed no epoch so far, its curves are shown.
     """
     run = read_run(run_dir)
@@ -36,7 +36,7 @@ def write_report(run_dir, out=None, *, rank_by="auto", sheets=(), tensorboard=Fa
             evaluation = evaluate_run(run, **places)
         except UserError as problem:
             error = str(problem)
-            if (out / WEIGHTS_FILE).exists():
+            if any((out / name).exists() for name in OF_THE_SAMPLES):
                 raise UserError(f"{error}; the report in {out} stays as it was") from None
             missing.append(f"Weights of samples, tables and pictures: {error}.")
     else:

@@ -62,8 +62,7 @@ def write_table(
         results: ``Result`` of each wanted run.
         paper_file: CSV of the paper's figures (``read_paper``), or None.
         notes: lines below the table; what stands between backticks is code.
-        data: name of data that are not those ``dataset_name`` stands for, in its layout; with
-            them the paper's figures do not compare.
+        data: name of data that are not those ``dataset_name`` stands for, but in its layout.
 
     The cells' CSV is in per cent and points, the runs' as the runs recorded it, in [0, 1].
 
@@ -201,7 +200,7 @@ class _Table:
         self.found = evaluate(name, results, seeds)
         self.results = runs(results)
         self.paper_file = paper_file
-        figures = {} if paper_file is None or data else read_paper(paper_file)
+        figures = {} if paper_file is None else read_paper(paper_file)
         self.paper = {key[2:]: v for key, v in figures.items() if key[:2] == (dataset, name)}
         self.with_paper = (dataset in PAPER_DATASETS and not data) or bool(self.paper)
         self.test_of = {
