@@ -276,7 +276,7 @@ def launcher(args, places, jobs):
             # Threads that wait for one another keep their core busy all the while.
             print(
                 f"note: {at_once} runs at the same time, of {threads} threads each on {cores} "
-                "cores, can slow one another down tenfold; --run_flags='--threads 1' avoids that",
+                "cores, slow one another down; --run_flags='--threads 1' avoids that",
                 file=sys.stderr,
             )
         return local.launch(jobs, count, gpus)
