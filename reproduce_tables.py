@@ -302,8 +302,8 @@ def main(argv=None):
         print(shlex.join([*sweep.script("data_preprocess.py"), *preprocess_flags]))
         print("\n".join(dict.fromkeys(job.command for job in jobs)))
         return
-    if args.paper:
-        read_paper(args.paper)  # what is wrong with it should not be found after days of training
+    if paper := paper_file(args):
+        read_paper(paper)  # what is wrong with it should not be found after days of training
     with sweep.disk_errors(args.out_dir):
         args.out_dir.mkdir(parents=True, exist_ok=True)
     split = prepare(args, places, preprocess_flags)
@@ -360,6 +360,12 @@ def own_data(dataset, split):
     return None if dataset != "cub" or is_cub else Path(split.data_root).resolve().name
 
 
+def paper_file(args, data=None):
+    """--paper; else, but for ``own_data``, the file of the paper's numbers; None without one."""
+    usual = RESULTS / "paper_numbers.csv"
+    return args.paper or (usual if usual.exists() and not data else None)
+
+
 def command_line():
     """The command that makes what this one shows, for the record."""
     words = [word for word in sys.argv[1:] if word != "--collect_only"]
@@ -405,9 +411,7 @@ def show(args, places, table, results, tuned, split):
         how.append(f"Left out, and not in the count of tests: {', '.join(left_out)}.")
     below = notes(results, command_line(), how)
     data = own_data(args.dataset, split)
-    paper = args.paper
-    if not paper and not data and (RESULTS / "paper_numbers.csv").exists():
-        paper = RESULTS / "paper_numbers.csv"
+    paper = paper_file(args, data)
     table_of = table, args.dataset, results, args.seeds
     print(markdown(*table_of, paper, below, data))
     written = write_table(*table_of, args.out_dir, paper, below, data)

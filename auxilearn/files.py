@@ -1,4 +1,4 @@
-"""Opening files that may be anything."""
+"""Files that may be anything: how they are opened, and their names on a command line."""
 
 import argparse
 import errno

@@ -689,6 +689,17 @@ def test_hyperparameters_that_are_named_must_be_there(places, command, tmp_path)
     assert_one_error_line(err, missing, "does not exist")
 
 
+def test_a_mistake_in_the_papers_numbers_is_found_before_the_runs(
+    places, command, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(reproduce_tables, "RESULTS", tmp_path)
+    (tmp_path / "paper_numbers.csv").write_text("no,such,header\n")
+    code, out, err = command(reproduce_tables.main, "table2", *places, "--methods", "single")
+    assert (code, out) == (2, "")
+    assert_one_error_line(err, "paper_numbers.csv, line 1")
+    assert not (tmp_path / "sweeps").exists()
+
+
 def test_own_data_have_a_name_of_their_own(tmp_path):
     cub = SimpleNamespace(class_names=["a"] * 200, labels=range(11_788), data_root=tmp_path)
     assert reproduce_tables.own_data("cub", cub) is None
