@@ -368,6 +368,11 @@ def test_a_bad_value_is_one_line_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_exact_solver_is_the_librarys_alone():
+    with pytest.raises(UserError, match="--solver exact is unknown"):
+        check(Config(solver="exact"))
+
+
 def test_an_empty_record_dir_is_not_the_root_of_the_disk():
     with pytest.raises(UserError, match="--record_dir"):
         check(Config(record_dir=""))

@@ -371,3 +371,8 @@ def test_problem_sees_only_trainable_parameters():
     assert "stem.0.weight" not in problem.theta
     found, *_ = UpperLevel(model, scheduler, neumann(0.05, 2)).hypergradient([batch()], [batch(5)])
     assert all(torch.isfinite(t).all() for t in found)
+
+
+def test_the_exact_solver_refuses_a_model_that_is_too_large():
+    with pytest.raises(ValueError, match="5 x 5 matrix.* at most 4 parameters"):
+        exact(max_parameters=4)(lambda v: v, [torch.ones(2), torch.ones(3)])
