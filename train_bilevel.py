@@ -7,8 +7,8 @@ writes RECORD_DIR/<full|semi|noisy>/EXP_NAME with config.json, metrics.jsonl, lo
 summary.json, and ends with the test accuracy of the checkpoint that was best in validation.
 """
 
-from auxilearn.config import parse
 from auxilearn.errors import run_script
+from auxilearn.run.config import parse
 from auxilearn.trainer import train
 
 

@@ -7,7 +7,7 @@ Jacobian H = dg/dtheta and v = d(development loss)/dtheta, the implicit function
 
 (Lorraine, Vicol and Duvenaud, AISTATS 2020). A *solver* finds p from products with H alone; a
 *mixed product* finishes. ``hypergradient`` is these two lines; the operators may be double backward
-on given graphs (``Hypergrad``) or the faster ones of ``auxilearn.upper_level``.
+on given graphs (``Hypergrad``) or the faster ones of ``auxilearn.second_order.products``.
 
 Vectors in the space of theta are lists of tensors, one per parameter.
 """

@@ -7,7 +7,7 @@ only code.
 from collections.abc import Callable
 from typing import NamedTuple
 
-from auxilearn.gradient_cosine import GradientCosine
+from auxilearn.baselines.gradient_cosine import GradientCosine
 from auxilearn.hypernet import (
     Identity,
     MonoJoint,

@@ -11,8 +11,8 @@ from torch.func import functional_call
 
 from auxilearn.errors import UserError
 from auxilearn.files import open_regular
-from auxilearn.record import load_tensors
-from auxilearn.upper_level import TaskLosses
+from auxilearn.run.record import load_tensors
+from auxilearn.second_order.products import TaskLosses
 
 NORMALISATIONS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 IMAGENET_MEAN = (0.485, 0.456, 0.406)

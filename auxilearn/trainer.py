@@ -17,15 +17,6 @@ import time
 import torch
 from tqdm import tqdm
 
-from auxilearn.config import (
-    NEUTRAL,
-    check,
-    defaults,
-    fine_tunes,
-    ineffective,
-    resolve,
-    training_set_name,
-)
 from auxilearn.data.cache import open_images
 from auxilearn.data.dataset import (
     EndlessBatches,
@@ -37,7 +28,6 @@ from auxilearn.data.dataset import (
     training_set_of,
 )
 from auxilearn.data.split import load_split
-from auxilearn.distributed import Ranks, joined
 from auxilearn.errors import DivergenceError, RunError, UserError, needs
 from auxilearn.implicit_diff import (
     conjugate_gradient,
@@ -50,10 +40,20 @@ from auxilearn.methods import LOWER, METHODS, Problem
 from auxilearn.models import TaskModel, build_backbone
 from auxilearn.optim import adam_scale, apply_hypergradient
 from auxilearn.randomness import derived_seed
-from auxilearn.record import START_FILE, NoRecord, RunRecord, environment, free_name
-from auxilearn.report.history import ScheduleHistory
-from auxilearn.signals import StopRequest
-from auxilearn.upper_level import UpperLevel, scheduled_loss
+from auxilearn.run.config import (
+    NEUTRAL,
+    check,
+    defaults,
+    fine_tunes,
+    ineffective,
+    resolve,
+    training_set_name,
+)
+from auxilearn.run.distributed import Ranks, joined
+from auxilearn.run.history import ScheduleHistory
+from auxilearn.run.record import START_FILE, NoRecord, RunRecord, environment, free_name
+from auxilearn.run.signals import StopRequest
+from auxilearn.second_order.products import UpperLevel, scheduled_loss
 
 UPPER_BETAS = 0.9, 0.99  # upper steps are few: the usual 0.999 remembers a thousand of them
 # Mean weights of a schedule over the samples of the last lower steps, in its collapse:

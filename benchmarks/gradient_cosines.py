@@ -15,7 +15,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from auxilearn.gradient_cosine import GradientCosine  # noqa: E402
+from auxilearn.baselines.gradient_cosine import GradientCosine  # noqa: E402
 from auxilearn.models import Batch, TaskModel, build_backbone  # noqa: E402
 
 

@@ -38,7 +38,7 @@ from auxilearn.implicit_diff import (  # noqa: E402
 )
 from auxilearn.models import TaskHeads  # noqa: E402
 from auxilearn.optim import adam_scale  # noqa: E402
-from auxilearn.upper_level import TaskLosses, UpperLevel, scheduled_loss  # noqa: E402
+from auxilearn.second_order.products import TaskLosses, UpperLevel, scheduled_loss  # noqa: E402
 
 COINS = 8  # auxiliary tasks that are tied to nothing
 SIZES = {"train": 500, "dev": 50}

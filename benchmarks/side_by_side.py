@@ -34,8 +34,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from auxilearn import config as settings  # noqa: E402
-from auxilearn.record import environment  # noqa: E402
+from auxilearn.run import config as settings  # noqa: E402
+from auxilearn.run.record import environment  # noqa: E402
 from benchmarks.sides import (  # noqa: E402
     ALPHA,
     FORMATS,

@@ -27,11 +27,11 @@ from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from auxilearn import config as settings  # noqa: E402
 from auxilearn.data.dataset import OrderedBatches, Stream, sample_set  # noqa: E402
 from auxilearn.optim import apply_hypergradient  # noqa: E402
+from auxilearn.run import config as settings  # noqa: E402
+from auxilearn.second_order.products import scheduled_loss  # noqa: E402
 from auxilearn.trainer import Trainer, build_solver  # noqa: E402
-from auxilearn.upper_level import scheduled_loss  # noqa: E402
 from benchmarks import plain  # noqa: E402
 from benchmarks.input_pipeline import as_split, write_images  # noqa: E402
 

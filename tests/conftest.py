@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from auxilearn.config import Config
 from auxilearn.data import cub
 from auxilearn.data.split import write_split
 from auxilearn.errors import run_script
+from auxilearn.run.config import Config
 from auxilearn.trainer import train
 from tests.cub_shape import write_cub_shape
 

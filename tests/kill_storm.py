@@ -24,10 +24,10 @@ from pathlib import Path
 
 import torch
 
-from auxilearn.config import Config, flags_of
 from auxilearn.data import cub
 from auxilearn.data.split import write_split
 from auxilearn.methods import METHODS
+from auxilearn.run.config import Config, flags_of
 from tests.cub_shape import write_cub_shape
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 from torch.func import functional_call, jvp
 
-from auxilearn import batch_norm
-from auxilearn.batch_norm import FastBatchNorm
+from auxilearn.second_order import batch_norm
+from auxilearn.second_order.batch_norm import FastBatchNorm
 
 pytestmark = pytest.mark.usefixtures("float64")
 

@@ -24,7 +24,6 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms import v2
 
-from auxilearn.config import Config, parse
 from auxilearn.data import cache, cub
 from auxilearn.data.cache import ImageCache, open_cache, open_images
 from auxilearn.data.dataset import (
@@ -38,6 +37,7 @@ from auxilearn.data.dataset import (
 )
 from auxilearn.data.split import load_split, write_split
 from auxilearn.errors import UserError
+from auxilearn.run.config import Config, parse
 from auxilearn.trainer import train
 from tests.cub_shape import write_cub_shape
 

@@ -10,7 +10,10 @@ import torch
 
 import data_preprocess
 import train_bilevel
-from auxilearn.config import (
+from auxilearn.data import cub
+from auxilearn.data.split import load_split, write_split
+from auxilearn.errors import UserError
+from auxilearn.run.config import (
     _MATTERS,
     UPPER,
     Config,
@@ -20,9 +23,6 @@ from auxilearn.config import (
     resolve,
     with_method_defaults,
 )
-from auxilearn.data import cub
-from auxilearn.data.split import load_split, write_split
-from auxilearn.errors import UserError
 from tests.conftest import Run, assert_one_error_line, prepare, tiny_flags
 from tests.cub_shape import write_cub_shape
 

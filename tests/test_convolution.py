@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from auxilearn import convolution
-from auxilearn.convolution import FastConvolution
+from auxilearn.second_order import convolution
+from auxilearn.second_order.convolution import FastConvolution
 
 pytestmark = pytest.mark.usefixtures("float64")
 

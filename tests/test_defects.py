@@ -15,14 +15,14 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_bilevel
-from auxilearn.config import choose_device, parse, resolve
 from auxilearn.data import cub
 from auxilearn.data.split import load_split, write_split
 from auxilearn.errors import UserError
 from auxilearn.methods import METHODS
 from auxilearn.models import TaskHeads, TaskModel, build_backbone
+from auxilearn.run.config import choose_device, parse, resolve
+from auxilearn.second_order.products import UpperLevel
 from auxilearn.trainer import Trainer
-from auxilearn.upper_level import UpperLevel
 from tests.conftest import prepare, tiny_flags
 
 BILEVEL = [name for name, method in METHODS.items() if method.bilevel]

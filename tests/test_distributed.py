@@ -14,10 +14,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-from auxilearn.distributed import Ranks, leaving
 from auxilearn.hypernet import MonoJoint, MonoLinearHyperNet, Naive_hyper, StableJoint
 from auxilearn.implicit_diff import conjugate_gradient, neumann, preconditioned
-from auxilearn.upper_level import TaskLosses, UpperLevel, scheduled_loss
+from auxilearn.run.distributed import Ranks, leaving
+from auxilearn.second_order.products import TaskLosses, UpperLevel, scheduled_loss
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLES, TASKS = 10, 3

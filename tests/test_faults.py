@@ -20,7 +20,6 @@ from torch.utils.data import get_worker_info
 
 import data_preprocess
 import train_bilevel
-from auxilearn import record as record_module
 from auxilearn import trainer as trainer_module
 from auxilearn.data import cache as cache_module
 from auxilearn.data import cub
@@ -29,7 +28,8 @@ from auxilearn.data.dataset import load_resized
 from auxilearn.data.split import load_split, write_split
 from auxilearn.errors import RunError, UserError
 from auxilearn.implicit_diff import neumann, stable_alpha
-from auxilearn.report.history import ScheduleHistory
+from auxilearn.run import record as record_module
+from auxilearn.run.history import ScheduleHistory
 from auxilearn.trainer import Trainer
 from tests.conftest import (
     Run,
@@ -401,7 +401,7 @@ def test_an_error_is_said_though_nobody_reads_the_output(tmp_path):
 
 HOLDER = """
 import sys
-from auxilearn.record import RunRecord
+from auxilearn.run.record import RunRecord
 record = RunRecord(sys.argv[1], {"config": {}, "data": {"fingerprint": ""}})
 record.save_checkpoint(1, {})
 print("held", flush=True)

@@ -18,8 +18,6 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from auxilearn import record as record_module
-from auxilearn.config import Config, resolve
 from auxilearn.data import cub
 from auxilearn.data.cache import INDEX, open_cache
 from auxilearn.data.split import INFO_FILE, SPLIT_FILES, load_split, write_split
@@ -27,6 +25,8 @@ from auxilearn.errors import RunError, UserError
 from auxilearn.models import build_backbone
 from auxilearn.report import write
 from auxilearn.report.run import evaluate_run, read_run
+from auxilearn.run import record as record_module
+from auxilearn.run.config import Config, resolve
 from auxilearn.tables import slurm, sweep
 from auxilearn.tables.notes import notes
 from auxilearn.tables.render import markdown, read_paper

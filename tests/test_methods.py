@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from auxilearn.config import resolve
+from auxilearn.baselines.gradient_cosine import GradientCosine
 from auxilearn.data.split import load_split
-from auxilearn.gradient_cosine import GradientCosine
 from auxilearn.hypernet import FACTORS, MonoJoint, Uncertainty, standardise
 from auxilearn.models import Batch, ConvNet, TaskModel
-from auxilearn.record import RunRecord
+from auxilearn.run.config import resolve
+from auxilearn.run.record import RunRecord
 from auxilearn.trainer import Trainer
 
 
@@ -128,7 +128,7 @@ def test_the_cosines_are_those_of_separate_backward_passes(masked):
 def test_the_products_are_exact_in_forward_mode():
     model, batch = cosine_problem()
     gradients = task_gradients(model, batch)
-    from auxilearn.upper_level import ModelFunction
+    from auxilearn.second_order.products import ModelFunction
 
     scheduler = GradientCosine(0, len(COUNTS))
     function = ModelFunction(model, keep=scheduler.shared)

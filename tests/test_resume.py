@@ -7,13 +7,13 @@ import signal
 import pytest
 import torch
 
-from auxilearn import record as record_module
 from auxilearn import trainer as trainer_module
-from auxilearn.config import Config
 from auxilearn.errors import Interrupted, UserError
 from auxilearn.methods import METHODS
-from auxilearn.record import RunRecord
-from auxilearn.signals import EXIT_CODES, StopRequest
+from auxilearn.run import record as record_module
+from auxilearn.run.config import Config
+from auxilearn.run.record import RunRecord
+from auxilearn.run.signals import EXIT_CODES, StopRequest
 from auxilearn.trainer import train
 from tests import kill_storm
 

@@ -19,7 +19,6 @@ from sklearn.metrics import auc, average_precision_score, mutual_info_score, roc
 from torch import nn
 
 import inspect_schedule
-from auxilearn.config import Config
 from auxilearn.data import cub
 from auxilearn.data.dataset import training_set
 from auxilearn.data.split import load_split, write_split
@@ -28,12 +27,13 @@ from auxilearn.hypernet import LinearHyperNet, MonoJoint, MonoNonlinearHyperNet,
 from auxilearn.report import schedule_weights, statistics, write
 from auxilearn.report.figures import _scheduled_steps
 from auxilearn.report.findings import Findings, Target, find
-from auxilearn.report.history import QUANTILES, ScheduleHistory, read_rows
 from auxilearn.report.page import _why_ranked
 from auxilearn.report.run import evaluate_run, read_run
-from auxilearn.report.weights import sample_weights
+from auxilearn.run.config import Config
+from auxilearn.run.history import QUANTILES, ScheduleHistory, read_rows
+from auxilearn.second_order.products import TaskLosses, scheduled_loss
 from auxilearn.trainer import Trainer, train
-from auxilearn.upper_level import TaskLosses, scheduled_loss
+from auxilearn.weights import sample_weights
 from tests.conftest import TINY, assert_one_error_line, assert_same_run
 from tests.cub_shape import write_cub_shape
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 import train_bilevel
-from auxilearn.config import resolve
 from auxilearn.data.dataset import corrupt, training_set
 from auxilearn.data.split import load_split
 from auxilearn.errors import UserError
 from auxilearn.methods import METHODS
+from auxilearn.run.config import resolve
 from auxilearn.trainer import Trainer
 from tests.conftest import assert_one_error_line, assert_same_run, tiny_flags
 

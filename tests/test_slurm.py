@@ -12,9 +12,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from auxilearn.config import Config
 from auxilearn.errors import Interrupted, UserError
-from auxilearn.record import read_json, write_json
+from auxilearn.run.config import Config
+from auxilearn.run.record import read_json, write_json
 from auxilearn.tables import slurm
 from auxilearn.tables.slurm import Outcome, TrainingRun, launch
 from auxilearn.trainer import train

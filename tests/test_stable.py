@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-from auxilearn.config import from_record, resolve
 from auxilearn.data.split import load_split
 from auxilearn.errors import UserError
 from auxilearn.hypernet import Identity, StableJoint
@@ -21,9 +20,10 @@ from auxilearn.implicit_diff import (
     preconditioned,
 )
 from auxilearn.optim import adam_scale
-from auxilearn.record import RunRecord
+from auxilearn.run.config import from_record, resolve
+from auxilearn.run.record import RunRecord
+from auxilearn.second_order.products import scheduled_loss
 from auxilearn.trainer import Trainer, train
-from auxilearn.upper_level import scheduled_loss
 from benchmarks import hypergradient_accuracy as accuracy
 from tests import reference
 from tests.conftest import Run, assert_same_run

@@ -17,10 +17,10 @@ import pytest
 import data_preprocess
 import inspect_schedule
 import reproduce_tables
-from auxilearn.config import Config, flags_of, parse, with_method_defaults
 from auxilearn.data.split import load_split
 from auxilearn.errors import RunError, UserError
-from auxilearn.record import write_json
+from auxilearn.run.config import Config, flags_of, parse, with_method_defaults
+from auxilearn.run.record import write_json
 from auxilearn.tables import local, sweep
 from auxilearn.tables.local import Outcome
 from auxilearn.tables.protocol import (

@@ -15,14 +15,14 @@ import torch
 import torch.nn.functional as F
 
 import train_bilevel
-from auxilearn.config import Config, resolve
 from auxilearn.data.split import load_split
 from auxilearn.errors import DivergenceError, UserError
 from auxilearn.methods import METHODS
 from auxilearn.models import IMAGENET_MEAN, IMAGENET_STD
-from auxilearn.record import RunRecord
+from auxilearn.run.config import Config, resolve
+from auxilearn.run.record import RunRecord
+from auxilearn.second_order.products import UpperLevel
 from auxilearn.trainer import Trainer
-from auxilearn.upper_level import UpperLevel
 from tests.conftest import Run, assert_one_error_line, assert_same_run, prepare, tiny_flags
 
 REPOSITORY = Path(__file__).parents[1]

@@ -19,7 +19,7 @@ from auxilearn.hypernet import (
 )
 from auxilearn.implicit_diff import conjugate_gradient, exact, identity, neumann
 from auxilearn.models import TaskModel
-from auxilearn.upper_level import (
+from auxilearn.second_order.products import (
     DoubleBackwardOperators,
     FastOperators,
     TaskLosses,

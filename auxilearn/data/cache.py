@@ -45,7 +45,7 @@ from auxilearn.data.dataset import (
 )
 from auxilearn.errors import UserError
 from auxilearn.files import append_regular, open_regular
-from auxilearn.record import write_aside
+from auxilearn.run.record import write_aside
 
 LAYOUT = 1  # to be raised with every change of the file's content
 INDEX = np.dtype([("height", "<i4"), ("width", "<i4"), ("mtime_ns", "<i8"), ("digest", "<u8")])

@@ -17,11 +17,11 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as pixels
 
-from auxilearn.config import training_set_name
 from auxilearn.data.cub import IMAGE_FORMATS, in_rgb
 from auxilearn.errors import UserError
 from auxilearn.models import Batch
 from auxilearn.randomness import derived_generator, derived_seed
+from auxilearn.run.config import training_set_name
 
 RESIZE_RATIO = 256 / 224  # Resize(256) goes before every crop of 224
 

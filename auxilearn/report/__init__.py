@@ -4,6 +4,6 @@
 writes the report of a training run.
 """
 
-from auxilearn.report.weights import ScheduleTable, schedule_weights
+from auxilearn.weights import ScheduleTable, schedule_weights
 
 __all__ = ["ScheduleTable", "schedule_weights"]

@@ -4,9 +4,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from auxilearn.config import fine_tunes
 from auxilearn.report.findings import ALIKE
 from auxilearn.report.wording import readable
+from auxilearn.run.config import fine_tunes
 
 EQUAL = 0.01  # areas under ROC curves that differ by less are called equal
 CHANCE = 0.05  # and within this of one half, next to chance

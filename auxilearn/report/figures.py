@@ -14,7 +14,6 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from auxilearn.report.history import QUANTILES
 from auxilearn.report.statistics import (
     auroc,
     average_precision,
@@ -37,6 +36,7 @@ from auxilearn.report.style import (
     unit_axes,
 )
 from auxilearn.report.wording import readable, shortened
+from auxilearn.run.history import QUANTILES
 
 DPI = 144  # of the PNG files
 BARS = 40  # most bars of a ranking

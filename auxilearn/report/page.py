@@ -9,9 +9,9 @@ import numpy as np
 from auxilearn.report import tables
 from auxilearn.report.brief import statements
 from auxilearn.report.findings import APART
-from auxilearn.report.history import SCHEDULE_FILE
 from auxilearn.report.pictures import Thumbnails, class_name, contact_sheets, suspect_cards
 from auxilearn.report.wording import readable
+from auxilearn.run.history import SCHEDULE_FILE
 
 HERE = Path(__file__).parent
 TABLE_ROWS = 10_000  # most samples in the page's table

@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from auxilearn.config import Config, choose_device, from_record
 from auxilearn.data.cache import open_images
 from auxilearn.data.dataset import OrderedBatches, SampleSet, Stream, training_set_of
 from auxilearn.data.split import Split, load_split
@@ -15,7 +14,9 @@ from auxilearn.errors import UserError
 from auxilearn.files import is_text
 from auxilearn.methods import METHODS, Method, Problem
 from auxilearn.models import TaskModel, build_backbone, load_file, load_matching
-from auxilearn.record import (
+from auxilearn.run.config import Config, choose_device, from_record
+from auxilearn.run.history import QUANTILES, SCHEDULE_FILE, read_rows
+from auxilearn.run.record import (
     BEST_FILE,
     CONFIG_FILE,
     METRICS_FILE,
@@ -23,8 +24,7 @@ from auxilearn.record import (
     SUMMARY_FILE,
     read_json,
 )
-from auxilearn.report.history import QUANTILES, SCHEDULE_FILE, read_rows
-from auxilearn.report.weights import ScheduleTable, schedule_weights
+from auxilearn.weights import ScheduleTable, schedule_weights
 
 FLOAT32_MAX = torch.finfo(torch.float32).max
 

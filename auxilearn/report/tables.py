@@ -5,8 +5,8 @@ import io
 
 import numpy as np
 
-from auxilearn.record import write_aside
 from auxilearn.report.statistics import compact
+from auxilearn.run.record import write_aside
 
 SAMPLES_FILE, TASKS_FILE, LABELS_FILE = "samples.csv", "tasks.csv", "clean_labels.csv"
 CLASSES_FILE, WEIGHTS_FILE = "classes.csv", "weights.npz"

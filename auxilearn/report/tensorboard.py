@@ -6,7 +6,7 @@ target_weight/GROUP_QUANTILE. Importing this module imports tensorboard.
 
 from torch.utils.tensorboard import SummaryWriter
 
-from auxilearn.report.history import QUANTILES
+from auxilearn.run.history import QUANTILES
 
 
 class Events:

@@ -3,12 +3,12 @@
 from pathlib import Path
 
 from auxilearn.errors import UserError, needs
-from auxilearn.record import write_aside
 from auxilearn.report.brief import statements
 from auxilearn.report.findings import find
 from auxilearn.report.page import build_page
 from auxilearn.report.run import BEST_FILE, evaluate_run, read_run
 from auxilearn.report.tables import OF_THE_SAMPLES, TABLE_FILES, write_tables
+from auxilearn.run.record import write_aside
 
 REQUIREMENTS = "requirements-report.txt"
 PAGE_FILE, FIGURES, EVENTS = "index.html", "figures", "tensorboard"

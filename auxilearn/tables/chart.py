@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from auxilearn.errors import UserError, needs
-from auxilearn.record import write_aside
+from auxilearn.run.record import write_aside
 from auxilearn.tables.protocol import (
     ABLATION,
     BASELINE,

@@ -92,7 +92,7 @@ def _least_used(gpus, running):
 
 def _run(argv, log, gpu):
     """What a process does: ``python train_bilevel.py ARGV...`` with its output in ``log``."""
-    from auxilearn.config import parse
+    from auxilearn.run.config import parse
     from auxilearn.trainer import train
 
     if gpu is not None:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from auxilearn.errors import UserError
-from auxilearn.record import CONFIG_FILE, SUMMARY_FILE, read_json
+from auxilearn.run.record import CONFIG_FILE, SUMMARY_FILE, read_json
 
 
 def notes(results, command, hyperparameters):

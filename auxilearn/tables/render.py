@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from auxilearn.errors import UserError
 from auxilearn.files import read_regular
-from auxilearn.record import write_aside
+from auxilearn.run.record import write_aside
 from auxilearn.tables.protocol import (
     ABLATION,
     BASELINE,

@@ -238,7 +238,7 @@ class _Sweep:
     """
 
     def __init__(self, log_dir):
-        from auxilearn.record import read_json  # imports PyTorch
+        from auxilearn.run.record import read_json  # imports PyTorch
 
         self.folder = log_dir / "slurm"
         self.file = self.folder / "submissions.json"
@@ -268,7 +268,7 @@ class _Sweep:
 
     def announce(self, names):
         """A new Slurm name, under which the jobs ``names`` are going to be submitted."""
-        from auxilearn.record import write_json
+        from auxilearn.run.record import write_json
 
         slurm_name = f"{self._prefix}-{uuid.uuid4().hex[:8]}"
         self.submissions[slurm_name] = names

@@ -19,7 +19,8 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from auxilearn.config import (
+from auxilearn.errors import RunError, UserError
+from auxilearn.run.config import (
     NEUTRAL,
     Config,
     check,
@@ -28,8 +29,7 @@ from auxilearn.config import (
     parse,
     with_method_defaults,
 )
-from auxilearn.errors import RunError, UserError
-from auxilearn.record import (
+from auxilearn.run.record import (
     CONFIG_FILE,
     LOG_FILE,
     SUMMARY_FILE,

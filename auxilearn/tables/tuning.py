@@ -15,9 +15,9 @@ for the full schedule. The test set plays no part.
 
 from pathlib import Path
 
-from auxilearn.config import Config
 from auxilearn.errors import UserError
-from auxilearn.record import read_json, write_json
+from auxilearn.run.config import Config
+from auxilearn.run.record import read_json, write_json
 from auxilearn.tables.protocol import ROWS, TABLES, TUNED_ON, candidates, tuned_as
 from auxilearn.tables.statistics import mean
 

@@ -19,8 +19,8 @@ import torch
 
 from auxilearn.errors import UserError
 from auxilearn.files import append_regular, read_regular
-from auxilearn.record import SCHEDULE_FILE
-from auxilearn.report.weights import samples_with_loss
+from auxilearn.run.record import SCHEDULE_FILE
+from auxilearn.weights import samples_with_loss
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 

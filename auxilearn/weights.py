@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from auxilearn.upper_level import TaskLosses, scheduled_loss
+from auxilearn.second_order.products import TaskLosses, scheduled_loss
 
 
 @dataclass(frozen=True)

@@ -26,10 +26,10 @@ import torch
 from torch.autograd import forward_ad
 from torch.func import functional_call, jvp
 
-from auxilearn.batch_norm import FastBatchNorm
-from auxilearn.convolution import FastConvolution
 from auxilearn.hypernet import masked_column_means
 from auxilearn.implicit_diff import double_backward_operators, gradients, hypergradient
+from auxilearn.second_order.batch_norm import FastBatchNorm
+from auxilearn.second_order.convolution import FastConvolution
 
 
 class TaskLosses(NamedTuple):

@@ -1,0 +1,1 @@
+"""The rivals of JTDS, a file each."""
