@@ -116,10 +116,6 @@ class Run:
         """The hash of --plugin's content, or None."""
         return load_plugin(self.config.plugin) if self.config.plugin else None
 
-    def at(self, step):
-        """The level that lower step ``step`` trains on."""
-        return self.bilevel if step <= self.plan.main_steps else self.fine_tuning
-
     def lower_batches(self, after):
         """Training batches, then those of fine-tuning, after the first ``after`` steps."""
         config, main = self.config, self.plan.main_steps

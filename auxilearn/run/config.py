@@ -739,7 +739,7 @@ def choose_device(name):
     return device
 
 
-def slow_device_warning(config):
+def slow_device(config):
     """A sentence where a resolved ``Config`` trains on the CPU by mistake, most likely; or None."""
     if config.device != "cpu":
         return None

@@ -3,9 +3,9 @@
 import torch
 from tqdm import tqdm
 
-from auxilearn.errors import DivergenceError
 from auxilearn.implicit_diff import stable_alpha
 from auxilearn.run.build import FINE_TUNING
+from auxilearn.run.config import slow_device
 
 # Mean weights of a schedule over the samples of the last lower steps, in its collapse:
 VANISHING = 1e-4  # the largest of the tasks' is below
@@ -49,8 +49,11 @@ class Progress:
             self.reported.append(what)
             self.say(f"warning: {text}")
 
-    def start(self, ineffective, slow_device):
-        """What is trained, on what, and what to know about it."""
+    def start(self, done, ineffective):
+        """Say what is trained, on what, and what to know about it.
+
+        Args: the number of steps ``done`` before, and names of flags that change nothing.
+        """
         run, config, plan = self.run, self.run.config, self.run.plan
         others = f" and {run.ranks.size - 1} more" if run.ranks.size > 1 else ""
         self.say(
@@ -64,14 +67,24 @@ class Progress:
             self.say(f"note: flags without effect in this run: {flags}")
         if "corrupted_rate" in ineffective:
             self.say("warning: --corrupted_rate without --corrupted 1: no label is corrupted")
-        if slow_device:
-            self.say(f"warning: {slow_device}")
+        if slow := slow_device(config):
+            self.say(f"warning: {slow}")
         if plan.bilevel and not plan.upper_steps(plan.main_steps):
             self.say(
                 f"warning: {plan.main_steps} lower steps end before the first upper step "
                 f"(--warmup_epochs {config.warmup_epochs} --hyperstep {config.hyperstep}): the "
                 "schedule stays as it starts"
             )
+        if done:
+            self.say(f"continuing after step {done}")
+
+    def start_fine_tuning(self, best):
+        """``best``: the checkpoint that it starts from."""
+        passes = self.run.plan.passes
+        self.say(
+            f"fine-tuning on the development set: {passes} pass{'es' * (passes > 1)}, from the "
+            f"checkpoint of {named(best)}"
+        )
 
     def step_row(self, step):
         """Write the row of the lower steps up to ``step``."""
@@ -144,15 +157,6 @@ class Progress:
             else (f"epoch {epoch}")
         )
         self.say(f"{name}, step {step}: validation accuracy {accuracy:.4f}")
-
-    def diverged(self, step, reason, best):
-        """The error that ends a run; ``best``: what was kept of it."""
-        kept = (
-            f"the best checkpoint, of {named(best)}, is kept" if best else "no epoch was completed"
-        )
-        message = f"diverged at step {step}: {reason}; {kept} in {self.record.directory}"
-        self.record.log(message)
-        return DivergenceError(message)
 
 
 def named(best):

@@ -18,6 +18,7 @@ built again for each product, one after the other.
 """
 
 import contextlib
+import functools
 import re
 import warnings
 
@@ -71,11 +72,20 @@ class ModelFunction:
             outputs = self.evaluate(theta, batch)._asdict()
             return outputs.pop("losses"), {k: v for k, v in outputs.items() if v is not None}
 
+        _load_forward_mode()
         with torch.no_grad(), FastBatchNorm():
             losses, derivative, rest = jvp(
                 losses_and_rest, (self.theta,), (self.named(vector),), has_aux=True
             )
         return TaskLosses(losses, **rest), derivative
+
+
+@functools.cache
+def _load_forward_mode():
+    with warnings.catch_warnings():  # PyTorch itself scripts its decompositions on first use
+        warnings.simplefilter("ignore", FutureWarning)
+        with forward_ad.dual_level():
+            forward_ad.make_dual(torch.zeros(()), torch.zeros(()))
 
 
 class Derivatives(ModelFunction):
@@ -130,10 +140,6 @@ class FastOperators:
     def __init__(self, problem):
         self.problem = problem
         self._kept = None  # the product with H, where there is one batch for all products
-        with warnings.catch_warnings():  # PyTorch itself scripts its decompositions on first use
-            warnings.simplefilter("ignore", FutureWarning)
-            with forward_ad.dual_level():
-                forward_ad.make_dual(torch.zeros(()), torch.zeros(()))
 
     def hvp(self, u):
         """H u, a list shaped like theta."""
