@@ -3,8 +3,8 @@
     lower   theta <- theta - eta  d/dtheta S(theta, phi)       S the scheduled loss, phi constant
     upper   phi   <- phi   - eta' d/dphi   L_dev(theta*(phi))  by implicit differentiation
 
-Chen et al., ICML 2022, Algorithm 1; the upper gradient is Lorraine et al., AISTATS 2020, Algorithm
-2: see ``implicit_diff``.
+Chen et al., ICML 2022; the upper gradient is Lorraine et al., AISTATS 2020, Algorithms 2 and 3: see
+``implicit_diff``.
 """
 
 import warnings
