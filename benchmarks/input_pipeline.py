@@ -7,8 +7,8 @@ writes CUB-like JPEGs (500 x 375, about 95 KB each, as CUB's are) to a temporary
 batches of them with the training augmentation at 224 pixels in three ways, in alternation:
 
   plain    benchmarks/plain.py: torchvision's transforms on Pillow's images, one by one
-  decode   this project's stream with --cache off
-  cache    this project's stream with --cache on
+  decode   this project's stream with --cache_dir none
+  cache    this project's stream with a cache
 
 Each round restarts every stream and lets it run in before it is timed. Without workers the time is
 the process's own CPU time, so that other load on the machine matters little; with workers it is the

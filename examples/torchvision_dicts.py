@@ -52,7 +52,7 @@ if __name__ == "__main__":
     lower = torch.optim.Adam(model.parameters(), lr=3e-3)
     dev = [pictures(32)]
     train = [*dev, *(pictures(32) for _ in range(15))]
-    scheduler = fit_stable(model, lower, train, dev, tasks=3, feature_dim=1024, epochs=6)
+    scheduler = fit_stable(model, lower, train, dev, tasks=3, feature_dim=1024, epochs=4)
     test = pictures(256)
     predicted = model.eval().direction(model(test).features).argmax(dim=1)
     print(f"accuracy  {(predicted == test['direction']).float().mean():.2f}")
