@@ -19,6 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from auxilearn.second_order.double_backward import double_backward_operators, gradients
+
 Vector = list[Tensor]
 
 
@@ -98,8 +100,8 @@ def neumann(alpha: float, terms: int = 3, scale: str = "released") -> Solver:
             total = [s + t for s, t in zip(total, term, strict=True)]
         growth = None
         if before is not None:
-            growth = math.copysign(_ratio(_norm(term), _norm(before)), _dot(term, before))
-        solution = Solution(total, _ratio(_norm(term), _norm(v)), terms, growth)
+            growth = math.copysign(ratio(norm(term), norm(before)), dot(term, before))
+        solution = Solution(total, ratio(norm(term), norm(v)), terms, growth)
         if scale == "alpha":
             solution.vector = [alpha * s for s in solution.vector]
         return solution
@@ -128,76 +130,6 @@ def identity(scale: float = 1.0) -> Solver:
 
     def solve(hvp, v):
         return Solution([scale * t for t in v], 1.0, 0)
-
-    return solve
-
-
-def conjugate_gradient(
-    damping: float = 1.0, iterations: int = 20, tolerance: float = 1e-10
-) -> Solver:
-    """(H + damping I) p = v by conjugate gradients.
-
-    ``damping`` must exceed the size of H's most negative eigenvalue. Where the curvature along a
-    search direction is not positive, the iteration stops with what it has, which is v itself on the
-    first direction (as truncated Newton methods do). The residual is |v - (H + damping I) p| / |v|,
-    as the recurrence tracks it.
-    """
-
-    def solve(hvp, v):
-        solution = [torch.zeros_like(t) for t in v]
-        residual = [t.clone() for t in v]
-        direction = [t.clone() for t in v]
-        start = square = _dot(residual, residual)
-        products = 0
-        while products < iterations and square > tolerance**2 * start and start > 0:
-            product = [h + damping * d for h, d in zip(hvp(direction), direction, strict=True)]
-            products += 1
-            curvature = _dot(direction, product)
-            if not curvature > 0:
-                if products == 1:
-                    solution = direction
-                    residual = [r - h for r, h in zip(residual, product, strict=True)]
-                    square = _dot(residual, residual)
-                break
-            step = square / curvature
-            solution = [s + step * d for s, d in zip(solution, direction, strict=True)]
-            residual = [r - step * h for r, h in zip(residual, product, strict=True)]
-            previous, square = square, _dot(residual, residual)
-            direction = [
-                r + (square / previous) * d for r, d in zip(residual, direction, strict=True)
-            ]
-        return Solution(solution, _ratio(math.sqrt(square), math.sqrt(start)), products)
-
-    return solve
-
-
-EXACT_LIMIT = 5000  # parameters of the task model
-
-
-def exact(damping: float = 0.0, max_parameters: int = EXACT_LIMIT) -> Solver:
-    """(H + damping I) p = v with the dense H, one product per parameter: for small models.
-
-    Raises ValueError above ``max_parameters`` parameters. The residual is |v - (H + damping I) p|
-    / |v|. Memory: H and its factorisation, 0.2 GB in float32 at the limit.
-    """
-
-    def solve(hvp, v):
-        size = sum(t.numel() for t in v)
-        if size > max_parameters:
-            raise ValueError(
-                f"the exact solver builds a {size} x {size} matrix; it is for models of at most "
-                f"{max_parameters} parameters: use neumann or conjugate_gradient"
-            )
-        flat = _flatten(v)
-        hessian = flat.new_empty(size, size)
-        for column in range(size):
-            unit = torch.zeros_like(flat)
-            unit[column] = 1.0
-            hessian[:, column] = _flatten(hvp(_unflatten(unit, v)))
-        hessian.diagonal().add_(damping)
-        solution = torch.linalg.solve(hessian, flat)
-        residual = torch.linalg.vector_norm(flat - hessian @ solution).item()
-        return Solution(_unflatten(solution, v), _ratio(residual, _norm(v)), size)
 
     return solve
 
@@ -237,48 +169,21 @@ def preconditioned(solver: Solver, scale: Callable[[], Vector]) -> Solver:
     return solve
 
 
-def _dot(a, b):
+def dot(a, b):
     return sum(torch.sum(x * y).item() for x, y in zip(a, b, strict=True))
 
 
-def _norm(vector):
-    return math.sqrt(_dot(vector, vector))
+def norm(vector):
+    return math.sqrt(dot(vector, vector))
 
 
-def _ratio(part, whole):
+def ratio(part, whole):
     return part / whole if whole > 0 else 0.0
-
-
-def _flatten(vector):
-    return torch.cat([t.reshape(-1) for t in vector])
-
-
-def _unflatten(flat, like):
-    pieces = flat.split([t.numel() for t in like])
-    return [piece.reshape(t.shape) for piece, t in zip(pieces, like, strict=True)]
 
 
 # --------------------------------------------------------------------------------------------------
 # Double backward on given graphs
 # --------------------------------------------------------------------------------------------------
-
-
-def gradients(output, inputs, **kwargs):
-    """``torch.autograd.grad`` as a list, with zeros for what ``output`` does not reach.
-
-    Inputs that do not require a gradient (frozen parameters) are never reached.
-    """
-    found = [torch.zeros_like(i) for i in inputs]
-    places = [place for place, i in enumerate(inputs) if i.requires_grad]
-    if not output.requires_grad or not places:
-        return found
-    reached = torch.autograd.grad(
-        output, [inputs[place] for place in places], allow_unused=True, **kwargs
-    )
-    for place, gradient in zip(places, reached, strict=True):
-        if gradient is not None:
-            found[place] = gradient
-    return found
 
 
 class Hypergrad:
@@ -316,14 +221,10 @@ class Hypergrad:
         return hypergrad
 
 
-def double_backward_operators(g, params, aux_params):
-    """(hvp, mixed) of the gradient ``g`` (with its graph) by differentiating it once more."""
-    reached = [i for i, t in enumerate(g) if t.requires_grad]
+def __getattr__(name):
+    # The solvers for small problems stand in a file of their own; they are found here as well.
+    if name in ("conjugate_gradient", "exact"):
+        from auxilearn import solvers
 
-    def product(vector, inputs):
-        if not reached:
-            return [torch.zeros_like(i) for i in inputs]
-        inner = sum(torch.sum(g[i] * vector[i]) for i in reached)
-        return gradients(inner, inputs, retain_graph=True)
-
-    return (lambda u: product(u, params)), (lambda p: product(p, aux_params))
+        return getattr(solvers, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

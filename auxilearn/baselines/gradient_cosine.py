@@ -17,7 +17,7 @@ import warnings
 import torch
 
 from auxilearn.hypernet import HyperNet, masked_column_means
-from auxilearn.implicit_diff import gradients
+from auxilearn.second_order.double_backward import gradients
 from auxilearn.second_order.products import ModelFunction, lacks_forward_mode
 
 CHUNK = 1 << 26  # numbers in the gradients of the tasks that are taken together

@@ -33,9 +33,9 @@ from auxilearn.hypernet import (
     scheduled_loss,
     times_aux_weight,
 )
-from auxilearn.implicit_diff import double_backward_operators, gradients
 from auxilearn.second_order.batch_norm import FastBatchNorm
 from auxilearn.second_order.convolution import FastConvolution
+from auxilearn.second_order.double_backward import double_backward_operators, gradients
 
 
 class ModelFunction:
