@@ -64,8 +64,8 @@ def hypergradient(
         dev_gradient: v, a list of tensors shaped like theta.
         hvp: callable u -> H u on such lists.
         mixed: callable p -> d/dphi <g, p>, a list of tensors shaped like phi.
-        solver: callable (hvp, v) -> ``Solution``; see ``neumann``, ``identity``,
-            ``conjugate_gradient`` and ``exact``.
+        solver: callable (hvp, v) -> ``Solution``, such as ``neumann`` and ``identity`` below, or
+            ``conjugate_gradient`` and ``exact`` in ``solvers``.
 
     Returns: the hypergradient (a list shaped like phi) and the ``Solution``.
     """
@@ -219,12 +219,3 @@ class Hypergrad:
         hvp, mixed = double_backward_operators(g, params, aux_params)
         hypergrad, self.solution = hypergradient(v, hvp, mixed, self.solver)
         return hypergrad
-
-
-def __getattr__(name):
-    # The solvers for small problems stand in a file of their own; they are found here as well.
-    if name in ("conjugate_gradient", "exact"):
-        from auxilearn import solvers
-
-        return getattr(solvers, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -30,15 +30,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from auxilearn.bilevel import Bilevel  # noqa: E402
 from auxilearn.data.digits import INFORMATIVE  # noqa: E402
 from auxilearn.hypernet import MonoJoint, TaskLosses, scheduled_loss  # noqa: E402
-from auxilearn.implicit_diff import (  # noqa: E402
-    conjugate_gradient,
-    exact,
-    identity,
-    neumann,
-    preconditioned,
-)
+from auxilearn.implicit_diff import identity, neumann, preconditioned  # noqa: E402
 from auxilearn.models import TaskHeads  # noqa: E402
 from auxilearn.optim import adam_scale  # noqa: E402
+from auxilearn.solvers import conjugate_gradient, exact  # noqa: E402
 from auxilearn.stable import StableJoint  # noqa: E402
 
 COINS = 8  # auxiliary tasks that are tied to nothing

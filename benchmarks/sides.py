@@ -28,9 +28,10 @@ from torch.utils.data import DataLoader
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from auxilearn.data.dataset import OrderedBatches, Stream, sample_set  # noqa: E402
-from auxilearn.implicit_diff import conjugate_gradient, identity, neumann  # noqa: E402
+from auxilearn.implicit_diff import identity, neumann  # noqa: E402
 from auxilearn.run import config as settings  # noqa: E402
 from auxilearn.run.build import build  # noqa: E402
+from auxilearn.solvers import conjugate_gradient  # noqa: E402
 from benchmarks import plain  # noqa: E402
 from benchmarks.input_pipeline import as_split, write_images  # noqa: E402
 

@@ -292,7 +292,7 @@ def _build(path, files, workers):
         )
     print(
         f"image cache: writing {len(index):,} images, shorter side {files.side} pixels, "
-        f"{_readable(size)}, to {path.parent} (once; --cache_dir none decodes them every time instead)",
+        f"{_readable(size)}, to {path.parent} (once; --cache_dir none decodes instead)",
         flush=True,
     )
     try:
