@@ -1,6 +1,6 @@
 """From a model, a scheduler and data to the schedule: the weight of every sample under every task.
 
-    from auxilearn.report import schedule_weights
+    from auxilearn.weights import schedule_weights
 
     table = schedule_weights(model, scheduler, batches)
     table.weights  # (n, K)

@@ -58,13 +58,13 @@ def _reference(findings):
         return None
     if other is None:
         text = f"No finished run of {REFERENCE} (all weights 1) in this setting lies beside it."
-        return Statement("note", "Compared with", text)
+        return Statement("note", "Baseline", text)
     ahead = run.summary["test_accuracy"] - other.test_accuracy
     images = run.data["sets"]["test"]
     error = sum(p * (1 - p) for p in (run.summary["test_accuracy"], other.test_accuracy)) / images
     text = (
         f"{REFERENCE} (all weights 1, run {other.name}) reaches {other.test_accuracy:.1%} on the "
-        f"test set: this run is {100 * abs(ahead):.1f} points {'ahead' if ahead >= 0 else 'behind'}."
+        f"test set: this run is {100 * abs(ahead):.1f} points {'behind' if ahead < 0 else 'ahead'}."
     )
     if others := [name for name in other.differs if name != "seed"]:
         text += f" Its settings differ: {', '.join(others)}."
@@ -72,8 +72,8 @@ def _reference(findings):
         text += " Its seed differs."
     if abs(ahead) < 1.96 * np.sqrt(error):
         text += f" With {images:,} test images and one run each, that is within chance."
-        return Statement("note", "Compared with", text)
-    return Statement("good" if ahead > 0 else "caution", "Compared with", text)
+        return Statement("note", "Baseline", text)
+    return Statement("good" if ahead > 0 else "caution", "Baseline", text)
 
 
 def _upper_level(findings):

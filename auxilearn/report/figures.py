@@ -31,6 +31,7 @@ from auxilearn.report.style import (
 )
 from auxilearn.run.history import QUANTILES
 
+TALL = (SIZE[0], 4.1)
 BARS = 45  # most bars of a ranking
 POINTS = 1200  # most points of a scatter plot
 PERCENT = PercentFormatter(1, decimals=0)
@@ -262,18 +263,23 @@ def _information(findings):
 # --------------------------------------------------------------------------------------------------
 
 
+def _target_losses(findings):
+    """The distribution of target losses, where there are no weights to set against them."""
+    labels = findings.labels
+    if labels is None or findings.weighted or np.ptp(labels.loss) == 0:
+        return None
+    figure, axes = new_axes("target loss of a sample (nats)", "samples")
+    _histogram(axes, labels, "loss", np.linspace(labels.loss.min(), labels.loss.max(), 41))
+    legend_below(figure, axes)
+    return figure
+
+
 def _samples(findings):
     """Target weight against target loss, with both distributions at the edges."""
     labels = findings.labels
-    if labels is None or np.ptp(labels.loss) == 0:
-        return None
     if not findings.weighted:
-        figure, axes = new_axes("target loss of a sample (nats)", "samples")
-        edges = np.linspace(labels.loss.min(), labels.loss.max(), 41)
-        _histogram(axes, labels, "loss", edges)
-        legend_below(figure, axes)
-        return figure
-    figure = Figure(figsize=(SIZE[0], 4.3), layout="constrained")
+        return None
+    figure = Figure(figsize=TALL, layout="constrained")
     parts = figure.subplot_mosaic(
         [["loss", "."], ["both", "weight"]], width_ratios=(3.4, 1), height_ratios=(1, 3)
     )
@@ -311,7 +317,7 @@ def _target_history(findings):
     rows = [row for row in findings.run.schedule if row["target_weight"]]
     if len(rows) < 2:
         return None
-    figure, axes = new_axes("lower step", "target weight in training batches")
+    figure, axes = new_axes("lower step", "target weight")
     groups = {"clean": ("label right", "blue", "-"), "corrupted": ("label wrong", "orange", "--")}
     if not any("corrupted" in row["target_weight"] for row in rows):
         groups = {"all": ("all samples", "blue", "-")}
@@ -342,7 +348,7 @@ def _wrong_labels(findings):
     labels = findings.labels
     if not findings.truth:
         return None
-    figure, axes = new_axes("share of all labels checked", "share of the wrong labels found")
+    figure, axes = new_axes("share of all labels checked", "share of wrong labels found", TALL)
     checked = np.linspace(0, 1, len(labels) + 1)
     scores = {"low target weight": -labels.weight, "high target loss": labels.loss}
     looks = {"low target weight": ("blue", "-"), "high target loss": ("orange", "--")}
@@ -373,6 +379,7 @@ CHARTS = (
     Chart("tasks_history", "Mean weights of the tasks over training", _tasks_history),
     Chart("information", "Weights against information on the class", _information),
     Chart("samples", "Target weight and target loss of the samples", _samples),
+    Chart("target_losses", "Target losses of the samples", _target_losses),
     Chart("target_history", "Target weights over training", _target_history),
     Chart("wrong_labels", "Finding wrong labels, the most suspicious first", _wrong_labels),
 )

@@ -13,10 +13,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
-from auxilearn.report import tables
 from auxilearn.report.brief import statements
 from auxilearn.report.names import readable
-from auxilearn.run.history import SCHEDULE_FILE
 
 HERE = Path(__file__).parent
 TABLE_ROWS = 1000  # of the sample table: the most suspicious by weight, and by loss
@@ -53,7 +51,6 @@ def build_page(findings, charts, wanted=()):
         labels=_label_rows(findings, thumbnails) if labelled else [],
         sheets=_sheets(findings, thumbnails, wanted) if labelled else [],
         thumbnails=thumbnails.encoded if thumbnails else {},
-        files=_files(findings),
         css=Markup((HERE / "page.css").read_text(encoding="utf-8")),
         js=Markup((HERE / "page.js").read_text(encoding="utf-8")),
     )
@@ -111,9 +108,9 @@ def _card(findings, place, number, task=0):
 def _strips(findings, thumbnails):
     """The most suspicious samples, by weight and by loss."""
     labels = findings.labels
-    rankings = {"High target loss": labels.loss}
+    rankings = {"Highest target loss": labels.loss}
     if findings.weighted:
-        rankings = {"Low target weight": -labels.weight} | rankings
+        rankings = {"Lowest target weight": -labels.weight} | rankings
     strips = []
     for title, score in rankings.items():
         ordered = labels.loc[score.sort_values(ascending=False, kind="stable").index]
@@ -179,24 +176,3 @@ def _sheets(findings, thumbnails, wanted=()):
         )
         sheets[k] = {"task": k, "high": high, "low": low}
     return [sheets[k] for k in [0, *order] if k in sheets]
-
-
-def _files(findings):
-    """{file: what it holds} of the files that the report wrote, and of the run's history."""
-    files = {"figures/": "every chart as PNG and as SVG"}
-    if findings.tasks is not None:
-        files[tables.TASKS_FILE] = "a row for each task"
-    if findings.samples is not None:
-        files |= {
-            tables.SAMPLES_FILE: "a row for each training image: the data's label, the label "
-            "trained on, target weight, loss, prediction; classes are numbers",
-            tables.CLASSES_FILE: "the names of these numbers",
-            tables.LABELS_FILE: "labels from the most to the least suspicious, ranked as on this "
-            "page, in the columns of label-cleaning tools",
-        }
-        if findings.tasks is not None:
-            what = f'all weights, samples by tasks: numpy.load("{tables.WEIGHTS_FILE}")["weights"]'
-            files[tables.WEIGHTS_FILE] = what
-    if findings.run.schedule:
-        files[f"../{SCHEDULE_FILE}"] = "how the schedule moved during training"
-    return files

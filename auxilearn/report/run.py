@@ -88,6 +88,8 @@ def read_run(directory):
     recorded = read_json(path)
     try:
         config, data = from_record(recorded["config"]), recorded["data"]
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     except (KeyError, TypeError, AttributeError):
         raise UserError(f"{path} is not a configuration that train_bilevel.py writes") from None
     summary = directory / SUMMARY_FILE
