@@ -9,6 +9,7 @@ from auxilearn.report.run import FINE_TUNING, REFERENCE
 
 EQUAL = 0.01  # areas under ROC curves that differ by less are called equal
 CHANCE = 0.05  # and within this of one half, next to chance
+DIVERGES = 1.01  # residual of a solver from which it diverges, as training reports it
 ALIKE = 1.1  # ratio of the largest and the smallest mean weight of tasks that are called alike
 
 
@@ -40,6 +41,8 @@ def _training(findings):
         text += f"; the run is not finished: it has completed {_when(run, epochs[-1])}."
         return Statement("note", "Training", text)
     text += f". Test accuracy {summary['test_accuracy']:.1%}."
+    if best == 0 and len(epochs) > 1:
+        return Statement("caution", "Training", f"{text} It has not risen since the first epoch.")
     if best == len(epochs) - 1 and len(epochs) > 1:
         return Statement("note", "Training", f"{text} It was still rising: train longer.")
     return Statement("good", "Training", text)
@@ -84,6 +87,7 @@ def _upper_level(findings):
     first, last = (np.mean([row["dev_loss"] for row in r]) for r in (rows[:part], rows[-part:]))
     clipped = np.mean([row["clipped"] for row in rows])
     residual = [row["residual"] for row in rows if row["products"] and row["residual"] is not None]
+    typical = np.median(residual) if residual else 0.0
     verdict = "good" if last < first else "caution"
     text = (
         f"The development loss went from {first:.2f} to {last:.2f} in {len(rows)} upper steps; "
@@ -92,17 +96,17 @@ def _upper_level(findings):
     if clipped > 0.5:
         verdict = "caution"
         text += " Mostly the direction alone counts: a smaller --upper_lr may be steadier."
-    if not residual:
+    if not any(row["products"] for row in rows):
         text += " The solver uses no curvature, so it has no residual."
-    elif np.median(residual) > 1:
+    elif typical > DIVERGES:
         verdict = "caution"
         text += (
-            f" The solver's residual is {np.median(residual):.2g}: it diverges. A smaller "
+            f" The solver's residual is {typical:.2g}: it diverges. A smaller "
             "--neumann_alpha or --solver identity is safer."
         )
-    elif np.median(residual) > 0.9:
+    elif typical > 0.9:
         text += (
-            f" The solver's residual stays at {np.median(residual):.2f}: the hypergradients carry "
+            f" The solver's residual stays at {typical:.2f}: the hypergradients carry "
             "almost no curvature; --solver identity would point the same way."
         )
     return Statement(verdict, "Hypergradient", text)
@@ -120,12 +124,8 @@ def _tasks(findings):
     text = f"Most weight: {listed(order[:3])}."
     if len(order) > 5:
         text += f" Least: {listed(order[-3:])}."
-    text += f" The target task has {weights[0]:.2f}"
-    text += (
-        f", {tasks.share_of_loss[0]:.0%} of the scheduled loss."
-        if "share_of_loss" in tasks
-        else "."
-    )
+    share = f", {tasks.share_of_loss[0]:.0%} of the scheduled loss" if "low" in tasks else ""
+    text += f" The target task has {weights[0]:.2f}{share}."
     if len(order) > 3 and weights[1:].max() < ALIKE * weights[1:].min():
         text += " All are within 10 % of each other: the schedule has hardly left its start."
         return Statement("caution", "Tasks", text)

@@ -47,7 +47,7 @@ class Findings:
         spread, low and high (5 and 95 % quantiles), task_factor, role, mean_loss, share_of_loss
         and class_information (bits; NaN for the target).
     samples: a row per training sample: id, path, label (the data's), given_label (trained on),
-        weight, loss, prediction. The last label, weight and loss are missing if it has no label.
+        weight, loss, prediction. Without a target label, given_label, weight and loss are missing.
     labels: the samples that have a target label, the most suspicious first, with rank, quality
         (1 best), suspected, and wrong (given label is not the data's) if labels were corrupted.
     """
