@@ -25,7 +25,6 @@ from pathlib import Path
 from auxilearn.data import cub
 from auxilearn.data.split import combined_fingerprint, write_split
 from auxilearn.errors import UserError, run_script
-from auxilearn.files import named
 
 DEFAULT_ROOTS = {None: "CUB_200_2011", "mini": "miniature", "digits": "digits"}
 
@@ -36,14 +35,14 @@ def parse_arguments(argv=None):
     )
     parser.add_argument(
         "--data_root",
-        type=named,
+        type=Path,
         metavar="DIR",
         help="the folder that holds images.txt and images/ "
         "(default: CUB_200_2011; with --generate: miniature or digits)",
     )
     parser.add_argument(
         "--out_dir",
-        type=named,
+        type=Path,
         default=Path("preprocess_data"),
         metavar="DIR",
         help="where the JSON files go (default: %(default)s)",

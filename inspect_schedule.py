@@ -9,9 +9,9 @@ command makes one pass over the training images. It needs the packages of requir
 """
 
 import argparse
+from pathlib import Path
 
 from auxilearn.errors import run_script
-from auxilearn.files import named
 from auxilearn.report.write import write_report
 
 
@@ -22,11 +22,11 @@ def parse_arguments():
     add = parser.add_argument
     add(
         "run_dir",
-        type=named,
+        type=Path,
         metavar="RUN_DIR",
         help="folder of the run: RECORD_DIR/<full|semi|noisy>/NAME",
     )
-    add("--out", type=named, metavar="DIR", help="write the report here (default: RUN_DIR/report)")
+    add("--out", type=Path, metavar="DIR", help="write the report here (default: RUN_DIR/report)")
     add(
         "--rank_by",
         choices=("auto", "weight", "loss"),
@@ -42,8 +42,8 @@ def parse_arguments():
         help="tasks that must have a contact sheet, named as in tasks.csv (the page adds others "
         "from both ends of the ranking)",
     )
-    add("--split_dir", type=named, metavar="DIR", help="the split, if it was moved")
-    add("--data_root", type=named, metavar="DIR", help="the data, if they were moved")
+    add("--split_dir", type=Path, metavar="DIR", help="the split, if it was moved")
+    add("--data_root", type=Path, metavar="DIR", help="the data, if they were moved")
     add("--device", metavar="NAME", help="cpu, cuda or cuda:N (default: the first GPU, else cpu)")
     add(
         "--num_workers",

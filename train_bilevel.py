@@ -1,15 +1,182 @@
-"""Train a task model with a scheduler of its losses, and test it.
+"""Train a task model and the scheduler of its losses, and test the model.
 
   python data_preprocess.py --data_root CUB_200_2011
   python train_bilevel.py --method joint --train_batch_size 64 --epochs 100
 
-writes RECORD_DIR/<full|semi|noisy>/EXP_NAME with config.json, metrics.jsonl, log.txt, best.pt and
+This script alternates lower-level task updates with upper-level implicit-gradient updates of the
+scheduler (auxilearn.hypernet.MonoJoint unless --method says otherwise). It writes
+RECORD_DIR/<full|semi|noisy>/EXP_NAME with config.json, metrics.jsonl, log.txt, best.pt and
 summary.json, and ends with the test accuracy of the checkpoint that was best in validation.
 """
 
+import dataclasses
+import math
+import os
+import time
+from pathlib import Path
+
+import torch
+
+from auxilearn.data.split import load_split
 from auxilearn.errors import run_script
-from auxilearn.run.config import parse
-from auxilearn.trainer import train
+from auxilearn.randomness import derived_seed
+from auxilearn.run.build import build
+from auxilearn.run.config import LOG_EVERY, check, ineffective, parse, resolve
+from auxilearn.run.processes import StopRequest, joined, machine_faults
+from auxilearn.run.record import NoRecord, open_record
+from auxilearn.run.state import State
+
+
+def train(config):
+    """Run ``config`` from data to test accuracy. Returns the summary, a dict.
+
+    Everything is checked and built before the run's directory is made, so bad input (UserError)
+    leaves nothing behind. Raises DivergenceError where the numbers stop being finite, RunError
+    where the disk is full or a worker process dies.
+    """
+    with machine_faults(config), joined(config.device) as ranks:
+        if ranks.size > 1:
+            config = dataclasses.replace(config, device=str(ranks.device))
+        check(config)
+        split = load_split(config.split_dir, config.data_root)
+        run = build(resolve(config, split), split, ranks)
+        record = open_record(run) if ranks.first else NoRecord()
+        try:
+            summary = ranks.from_first(record.finished())
+            if summary is None:
+                return fit(run, record, ineffective(config))
+            if ranks.first:
+                print(f"{record.directory} was finished before")
+                print(f"test accuracy: {summary['test_accuracy']:.4f}", flush=True)
+            return summary
+        finally:
+            record.close()
+
+
+def fit(run, record, ineffective=()):
+    """Alternate, validate, keep the best, test. Returns the summary, a dict.
+
+    Args: a ``Run`` as ``build`` makes it, where it is recorded, and the names of flags to be called
+    ineffective.
+    """
+    plan, model = run.plan, run.bilevel.model
+    torch.manual_seed(derived_seed(run.config.seed, "training", run.ranks.rank))
+    state = State(run, record)
+    done = state.restore()
+    state.progress.start(done, ineffective)
+    valid = run.evaluation_batches("valid")
+    with StopRequest() as stop, state.progress.bar(done) as bar:
+        batches = run.lower_batches(done)
+        dev_batches = run.dev_batches_of_lower_steps(done)
+        upper_batches = run.upper_batches(plan.upper_steps(done))
+        model.train()
+        for step in range(done + 1, plan.total_steps + 1):
+            if step == plan.main_steps + 1:
+                state.progress.start_fine_tuning(state.best)
+                state.load_best(fine_tuning=True)
+            lower_step(run, state, step, batches, dev_batches)
+            if step in (1, plan.total_steps) or step % LOG_EVERY == 0:
+                state.progress.step_row(step)
+            if plan.upper_step_follows(step):
+                upper_step(run, state, step, upper_batches)
+            bar.update()
+            if plan.epoch_ends(step):
+                validate(run, state, step, valid)
+            save_and_stop(run, state, step, stop)
+    state.load_best()
+    accuracy = evaluate(model, run.evaluation_batches("test"), run.ranks)
+    summary = state.finish(accuracy)
+    script = os.path.relpath(Path(__file__).with_name("inspect_schedule.py"))
+    state.progress.say(f"look at the schedule: python {script} {record.directory}")
+    state.progress.say(f"test accuracy: {accuracy:.4f}")
+    return summary
+
+
+def lower_step(run, state, step, batches, dev_batches):
+    """One step of the task model, by the scheduled loss or, in fine-tuning, the target's alone."""
+    window = state.progress.window
+    clock = time.perf_counter()
+    batch, dev = next(batches), next(dev_batches)
+    window.data_seconds += time.perf_counter() - clock
+    clock = time.perf_counter()
+    fine_tuning = step > run.plan.main_steps
+    bilevel = run.fine_tuning if fine_tuning else run.bilevel
+    result = bilevel.lower_step(batch, dev)
+    loss, norm = result.loss.item(), result.gradient_norm.item()
+    if not math.isfinite(loss):
+        raise state.diverged(step, f"the scheduled training loss is {loss}")
+    if not math.isfinite(norm):
+        raise state.diverged(
+            step, f"the lower level's gradient has norm {norm}, at a scheduled loss of {loss}"
+        )
+    if state.history and not fine_tuning:
+        state.history.add(result)
+    with torch.no_grad():
+        logits = bilevel.model.heads.target_logits(result.outputs.features)
+    window.add(loss, result.outputs, logits)
+    window.lower_seconds += time.perf_counter() - clock
+
+
+def upper_step(run, state, step, batches):
+    """One step of the scheduler along the hypergradient."""
+    if state.history:
+        state.progress.check_schedule(step, state.history.mean_weights())
+        state.history.write(step)
+    clock = time.perf_counter()
+    result = run.bilevel.upper_step(*next(batches))
+    if result.hypergradient_norm is None:
+        raise state.diverged(
+            step,
+            f"the hypergradient is not finite (development loss {result.dev_loss:.4g}, residual "
+            f"{result.solution.residual:.4g}); a smaller --neumann_alpha or --solver identity may "
+            "help",
+        )
+    state.progress.upper_row(step, result, time.perf_counter() - clock)
+
+
+def validate(run, state, step, batches):
+    """Validation accuracy at the end of an epoch; the best checkpoint is kept."""
+    clock = time.perf_counter()
+    model = run.bilevel.model
+    run.ranks.same_as_first(list(model.buffers()))  # batch norm's statistics differ
+    accuracy = evaluate(model, batches, run.ranks)
+    if math.isnan(accuracy):
+        raise state.diverged(step, "predictions on the validation set are not finite")
+    state.progress.epoch_row(step, accuracy, time.perf_counter() - clock)
+    state.keep_if_best(step, accuracy)
+
+
+@torch.inference_mode()
+def evaluate(model, batches, ranks):
+    """Share of images whose target class is predicted, over the ranks' streams of batches.
+
+    NaN if any prediction is not finite. The model is in training mode afterwards.
+    """
+    model.eval()
+    hits = images = 0
+    for batch in batches:
+        logits = model.predict(batch.images)
+        hits += (logits.argmax(dim=1) == batch.labels[:, 0]).sum().item()
+        hits += 0.0 if torch.isfinite(logits).all() else math.nan
+        images += len(batch.images)
+    model.train()
+    hits, images = ranks.total(hits, images)
+    return hits / images
+
+
+def save_and_stop(run, state, step, stop):
+    """Save a checkpoint where one is due or a signal has asked to end, and end then."""
+    plan, config = run.plan, run.config
+    every = config.save_every
+    due = step % every == 0 if every else plan.epoch_ends(step)
+    stopping = run.ranks.total(stop.signal is not None)[0]
+    if due or stopping:
+        state.save(step)
+    if stopping and step < plan.total_steps:
+        raise stop.interrupted(
+            f"stopped after step {step} of {plan.total_steps} as asked; continue with --exp_name "
+            f"{config.exp_name} --resume 1"
+        )
 
 
 def main():

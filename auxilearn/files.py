@@ -1,53 +1,85 @@
-"""Files that may be anything: how they are opened, and their names on a command line."""
+"""Files: written whole or not at all, read with one clear error, locked by one process."""
 
-import argparse
-import errno
+import contextlib
+import json
 import os
-import stat
+import tempfile
 from pathlib import Path
 
+import filelock
 
-def open_regular(path):
-    """A file opened to read bytes. OSError as from ``open``, and for a pipe or a device.
+from auxilearn.errors import UserError
 
-    Those would be waited for, or read, for ever.
+
+def write_aside(path, write):
+    """Call ``write(binary file)`` on a temporary neighbour of ``path``, sync it, and rename it."""
+    path = Path(path)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with open(handle, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)  # mkstemp lets nobody else read
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+
+
+def read_json(path):
+    """The content of a JSON file. UserError if it cannot be read."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON ({error})") from None
+
+
+def write_json(path, content):
+    text = json.dumps(content, indent=2) + "\n"
+    write_aside(path, lambda file: file.write(text.encode()))
+
+
+def read_rows(path):
+    """The rows of a .jsonl file, one dict each; [] without a file. UserError: it cannot be read.
+
+    A line that is being written, or that a crash cut off, is left out.
     """
-    return _regular(open(path, "rb", opener=_open_at_once))
+    try:
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not what a run writes ({error})") from None
+    rows = []
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows
 
 
-def read_regular(path):
-    """The bytes of a file, as ``open_regular`` opens it."""
-    with open_regular(path) as file:
-        return file.read()
+def locked(path, wait=-1):
+    """A lock on the file ``path``, to be held in a ``with`` block; it ends with the process.
+
+    Waits ``wait`` seconds for another holder (-1: for as long as it takes), then raises
+    ``filelock.Timeout``.
+    """
+    return filelock.FileLock(path, timeout=wait)
 
 
-def append_regular(path):
-    """A text file opened to append to, made if need be. OSError as from ``open_regular``."""
-    return _regular(
-        open(path, "a", encoding="utf-8", errors="backslashreplace", opener=_open_at_once)
-    )
-
-
-def named(text):
-    """The ``Path`` of a word of a command line; argparse refuses an empty one, as of a variable
-    that is not set, which would be the current folder."""
-    if not text:
-        raise argparse.ArgumentTypeError("expected a name, not an empty word")
-    return Path(text)
-
-
-def _open_at_once(name, flags):
-    """An ``opener``; opening a pipe waits for its other end otherwise."""
-    return os.open(name, flags | os.O_NONBLOCK, 0o666)
-
-
-def _regular(file):
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
-        raise OSError(errno.EINVAL, "not a regular file", str(file.name))
-    return file
-
-
-def is_text(value):
-    """Whether ``value`` is a string that can be written; JSON may hold halves of characters."""
-    return isinstance(value, str) and not any("\ud800" <= sign <= "\udfff" for sign in value)
+def is_locked(path):
+    """Whether a process holds the lock file ``path``."""
+    if not Path(path).exists():
+        return False
+    try:
+        with locked(path, wait=0):
+            return False
+    except filelock.Timeout:
+        return True

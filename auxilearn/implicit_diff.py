@@ -7,18 +7,55 @@ Jacobian H = dg/dtheta and v = d(development loss)/dtheta, the implicit function
 
 (Lorraine, Vicol and Duvenaud, AISTATS 2020). A *solver* finds p from products with H alone; a
 *mixed product* finishes. ``hypergradient`` is these two lines; the operators may be double backward
-on given graphs (``Hypergrad``) or the faster ones of ``auxilearn.second_order.products``.
+on given graphs (``Hypergrad``) or the faster ones of ``second_order.products``.
 
 Vectors in the space of theta are lists of tensors, one per parameter.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
+Vector = list[Tensor]
 
 
-def hypergradient(dev_gradient, hvp, mixed, solver):
+@dataclass
+class Solution:
+    """What a solver found for H p = v.
+
+    vector: p, a list of tensors shaped like theta.
+    residual: relative size of what is left of the equation; 0 is solved, growth means divergence.
+    products: how many Hessian-vector products were spent.
+    growth: of a series' last term over the one before it, with the sign of their inner product; or
+        None.
+    """
+
+    vector: Vector
+    residual: float
+    products: int
+    growth: float | None = None
+
+    @property
+    def diverging(self) -> bool:
+        """Whether the residual is above 1 (or not a number): v itself would be the better guess.
+
+        One percent is allowed: a small alpha along slight negative curvature does no harm.
+        """
+        return not self.residual <= 1.01
+
+
+Solver = Callable[[Callable[[Vector], Vector], Vector], Solution]
+
+
+def hypergradient(
+    dev_gradient: Vector,
+    hvp: Callable[[Vector], Vector],
+    mixed: Callable[[Vector], Vector],
+    solver: Solver,
+) -> tuple[Vector, Solution]:
     """The hypergradient - d/dphi <g, p>, with p from ``solver``.
 
     Args:
@@ -39,48 +76,18 @@ def hypergradient(dev_gradient, hvp, mixed, solver):
 # --------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Solution:
-    """What a solver found for H p = v.
-
-    vector: p, a list of tensors shaped like theta.
-    residual: relative size of what is left of the equation; 0 is solved, growth means divergence.
-    products: how many Hessian-vector products were spent.
-    growth: of a series' last term over the one before it, with the sign of their inner product; or
-        None.
-    """
-
-    vector: list
-    residual: float
-    products: int
-    growth: float | None = None
-
-    @property
-    def diverging(self):
-        """Whether the residual is above 1 (or not a number): v itself would be the better guess.
-
-        One percent is allowed: a small alpha along slight negative curvature does no harm.
-        """
-        return not self.residual <= 1.01
-
-
-def neumann(alpha, terms=3, scale="released", on_divergence="warn"):
+def neumann(alpha: float, terms: int = 3, scale: str = "released") -> Solver:
     """The truncated Neumann series p = v_0 + ... + v_J, v_{j+1} = v_j - alpha H v_j, J = ``terms``.
 
     ``scale="released"`` leaves the sum as it is; ``scale="alpha"`` multiplies it by alpha, so that
     it tends to H^-1 v (Lorraine et al. 2020, Algorithm 3). The residual is |v_J| / |v_0|, which is
     the relative residual of alpha (v_0 + ... + v_{J-1}) as a solution of H x = v: below 1 and
     falling with J where the series converges, above 1 where alpha is too large for it.
-
-    ``on_divergence="identity"`` answers v_0 in place of a series whose residual is above 1;
-    ``"warn"`` leaves the answer to the caller, who is told in either case.
     """
     if scale not in ("released", "alpha"):
         raise ValueError(f"scale must be 'released' or 'alpha', not {scale!r}")
     if terms < 0:
         raise ValueError(f"terms must be 0 or more, not {terms}")
-    if on_divergence not in ("warn", "identity"):
-        raise ValueError(f"on_divergence must be 'warn' or 'identity', not {on_divergence!r}")
 
     def solve(hvp, v):
         term, before = v, None
@@ -93,8 +100,6 @@ def neumann(alpha, terms=3, scale="released", on_divergence="warn"):
         if before is not None:
             growth = math.copysign(_ratio(_norm(term), _norm(before)), _dot(term, before))
         solution = Solution(total, _ratio(_norm(term), _norm(v)), terms, growth)
-        if on_divergence == "identity" and solution.diverging:
-            solution.vector = [t.clone() for t in v]
         if scale == "alpha":
             solution.vector = [alpha * s for s in solution.vector]
         return solution
@@ -115,7 +120,7 @@ def stable_alpha(alpha, growth):
     return 2 * alpha / (1 - growth) if -math.inf < growth < 0 else None
 
 
-def identity(scale=1.0):
+def identity(scale: float = 1.0) -> Solver:
     """H replaced by the identity, p = ``scale`` v: the T1-T2 approximation (Luketina et al. 2016).
 
     The series above with no term beyond the first, hence its residual: 1. No product is spent.
@@ -127,7 +132,9 @@ def identity(scale=1.0):
     return solve
 
 
-def conjugate_gradient(damping=1.0, iterations=20, tolerance=1e-10):
+def conjugate_gradient(
+    damping: float = 1.0, iterations: int = 20, tolerance: float = 1e-10
+) -> Solver:
     """(H + damping I) p = v by conjugate gradients.
 
     ``damping`` must exceed the size of H's most negative eigenvalue. Where the curvature along a
@@ -167,7 +174,7 @@ def conjugate_gradient(damping=1.0, iterations=20, tolerance=1e-10):
 EXACT_LIMIT = 5000  # parameters of the task model
 
 
-def exact(damping=0.0, max_parameters=EXACT_LIMIT):
+def exact(damping: float = 0.0, max_parameters: int = EXACT_LIMIT) -> Solver:
     """(H + damping I) p = v with the dense H, one product per parameter: for small models.
 
     Raises ValueError above ``max_parameters`` parameters. The residual is |v - (H + damping I) p|
@@ -195,7 +202,7 @@ def exact(damping=0.0, max_parameters=EXACT_LIMIT):
     return solve
 
 
-def preconditioned(solver, scale):
+def preconditioned(solver: Solver, scale: Callable[[], Vector]) -> Solver:
     """``solver`` for a lower level whose optimiser divides every gradient by a scale D > 0.
 
     Such an optimiser (Adam: D = square root of the second moment, see ``optim.adam_scale``) steps

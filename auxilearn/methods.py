@@ -1,159 +1,336 @@
-"""The methods: what turns the matrix of losses into one scalar, and whether it is learned.
+"""The table of methods: what turns the matrix of losses into one scalar, and what learns it.
 
-One training loop serves them all. A method is a row of ``METHODS``; the scheduler it builds is its
-only code.
+One training loop serves every method. A method is a name and a builder of its scheduler:
+
+    from auxilearn import register
+
+    @register("per_class", title="Weight per class", learned="upper")
+    def build(problem, temperature=1.0):
+        return PerClass(problem.tasks, problem.classes[0], temperature)
+
+in a file that is given with ``--plugin FILE`` (or imported by one's own script) adds ``per_class``
+to ``--method``, to ``--help``, to the tables and to tuning. The builder's keyword arguments are the
+method's own settings: ``--option temperature=0.5``.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+import hashlib
+import importlib.util
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
 
+from auxilearn.baselines.combiners import MonoLinearHyperNet, MonoNonlinearHyperNet
 from auxilearn.baselines.gradient_cosine import GradientCosine
-from auxilearn.hypernet import (
-    Identity,
-    MonoJoint,
-    MonoLinearHyperNet,
-    MonoNonlinearHyperNet,
-    Naive_hyper,
-    StableJoint,
-    Uncertainty,
-)
+from auxilearn.baselines.uncertainty import Uncertainty
+from auxilearn.errors import UserError
+from auxilearn.hypernet import FACTORS, HyperNet, Identity, MonoJoint, Naive_hyper
+from auxilearn.stable import RECIPE, TARGET_SHARES, StableJoint
+
+UPPER, LOWER = "upper", "lower"
 
 
 class Problem(NamedTuple):
     """What a scheduler may need to know to be built."""
 
-    tasks: int  # K, the target task included
+    tasks: int  # K, the target included
     feature_dim: int  # d
-    samples: int  # size of the training set
-    hidden_sizes: list[int]  # of the monotone network
-    factors: list[str]  # of JTDS's schedule, those that are learned
-    target_share: str  # of joint_stable's schedule
-    weighted_cosines: bool  # which of the two versions of gcs
-
-    @classmethod
-    def of(cls, config, samples):
-        """The problem of a resolved ``Config`` with ``samples`` training samples."""
-        return cls(
-            config.task_num,
-            config.in_dim,
-            samples,
-            config.aux_hidden_dim,
-            config.factors,
-            config.target_share,
-            config.gcs == "weighted",
-        )
+    samples: int  # in the training set
+    classes: tuple[int, ...]  # of every task, K entries
+    few_labels: bool = False  # whether most samples lack the target label (semi-supervised)
 
 
-UPPER, LOWER = "upper", "lower"
+class Option(NamedTuple):
+    """A method's own setting. A default that is a tuple takes several values, comma-separated."""
+
+    default: Any
+    help: str = ""
+    choices: tuple | None = None
+
+    def parse(self, text: str):
+        """The value that ``text`` says. ValueError: it says none."""
+        if isinstance(self.default, tuple):
+            kind = type(self.default[0]) if self.default else str
+            value = tuple(self._one(word, kind) for word in text.split(","))
+        else:
+            value = self._one(text, type(self.default))
+        for one in value if isinstance(value, tuple) else (value,):
+            if self.choices and one not in self.choices:
+                raise ValueError(f"choose from {', '.join(map(str, self.choices))}")
+        return value
+
+    @staticmethod
+    def _one(text, kind):
+        if kind is bool:
+            known = {"1": True, "true": True, "0": False, "false": False}
+            if text.lower() not in known:
+                raise ValueError("expected 0, 1, true or false")
+            return known[text.lower()]
+        try:
+            return kind(text)
+        except ValueError:
+            raise ValueError(f"expected {kind.__name__}") from None
 
 
-class Method(NamedTuple):
-    """``build``: ``Problem`` -> scheduler. ``learned``: the level whose optimiser trains the
-    scheduler, upper (by hypergradients on the development set) or lower (with the task model), or
-    None. ``auxiliary``: uses the auxiliary tasks. ``fine_tuned``: training ends on the development
-    set. ``defaults``: {setting of Config: value} where it takes another value than most methods."""
+@dataclass(frozen=True)
+class Method:
+    """A row of ``METHODS``.
 
+    build: (``Problem``, **options) -> scheduler. title: a few words, for tables. about: a sentence.
+    learned: the level whose optimiser trains the scheduler: "upper" (by hypergradients on the
+    development set), "lower" (with the task model) or None. auxiliary: uses the auxiliary tasks.
+    fine_tuned: training ends on the development set. baseline: tables compare schedules with it.
+    defaults: {setting of Config: value} that differ from most methods'. options: {name: Option}.
+    tune: what tuning tries beside learning rates of the task model, dicts of settings and options;
+    the aux_weight "near" is the table's own first factor on the auxiliary losses.
+    """
+
+    name: str
+    build: Callable[..., HyperNet]
     title: str
-    paper: str
-    learned: str | None
-    auxiliary: bool
-    build: Callable[[Problem], object]
+    about: str = ""
+    paper: str = ""
+    learned: str | None = None
+    auxiliary: bool = True
     fine_tuned: bool = False
-    defaults: dict[str, object] = {}
+    baseline: bool = False
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Option] = field(default_factory=dict)
+    tune: Sequence[Mapping[str, Any]] = ()
 
     @property
-    def bilevel(self):
+    def bilevel(self) -> bool:
         """Whether there is an upper level."""
         return self.learned == UPPER
 
 
-METHODS = {
-    "joint": Method(
-        "JTDS: a weight per sample and task from features, losses and tasks",
-        "Chen et al., ICML 2022",
-        learned=UPPER,
-        auxiliary=True,
-        build=lambda p: MonoJoint(0, p.tasks, p.feature_dim, K=p.tasks, factors=p.factors),
-    ),
-    "joint_stable": Method(
-        "JTDS with a schedule that cannot run away, then the target task on the development set",
-        "this project, docs/stability.md",
-        learned=UPPER,
-        auxiliary=True,
-        build=lambda p: StableJoint(
-            0, p.tasks, p.feature_dim, factors=p.factors, target_share=p.target_share
+METHODS: dict[str, Method] = {}
+
+
+def register(
+    name: str,
+    *,
+    title: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    learned: str | None = None,
+    **properties,
+) -> Callable:
+    """A decorator that makes a builder of schedulers the method ``name``.
+
+    Args:
+        title: what tables call it (default: the name).
+        options: {name: default or ``Option``} of the method's own settings, which the builder gets
+            as keyword arguments (default: the builder's keyword arguments with their defaults).
+        learned: "upper", "lower" or None, see ``Method``; so are the further ``properties``.
+
+    Raises ValueError: the name is taken, or a property is unknown or out of range.
+    """
+    if name in METHODS:
+        raise ValueError(f"there is a method {name!r} already: choose another name")
+    if not name.isidentifier():
+        raise ValueError(f"{name!r} must be a word of letters, digits and underscores")
+    if learned not in (UPPER, LOWER, None):
+        raise ValueError(f"learned must be 'upper', 'lower' or None, not {learned!r}")
+
+    def decorator(build):
+        own = _keywords_of(build) if options is None else options
+        known = {n: o if isinstance(o, Option) else Option(o) for n, o in own.items()}
+        METHODS[name] = Method(
+            name, build, title or name, learned=learned, options=known, **properties
+        )
+        return build
+
+    return decorator
+
+
+def _keywords_of(build):
+    parameters = list(inspect.signature(build).parameters.values())[1:]
+    return {p.name: p.default for p in parameters if p.default is not p.empty}
+
+
+def load_plugin(path) -> str:
+    """Run the Python file ``path``, which registers methods or backbones. Returns its SHA-256.
+
+    The same content is run once. Raises UserError: no such file, or an error in it.
+    """
+    path = Path(path)
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"--plugin {path}: {error.strerror}") from None
+    digest = hashlib.sha256(content).hexdigest()
+    if digest not in _loaded:
+        spec = importlib.util.spec_from_file_location(f"auxilearn_plugin_{digest[:12]}", path)
+        if spec is None:
+            raise UserError(f"--plugin {path}: expected a Python file, NAME.py")
+        module = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:
+            line = _line_in(error, path)
+            raise UserError(f"--plugin {path}{line}: {type(error).__name__}: {error}") from error
+        _loaded.add(digest)
+    return digest
+
+
+_loaded: set[str] = set()
+
+
+def _line_in(error, path):
+    """``, line N`` of ``path`` at which ``error`` was raised, as far as that is known."""
+    lines = []
+    trace = error.__traceback__
+    while trace:
+        if trace.tb_frame.f_code.co_filename == str(path):
+            lines.append(trace.tb_lineno)
+        trace = trace.tb_next
+    return f", line {lines[-1]}" if lines else ""
+
+
+# --------------------------------------------------------------------------------------------------
+# The methods that come with the package
+# --------------------------------------------------------------------------------------------------
+
+_FACTORS = Option(FACTORS, "the factors of the schedule that are learned", FACTORS)
+
+
+@register(
+    "joint",
+    title="JTDS",
+    about="a weight per sample and task from features, losses and tasks",
+    paper="Chen et al., ICML 2022",
+    learned=UPPER,
+    options={"factors": _FACTORS},
+)
+def _joint(problem, factors):
+    return MonoJoint(0, problem.tasks, problem.feature_dim, K=problem.tasks, factors=factors)
+
+
+@register(
+    "joint_stable",
+    title="JTDS, stable form",
+    about="the same three factors, bounded and at a fixed scale, learned by the response of the "
+    "real Adam; trained on the development set as well, then fine-tuned on it",
+    paper="this project, docs/stability.md",
+    learned=UPPER,
+    fine_tuned=True,
+    options={
+        "factors": _FACTORS,
+        "target_share": Option(
+            "auto",
+            "the target's share of all weight: learned; fixed = 1 / K; free = the scale is not "
+            "held either; auto = fixed with --labeled_per_class, else learned",
+            ("auto", *TARGET_SHARES),
         ),
-        fine_tuned=True,
-        defaults={
-            "aux_lr": 0.03,
-            "upper_optimizer": "adam",
-            "warmup_epochs": 5,
-            "hyperstep": 5,
-            "solver": "identity",
-            "precondition": "adam",
-            "max_grad_norm": 0.0,
-            "n_meta_train_loss_accum": 4,
-            "hold_out_dev": False,
-            "target_share": "learned",
-        },
-    ),
-    "naive": Method(
-        "N-JTDS: a free weight per training sample and task",
-        "Chen et al., ICML 2022",
-        learned=UPPER,
-        auxiliary=True,
-        build=lambda p: Naive_hyper(p.samples, p.tasks),
-    ),
-    "task": Method(
-        "AuxiLearn: a monotone network of the losses",
-        "Navon et al., ICLR 2021",
-        learned=UPPER,
-        auxiliary=True,
-        build=lambda p: MonoNonlinearHyperNet(
-            0, p.tasks, p.hidden_sizes, weight_normalization=False
-        ),
-    ),
-    "linear": Method(
-        "one learned, non-negative weight per task",
-        "Navon et al., ICLR 2021",
-        learned=UPPER,
-        auxiliary=True,
-        build=lambda p: MonoLinearHyperNet(0, p.tasks, weight_normalization=False),
-    ),
-    "common": Method(
-        "all weights 1",
-        "Caruana, Machine Learning 1997",
-        learned=None,
-        auxiliary=True,
-        build=lambda p: Identity(0, p.tasks),
-    ),
-    "common_dev": Method(
-        "all weights 1, then the target task alone on the development set",
-        "Caruana, Machine Learning 1997",
-        learned=None,
-        auxiliary=True,
-        build=lambda p: Identity(0, p.tasks),
-        fine_tuned=True,
-    ),
-    "uncertainty": Method(
-        "a weight per task from its learned noise",
-        "Kendall et al., CVPR 2018",
-        learned=LOWER,
-        auxiliary=True,
-        build=lambda p: Uncertainty(0, p.tasks),
-    ),
-    "gcs": Method(
-        "a weight per task and step from its gradient's cosine with the target's",
-        "Du et al., 2018",
-        learned=None,
-        auxiliary=True,
-        build=lambda p: GradientCosine(0, p.tasks, weighted=p.weighted_cosines),
-    ),
-    "single": Method(
-        "target task alone",
-        "no auxiliary learning",
-        learned=None,
-        auxiliary=False,
-        build=lambda p: Identity(0, p.tasks),
-    ),
-}
+    },
+    defaults=RECIPE,
+    tune=({"aux_weight": 1.0, "dev_epochs": 30}, {"aux_weight": "near", "dev_epochs": 30}),
+)
+def _joint_stable(problem, factors, target_share):
+    if target_share == "auto":
+        target_share = "fixed" if problem.few_labels else "learned"
+    return StableJoint(
+        0, problem.tasks, problem.feature_dim, factors=factors, target_share=target_share
+    )
+
+
+@register(
+    "naive",
+    title="N-JTDS",
+    about="a free weight per training sample and task",
+    paper="Chen et al., ICML 2022",
+    learned=UPPER,
+    # The weight of a single sample moves little in a step.
+    tune=({"aux_weight": "near", "upper_lr": 3e-2}, {"aux_weight": "near", "upper_lr": 3e-1}),
+)
+def _naive(problem):
+    return Naive_hyper(problem.samples, problem.tasks)
+
+
+@register(
+    "task",
+    title="AuxiLearn, network",
+    about="AuxiLearn's monotone network of the losses",
+    paper="Navon et al., ICLR 2021",
+    learned=UPPER,
+    baseline=True,
+    options={"hidden_sizes": Option((10, 10, 10, 10), "sizes of the network's hidden layers")},
+)
+def _task(problem, hidden_sizes):
+    return MonoNonlinearHyperNet(0, problem.tasks, list(hidden_sizes), weight_normalization=False)
+
+
+@register(
+    "linear",
+    title="AuxiLearn, linear",
+    about="one learned, non-negative weight per task",
+    paper="Navon et al., ICLR 2021",
+    learned=UPPER,
+    baseline=True,
+)
+def _linear(problem):
+    return MonoLinearHyperNet(0, problem.tasks, weight_normalization=False)
+
+
+def _equal_weights(problem):
+    return Identity(0, problem.tasks)
+
+
+_ALL_ALIKE = {"paper": "Caruana, Machine Learning 1997", "baseline": True}
+register(
+    "common",
+    title="Equal weights",
+    about="all weights 1",
+    # Learning rates alone: the row common_tuned tries factors on the auxiliary losses.
+    tune=({},),
+    **_ALL_ALIKE,
+)(_equal_weights)
+register(
+    "common_dev",
+    title="Equal weights, development set",
+    about="all weights 1, then the target task alone on the development set",
+    fine_tuned=True,
+    tune=METHODS["joint_stable"].tune,  # alike, so that the two differ by the schedule alone
+    **_ALL_ALIKE,
+)(_equal_weights)
+
+
+@register(
+    "uncertainty",
+    title="Uncertainty",
+    about="a weight per task from its learned noise",
+    paper="Kendall et al., CVPR 2018",
+    learned=LOWER,
+    baseline=True,
+)
+def _uncertainty(problem):
+    return Uncertainty(0, problem.tasks)
+
+
+@register(
+    "gcs",
+    title="Gradient cosine",
+    about="a weight per task and step from its gradient's cosine with the target's",
+    paper="Du et al., 2018",
+    baseline=True,
+    options={
+        "version": Option(
+            "unweighted",
+            "unweighted leaves out tasks with a negative cosine; weighted multiplies each by its "
+            "cosine, at the cost of a backward pass per task",
+            ("unweighted", "weighted"),
+        )
+    },
+)
+def _gradient_cosine(problem, version):
+    return GradientCosine(0, problem.tasks, weighted=version == "weighted")
+
+
+register(
+    "single",
+    title="Single task",
+    about="the target task alone",
+    paper="no auxiliary learning",
+    auxiliary=False,
+)(_equal_weights)

@@ -1,6 +1,6 @@
 """The lower level: a backbone, one head per task, and the matrix of losses they give."""
 
-import warnings
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -10,9 +10,7 @@ from torch import nn
 from torch.func import functional_call
 
 from auxilearn.errors import UserError
-from auxilearn.files import open_regular
-from auxilearn.run.record import load_tensors
-from auxilearn.second_order.products import TaskLosses
+from auxilearn.hypernet import TaskLosses
 
 NORMALISATIONS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -34,10 +32,9 @@ class TaskHeads(nn.Module):
     Args:
         feature_dim: d.
         class_counts: number of classes of every task, K entries; any mixture of widths.
-        aux_weight: factor on the losses of tasks 1 .. K-1.
     """
 
-    def __init__(self, feature_dim, class_counts, aux_weight=1.0):
+    def __init__(self, feature_dim, class_counts):
         super().__init__()
         self.class_counts = list(class_counts)
         self.linear = nn.Linear(feature_dim, sum(self.class_counts))
@@ -52,9 +49,6 @@ class TaskHeads(nn.Module):
             self.register_buffer(f"columns_{number}", columns, persistent=False)
             order.append(tasks)
         self.register_buffer("task_order", torch.cat(order).argsort(), persistent=False)
-        weight = torch.full((len(self.class_counts),), float(aux_weight))
-        weight[0] = 1.0
-        self.register_buffer("task_weight", weight, persistent=False)
 
     def target_logits(self, features):
         """Logits of the target task alone, (B, C)."""
@@ -62,7 +56,7 @@ class TaskHeads(nn.Module):
         return F.linear(features, self.linear.weight[:classes], self.linear.bias[:classes])
 
     def forward(self, features, labels):
-        """Unreduced cross entropies L (B, K) of ``labels`` (B, K), auxiliary ones times aux_weight.
+        """Unreduced cross entropies L (B, K) of ``labels`` (B, K).
 
         Labels of masked entries must be valid class numbers; their losses are the caller's to mask.
         """
@@ -73,7 +67,7 @@ class TaskHeads(nn.Module):
             group = logits[:, getattr(self, f"columns_{number}")].reshape(-1, width)
             loss = F.cross_entropy(group, labels[:, tasks].reshape(-1), reduction="none")
             losses.append(loss.reshape(len(labels), -1))
-        return torch.cat(losses, dim=1)[:, self.task_order] * self.task_weight
+        return torch.cat(losses, dim=1)[:, self.task_order]
 
 
 class TaskModel(nn.Module):
@@ -82,7 +76,7 @@ class TaskModel(nn.Module):
     With ``amp`` the backbone computes in bfloat16; features, heads and losses are float32.
     """
 
-    def __init__(self, backbone, feature_dim, class_counts, aux_weight=1.0, amp=False):
+    def __init__(self, backbone, feature_dim, class_counts, amp=False):
         super().__init__()
         self.backbone = backbone
         self.amp = amp
@@ -92,7 +86,7 @@ class TaskModel(nn.Module):
             if not isinstance(module, NORMALISATIONS)  # these keep their parameters in float32
             for name, _ in module.named_parameters(recurse=False)
         }
-        self.heads = TaskHeads(feature_dim, class_counts, aux_weight)
+        self.heads = TaskHeads(feature_dim, class_counts)
         for name, values in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)):
             scaled = 255 * torch.tensor(values).reshape(1, 3, 1, 1)
             self.register_buffer(f"pixel_{name}", scaled, persistent=False)
@@ -112,7 +106,7 @@ class TaskModel(nn.Module):
     def forward(self, batch):
         features = self.features(batch.images)
         losses = self.heads(features, batch.labels)
-        return TaskLosses(losses, features, batch.sample_id, batch.mask)
+        return TaskLosses(losses, features, batch.sample_id, batch.mask, batch.labels)
 
     def predict(self, images):
         """Logits of the target task (B, C)."""
@@ -152,33 +146,60 @@ def _convolution(channels, width, kernel, stride):
     ]
 
 
+class Backbone(NamedTuple):
+    """``build``: d -> module whose output is (B, d). ``smallest``: images with a shorter side are
+    shrunk to a single position, where batch norm cannot train on a batch of one image."""
+
+    build: Callable[[int], nn.Module]
+    smallest: int = 1
+
+
+BACKBONES: dict[str, Backbone] = {}
+
+
+def register_backbone(name: str, *, smallest: int = 1) -> Callable:
+    """A decorator that makes a builder, d -> module, the ``--backbone`` called ``name``.
+
+    The module takes images (B, 3, H, W), normalised as for ImageNet, and returns features (B, d).
+    """
+
+    def decorator(build):
+        BACKBONES[name] = Backbone(build, smallest)
+        return build
+
+    return decorator
+
+
+register_backbone("convnet", smallest=9)(ConvNet)
 RESNET18_DIM = 512
+
+
+@register_backbone("resnet18", smallest=33)
+def resnet18(feature_dim):
+    """torchvision's ResNet-18 without its classifier.
+
+    Where ``feature_dim`` is not its 512, a linear layer and a ReLU bring it there.
+    """
+    resnet = torchvision.models.resnet18(weights=None)
+    resnet.fc = nn.Identity()
+    if feature_dim == RESNET18_DIM:
+        return resnet
+    return nn.Sequential(resnet, nn.Linear(RESNET18_DIM, feature_dim), nn.ReLU())
 
 
 def build_backbone(name, feature_dim, pretrained=False, weights_path=None):
     """A backbone whose pooled output has ``feature_dim`` entries.
 
-    ``resnet18`` is torchvision's without its classifier; where ``feature_dim`` is not its 512, a
-    linear layer and a ReLU bring it there. ``pretrained`` loads ImageNet weights (resnet18 only),
-    ``weights_path`` a file: a torchvision state dict, or a checkpoint of this project.
+    ``pretrained`` loads ImageNet weights (resnet18 only), ``weights_path`` a file: a torchvision
+    state dict, or a checkpoint of this project.
 
     Raises UserError: weights that cannot be had, or that belong to another architecture.
     """
-    if name == "convnet":
-        backbone = ConvNet(feature_dim)
-        if weights_path:
-            _load_backbone(backbone, weights_path, name)
-        return backbone
-    resnet = torchvision.models.resnet18(weights=None)
-    resnet.fc = nn.Identity()
-    if feature_dim == RESNET18_DIM:
-        backbone = resnet
-    else:
-        backbone = nn.Sequential(resnet, nn.Linear(RESNET18_DIM, feature_dim), nn.ReLU())
+    backbone = BACKBONES[name].build(feature_dim)
     if weights_path:
         _load_backbone(backbone, weights_path, name)
     elif pretrained:
-        _load_imagenet_weights(resnet)
+        _load_imagenet_weights(backbone if feature_dim == RESNET18_DIM else backbone[0])
     return backbone
 
 
@@ -186,14 +207,12 @@ def _load_imagenet_weights(resnet):
     weights = torchvision.models.ResNet18_Weights.IMAGENET1K_V1
     folder = f"{torch.hub.get_dir()}/checkpoints/"
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of torch's readers, about a file that is refused next
-            state = weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
+        state = weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
         load_matching(resnet, _without_classifier(state), f"{folder}: not torchvision's weights")
     except Exception as error:  # no network, a proxy's page, a damaged file: many kinds
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise UserError(
-            f"the ImageNet weights of resnet18 could not be had ({reason}): fetch {weights.url} "
+            f"the ImageNet weights of resnet18 could not be loaded ({reason}): fetch {weights.url} "
             f"by hand and put it into {folder} (in place of a damaged file there), or give "
             "--backbone_weights PATH, or start from random weights with --backbone_pretrain 0"
         ) from None
@@ -204,12 +223,9 @@ def _without_classifier(state):
 
 
 def load_file(path):
-    """A file written by ``torch.save``, without executing any code from it. UserError if broken."""
+    """A file written by ``torch.save``, on the CPU; no code in it is run. UserError if broken."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of torch's readers, about a file that is refused next
-            with open_regular(path) as file:
-                return load_tensors(file)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except IsADirectoryError:
@@ -217,58 +233,31 @@ def load_file(path):
     except Exception:  # of many kinds, on a file that is not torch's
         raise UserError(
             f"{path}: not a weights file that can be read without executing code from it "
-            "(damaged, cut short, compressed, or not written by torch.save)"
+            "(damaged, cut short, or not written by torch.save)"
         ) from None
 
 
 def _load_backbone(backbone, path, name):
     state = load_file(path)
-    if not isinstance(state, dict):
-        raise UserError(f"{path}: expected a state dict, found {type(state).__name__}")
-    ours = isinstance(state.get("model"), dict)  # a checkpoint of this project
-    state = state["model"] if ours else state
-    if not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items()):
-        raise UserError(f"{path}: expected a state dict, that is, tensors by name")
-    if ours:
+    if isinstance(state, dict) and isinstance(state.get("model"), dict):  # our own checkpoint
         prefix = "backbone."
-        state = {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
+        state = {k[len(prefix) :]: v for k, v in state["model"].items() if k.startswith(prefix)}
+    if not isinstance(state, dict) or not all(isinstance(k, str) for k in state):
+        raise UserError(f"{path}: expected a state dict, that is, tensors by name")
     state = _without_classifier(state)
-    expected = backbone.state_dict()
     if isinstance(backbone, nn.Sequential) and set(state) <= set(backbone[0].state_dict()):
-        backbone, expected = backbone[0], backbone[0].state_dict()
-    load_matching(backbone, state, f"{path}: not weights of --backbone {name}", expected)
+        backbone = backbone[0]  # without the layer that changes the width
+    load_matching(backbone, state, f"{path}: not weights of --backbone {name}")
 
 
-def load_matching(module, state, complaint, expected=None):
-    """``load_state_dict`` that explains in one line what does not fit."""
-    expected = module.state_dict() if expected is None else expected
-    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
-        raise UserError(f"{complaint}: expected tensors by name")
+def load_matching(module, state, complaint):
+    """``load_state_dict``; what does not fit is one line. UserError, ``complaint`` first."""
     # Files from before batch norm counted its batches lack the counter, which nothing here reads.
-    counters = {key for key in expected if key.endswith("num_batches_tracked")}
-    state = {key: expected[key] for key in counters} | state
-    problems = [f"{key} is missing" for key in expected if key not in state]
-    problems += [f"{key} is unknown" for key in state if key not in expected]
-    problems += [
-        f"{key} has shape {tuple(state[key].shape)}, expected {tuple(value.shape)}"
-        for key, value in expected.items()
-        if key in state and state[key].shape != value.shape
-    ]
-    problems += [
-        f"{key} {problem}"
-        for key, value in expected.items()
-        if key in state and (problem := _misfit(state[key], value))
-    ]
-    if problems:
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise UserError(f"{complaint}: {'; '.join(problems[:3])}{more}")
-    module.load_state_dict(state)
-
-
-def _misfit(tensor, expected):
-    """What keeps a tensor from being copied into ``expected`` as it is, or None."""
-    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
-        return "is no plain tensor"
-    if not torch.can_cast(tensor.dtype, expected.dtype):
-        return f"is of type {tensor.dtype}, expected {expected.dtype}"
-    return None if torch.isfinite(tensor).all() else "has values that are not finite"
+    counters = {k: v for k, v in module.state_dict().items() if k.endswith("num_batches_tracked")}
+    try:
+        module.load_state_dict(counters | state)
+    except (AttributeError, RuntimeError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{complaint}: {reason[:300]}") from None
+    if not all(torch.isfinite(value).all() for value in module.state_dict().values()):
+        raise UserError(f"{complaint}: it has values that are not finite")

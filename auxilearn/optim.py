@@ -1,6 +1,9 @@
 """The upper-level step: hypergradient, clip, optimiser."""
 
+from collections.abc import Iterable
+
 import torch
+from torch import Tensor
 
 from auxilearn.implicit_diff import Hypergrad
 
@@ -8,7 +11,6 @@ from auxilearn.implicit_diff import Hypergrad
 def apply_hypergradient(meta_optimizer, aux_params, hypergrads, max_grad_norm):
     """Clip ``hypergrads`` to ``max_grad_norm`` (None or 0: no clip) and take the optimiser's step.
 
-    The scheduler's ``clamp()``, where it has one, is the caller's to call afterwards.
     Returns the norm before clipping, a float.
     """
     for parameter, gradient in zip(aux_params, hypergrads, strict=True):
@@ -19,7 +21,15 @@ def apply_hypergradient(meta_optimizer, aux_params, hypergrads, max_grad_norm):
     return norm.item()
 
 
-def adam_scale(optimizer, parameters):
+def upper_adam(parameters, lr, weight_decay):
+    """The upper level's Adam. Each parameter moves by about ``lr`` per step, whatever the size of
+    the hypergradient."""
+    # Upper steps are few: the usual second beta of 0.999 remembers a thousand of them. AdamW: a
+    # decay inside Adam would move what has no hypergradient by full steps.
+    return torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay)
+
+
+def adam_scale(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor]) -> list[Tensor]:
     """What Adam divides the gradient of each of ``parameters`` by: sqrt(second moment) + eps.
 
     The bias-corrected moment of the last step (Kingma and Ba, 2015, Algorithm 1); ones for a

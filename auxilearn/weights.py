@@ -1,13 +1,14 @@
 """From a model, a scheduler and data to the schedule: the weight of every sample under every task.
 
-    from auxilearn.weights import schedule_weights
+    from auxilearn import schedule_weights
 
     table = schedule_weights(model, scheduler, batches)
     table.weights  # (n, K)
 
 The weight of sample i under task k is what the scheduled loss S makes of the sample's loss,
 
-    W_ik = N_k dS/dL_ik,    N_k samples with a loss under task k: the batch size without a mask.
+    W_ik = N_k dS/d(a_k L_ik),  N_k samples with a loss under task k: the batch size without a mask,
+                                a_k is 1 for the target and aux_weight for auxiliary tasks.
 
 For JTDS and N-JTDS, whose schedule is a constant to the task model, this is the W of the formula.
 For the combiners of losses (linear, monotone network) it is the weight with which the sample's
@@ -15,20 +16,21 @@ gradient enters the training step: one number per task for the linear one, a fun
 of the sample for the network.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 
-from auxilearn.second_order.products import TaskLosses, scheduled_loss
+from auxilearn.hypernet import HyperNet, TaskLosses, loss_of_schedule, times_aux_weight
 
 
 @dataclass(frozen=True)
 class ScheduleTable:
     """The schedule of n samples under K tasks. NaN wherever a mask says that there is no loss.
 
-    weights (n, K), losses (n, K), sample_id (n,) places in the training set, prediction (n,) or
+    weights (n, K), raw losses (n, K), sample_id (n,) places in the training set, prediction (n,) or
     None; factors of the schedule where it has some: feature (n, K), loss (n, K), task (K,).
     """
 
@@ -40,15 +42,20 @@ class ScheduleTable:
 
 
 def schedule_weights(
-    model, scheduler, batches, predict: Callable[[object, TaskLosses], object] | None = None
-):
+    model: torch.nn.Module,
+    scheduler: HyperNet,
+    batches: Iterable[Any],
+    predict: Callable[[Any, TaskLosses], Any] | None = None,
+    aux_weight: float = 1.0,
+) -> ScheduleTable:
     """The ``ScheduleTable`` of all samples in ``batches``, after one pass in evaluation mode.
 
     Args:
-        model: nn.Module; ``model(batch)`` returns ``TaskLosses``, as for ``UpperLevel``.
+        model: nn.Module; ``model(batch)`` returns ``TaskLosses``, as for ``Bilevel``.
         scheduler: a ``HyperNet``.
         batches: iterable of what the model takes, in any order, each sample once.
         predict: optional; ``predict(batch, task_losses)`` gives the predicted classes (B,).
+        aux_weight: as for ``Bilevel``. Schedules do not depend on it, networks of the losses do.
 
     The schedule is computed for all samples at once, so that losses are standardised over the data
     set and the weights do not depend on how it was batched. Held in memory: n (3 K + d) numbers.
@@ -60,7 +67,7 @@ def schedule_weights(
     try:
         with torch.no_grad():
             outputs, predictions = _evaluate(model, batches, predict)
-        return _table(scheduler, outputs, predictions)
+        return _table(scheduler, outputs, predictions, aux_weight)
     finally:
         for module, training in modes:
             module.training = training
@@ -81,7 +88,7 @@ def _evaluate(model, batches, predict):
     return joined, torch.cat(predictions).cpu().numpy() if predictions else None
 
 
-def _table(scheduler, outputs, prediction):
+def _table(scheduler, outputs, prediction, aux_weight):
     absent = None if outputs.mask is None else ~outputs.mask
     sample_id = outputs.sample_id
     if sample_id is None:
@@ -95,7 +102,7 @@ def _table(scheduler, outputs, prediction):
             for name, value in zip(("feature", "loss", "task"), values, strict=True)
         }
     return ScheduleTable(
-        weights=_array(sample_weights(scheduler, outputs), absent),
+        weights=_array(sample_weights(scheduler, outputs, aux_weight), absent),
         losses=_array(outputs.losses, absent),
         sample_id=sample_id.cpu().numpy(),
         prediction=prediction,
@@ -103,10 +110,11 @@ def _table(scheduler, outputs, prediction):
     )
 
 
-def sample_weights(scheduler, outputs):
+def sample_weights(scheduler, outputs, aux_weight=1.0):
     """The weights W (B, K) of ``TaskLosses`` taken as one batch; 0 outside the mask."""
-    losses = outputs.losses.detach().clone().requires_grad_()
-    loss = scheduled_loss(scheduler, outputs._replace(losses=losses))
+    losses = outputs.losses.detach().clone()
+    losses = times_aux_weight(losses, aux_weight, scheduler.main_task).requires_grad_()
+    loss = loss_of_schedule(scheduler, losses, outputs)
     (slope,) = torch.autograd.grad(loss, [losses], allow_unused=True, materialize_grads=True)
     return slope * samples_with_loss(outputs)
 

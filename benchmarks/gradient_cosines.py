@@ -33,7 +33,7 @@ def plain_products(model, batch):
 
 def package_weights(model, batch, tasks):
     scheduler = GradientCosine(0, tasks)
-    scheduler.before_lower_step(model, batch, lambda tensors, _: tensors)
+    scheduler.before_lower_step(model, batch, None, lambda tensors, _: tensors)
     return scheduler.weights
 
 

@@ -27,8 +27,9 @@ from torch.func import functional_call, vmap
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from auxilearn.bilevel import Bilevel  # noqa: E402
 from auxilearn.data.digits import INFORMATIVE  # noqa: E402
-from auxilearn.hypernet import MonoJoint, StableJoint  # noqa: E402
+from auxilearn.hypernet import MonoJoint, TaskLosses, scheduled_loss  # noqa: E402
 from auxilearn.implicit_diff import (  # noqa: E402
     conjugate_gradient,
     exact,
@@ -38,7 +39,7 @@ from auxilearn.implicit_diff import (  # noqa: E402
 )
 from auxilearn.models import TaskHeads  # noqa: E402
 from auxilearn.optim import adam_scale  # noqa: E402
-from auxilearn.second_order.products import TaskLosses, UpperLevel, scheduled_loss  # noqa: E402
+from auxilearn.stable import StableJoint  # noqa: E402
 
 COINS = 8  # auxiliary tasks that are tied to nothing
 SIZES = {"train": 500, "dev": 50}
@@ -220,10 +221,9 @@ def correlations(args, name, steps, seed):
     theta = list(model.parameters())
     optimizer = build_optimizer(args, theta)
     stream = batches(sets["train"], args.batch, seed)
+    bilevel = Bilevel(model, scheduler, optimizer)
     for _ in range(steps):
-        optimizer.zero_grad()
-        scheduled_loss(scheduler, model(next(stream))).backward(inputs=theta)
-        optimizer.step()
+        bilevel.lower_step(next(stream))
     with torch.no_grad():
         outputs = model(sets["train"])
     generator = torch.Generator().manual_seed(seed)
@@ -232,8 +232,8 @@ def correlations(args, name, steps, seed):
     truth = realised(args, model, scheduler, optimizer, shifts, stream, sets["dev"])
     found = {}
     for title, solver in solvers(args, optimizer, theta).items():
-        upper = UpperLevel(model, scheduler, solver)
-        hypergrads, _, _ = upper.hypergradient([sets["train"]], [sets["dev"]])
+        bilevel.solver = solver
+        hypergrads, _, _ = bilevel.hypergradient([sets["train"]], [sets["dev"]])
         predicted = sum(
             (shifts[key] * h).flatten(1).sum(dim=1)
             for (key, _), h in zip(scheduler.named_parameters(), hypergrads, strict=True)

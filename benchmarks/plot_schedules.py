@@ -16,7 +16,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from auxilearn.run.history import SCHEDULE_FILE, read_rows  # noqa: E402
+from auxilearn.files import read_rows  # noqa: E402
+from auxilearn.run.record import SCHEDULE_FILE  # noqa: E402
 
 MEDIAN = 2  # of the five quantiles in schedule.jsonl
 

@@ -6,7 +6,7 @@
 
 plain    benchmarks/plain.py: a module per head, a loss call per task, double backward, contiguous
          tensors, every image decoded when it is asked for
-package  the models, solvers and streams that ``auxilearn.trainer.Trainer`` trains with, images from
+package  the models, solvers and streams that a run of train_bilevel.py trains with, images from
          the cache; without the training loop's bookkeeping, which plain does not have either
 
 Both start from the same random weights of a ResNet-18 and the same images: JPEGs of CUB's size with
@@ -125,7 +125,7 @@ def measure(workload, quantity, repeats, what):
     if quantity == "cg":
         del sides["plain"]
     if quantity == "data":
-        sides["package"] = (Package, {"cache": "on"})
+        sides["package"] = (Package, {"cache_dir": str(workload.root / "cache")})
     with running(workload, **sides) as workers:
         start = {side: worker.call("peak") for side, worker in workers.items()}
         turns = {
@@ -435,7 +435,7 @@ def parse_arguments(argv=None):
     parser.add_argument(
         "--package_flags",
         default="",
-        help="any flags of train_bilevel.py, for the package: --package_flags='--compile 1'",
+        help="any flags of train_bilevel.py, for the package: --package_flags='--tf32 1'",
     )
     parser.add_argument(
         "--float64",

@@ -28,10 +28,9 @@ from torch.utils.data import DataLoader
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from auxilearn.data.dataset import OrderedBatches, Stream, sample_set  # noqa: E402
-from auxilearn.optim import apply_hypergradient  # noqa: E402
+from auxilearn.implicit_diff import conjugate_gradient, identity, neumann  # noqa: E402
 from auxilearn.run import config as settings  # noqa: E402
-from auxilearn.second_order.products import scheduled_loss  # noqa: E402
-from auxilearn.trainer import Trainer, build_solver  # noqa: E402
+from auxilearn.run.build import build  # noqa: E402
 from benchmarks import plain  # noqa: E402
 from benchmarks.input_pipeline import as_split, write_images  # noqa: E402
 
@@ -195,86 +194,72 @@ class Plain(Side):
 
 
 class Package(Side):
-    """The package: the models, optimisers, solvers and streams of a ``Trainer``.
+    """The package: ``Bilevel`` with the models, optimisers, solvers and streams of a run.
 
-    The steps have the parts of plain's, without the training loop's bookkeeping: no count of hits,
-    no record. ``cache`` is the flag.
+    ``cache_dir`` is the flag.
     """
 
-    def __init__(self, workload, cache="off"):
+    def __init__(self, workload, cache_dir="none"):
         super().__init__(workload)
         split = workload.split()
-        flags = {
-            "method": "joint",
-            "task_num": workload.tasks,
-            "image_size": workload.image_size,
-            "num_workers": 0,
-            "cache": cache,
-            "cache_dir": workload.root / "cache",
-            "backbone_pretrain": 0,
-            "train_batch_size": workload.batch,
-            "aux_batch_size": workload.dev_batch,
-            "main_lr": MAIN_LR,
-            "w_decay": WEIGHT_DECAY,
-            "aux_lr": AUX_LR,
-            "auxw_decay": AUX_DECAY,
-            "max_grad_norm": MAX_NORM,
-            "neumann_alpha": ALPHA,
-            "neumann_terms": TERMS["neumann"],
-            "tf32": int(workload.tf32),
-            "device": workload.device,
-        }
-        argv = [text for name, value in flags.items() for text in (f"--{name}", str(value))]
-        config = settings.resolve(settings.parse([*argv, *workload.package_flags]), split)
-        self.trainer = Trainer(config, split)
+        config = settings.Config(
+            method="joint",
+            task_num=workload.tasks,
+            image_size=workload.image_size,
+            num_workers=0,
+            cache_dir=cache_dir,
+            backbone_pretrain=False,
+            train_batch_size=workload.batch,
+            dev_batch_size=workload.dev_batch,
+            main_lr=MAIN_LR,
+            w_decay=WEIGHT_DECAY,
+            upper_lr=AUX_LR,
+            upper_decay=AUX_DECAY,
+            max_grad_norm=MAX_NORM,
+            neumann_alpha=ALPHA,
+            neumann_terms=TERMS["neumann"],
+            tf32=workload.tf32,
+            device=workload.device,
+        )
+        given = settings.given_settings(workload.package_flags)
+        config = settings.resolve(dataclasses.replace(config, **given), split)
+        self.run = build(config, split)
+        self.bilevel = self.run.bilevel
         self._copy_weights()
         self.solvers = {
-            solver: build_solver(dataclasses.replace(config, solver=solver)) for solver in SOLVERS
+            "neumann": neumann(config.neumann_alpha, config.neumann_terms),
+            "identity": identity(),
+            "cg": conjugate_gradient(damping=1.0, iterations=10),
         }
-        self.train_batch = self._views(self.trainer.train_set, workload.batch)
+        self.train_batch = self._views(self.run.train_set, workload.batch)
         self.dev_batch = self._views(sample_set(split, "dev", workload.tasks), workload.dev_batch)
-        self.batches = iter(self.trainer.lower_batches)
-        self.actions = {"data": lambda: next(self.batches), "lower": self.lower}
+        batches = self.run.lower_batches(after=0)
+        self.actions = {"data": lambda: next(batches), "lower": self.lower}
         for solver in SOLVERS:
             self.actions[solver] = functools.partial(self.upper, solver)
 
     def _copy_weights(self):
         model, scheduler = self.workload.initial_models()
-        ours = self.trainer.model.train()
+        ours = self.bilevel.model.train()
         ours.backbone.load_state_dict(model.backbone.state_dict())
         with torch.no_grad():
             ours.heads.linear.weight.copy_(torch.cat([head.weight for head in model.heads]))
             ours.heads.linear.bias.copy_(torch.cat([head.bias for head in model.heads]))
-        self.trainer.scheduler.load_state_dict(scheduler.state_dict())
+        self.bilevel.scheduler.load_state_dict(scheduler.state_dict())
 
     def _views(self, samples, size):
         """The centre crops of the first ``size`` samples, as one batch."""
-        images, pixels = self.trainer.images, self.workload.image_size
+        images, pixels = self.run.images, self.workload.image_size
         order = OrderedBatches(len(samples), size)
         options = {"augment": False, "seed": 0, "name": "benchmark", "workers": 0}
         return next(iter(Stream(images, samples, order, pixels, self.device, **options)))
 
     def lower(self):
-        trainer = self.trainer
-        loss = scheduled_loss(trainer.scheduler, trainer.lower_model(self.train_batch))
-        trainer.lower_optimizer.zero_grad()
-        loss.backward(inputs=trainer.theta)
-        trainer.lower_optimizer.step()
-        return loss.detach()
+        return self.bilevel.lower_step(self.train_batch).loss
 
     def upper(self, solver):
-        trainer = self.trainer
-        hypergradient = self._hypergradient(solver)
-        apply_hypergradient(trainer.upper_optimizer, trainer.phi, hypergradient, MAX_NORM)
-        trainer.scheduler.clamp()
-
-    def _hypergradient(self, solver):
-        upper_level = self.trainer.upper_level
-        upper_level.solver = self.solvers[solver]
-        hypergradient, self.solution, _ = upper_level.hypergradient(
-            [self.train_batch], [self.dev_batch]
-        )
-        return hypergradient
+        self.bilevel.solver = self.solvers[solver]
+        self.solution = self.bilevel.upper_step([self.train_batch], [self.dev_batch]).solution
 
     def products(self):
         """Hessian-vector products of the last upper step."""
@@ -282,8 +267,11 @@ class Package(Side):
 
     def numbers(self):
         """As ``Plain.numbers``."""
-        scheduler = self.trainer.scheduler
-        result = {solver: _by_name(scheduler, self._hypergradient(solver)) for solver in TERMS}
+        result = {}
+        for solver in TERMS:
+            self.bilevel.solver = self.solvers[solver]
+            gradient, _, _ = self.bilevel.hypergradient([self.train_batch], [self.dev_batch])
+            result[solver] = _by_name(self.bilevel.scheduler, gradient)
         return {**result, "loss": self.lower().item()}
 
 

@@ -10,8 +10,8 @@ from auxilearn.data import cub
 from auxilearn.data.split import write_split
 from auxilearn.errors import run_script
 from auxilearn.run.config import Config
-from auxilearn.trainer import train
 from tests.cub_shape import write_cub_shape
+from train_bilevel import train
 
 # Tiny tensors: a second thread costs more than it brings, and far more on a busy machine.
 torch.set_num_threads(1)
@@ -19,18 +19,17 @@ torch.set_num_threads(1)
 # A run of a second: 4 classes with 4 training images beside the development image, 4 attributes.
 TINY = {
     "backbone": "convnet",
-    "in_dim": 8,
+    "feature_dim": 8,
     "image_size": 16,
     "epochs": 2,
     "train_batch_size": 6,
-    "aux_batch_size": 3,
+    "dev_batch_size": 3,
     "dev_epochs": 1,
     "hyperstep": 2,
     "warmup_epochs": 0,
     "neumann_terms": 1,
-    "log_every": 2,
     "num_workers": 0,
-    "cache": "off",
+    "cache_dir": "none",
     "device": "cpu",
 }
 

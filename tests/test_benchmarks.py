@@ -24,8 +24,8 @@ def workload(tmp_path_factory):
 
 def test_both_compute_the_same_numbers(workload):
     plain, package = Plain(workload, torch.float64), Package(workload)
-    model = package.trainer.model.double()
-    package.trainer.scheduler.double()
+    model = package.bilevel.model.double()
+    package.bilevel.scheduler.double()
     for name in ("train_batch", "dev_batch"):
         images, labels = getattr(plain, name)
         ours = getattr(package, name)
@@ -171,8 +171,8 @@ def test_growth_with_tasks(capsys):
 def test_arguments():
     args = side_by_side.parse_arguments(["--only", "lower,floor"])
     assert args.parts == ["lower", "floor"]
-    args = side_by_side.parse_arguments(["--amp", "bf16", "--package_flags=--compile 1"])
-    assert args.package_flags == ["--compile", "1", "--amp", "bf16"]
+    args = side_by_side.parse_arguments(["--amp", "bf16", "--package_flags=--tf32 1"])
+    assert args.package_flags == ["--tf32", "1", "--amp", "bf16"]
     for wrong in (["--only", "lowre"], ["--package_flags=--no_such_flag 1"], ["--batch", "1"]):
         with pytest.raises(SystemExit):
             side_by_side.parse_arguments(wrong)

@@ -20,21 +20,24 @@ from sklearn.metrics import average_precision_score, mutual_info_score, roc_auc_
 from torch import nn
 
 import inspect_schedule
+from auxilearn.baselines.combiners import LinearHyperNet, MonoNonlinearHyperNet
+from auxilearn.bilevel import Bilevel
 from auxilearn.data import cub
 from auxilearn.data.dataset import training_set
 from auxilearn.data.split import load_split, write_split
-from auxilearn.hypernet import LinearHyperNet, MonoJoint, MonoNonlinearHyperNet, Naive_hyper
+from auxilearn.files import read_rows
+from auxilearn.hypernet import MonoJoint, Naive_hyper, TaskLosses, scheduled_loss
 from auxilearn.report import statistics, write
 from auxilearn.report.brief import statements
 from auxilearn.report.findings import Findings, find, rank_labels
-from auxilearn.report.run import Reference, evaluate_run, read_run, with_phase
-from auxilearn.run.config import Config
-from auxilearn.run.history import QUANTILES, ScheduleHistory, read_rows
-from auxilearn.second_order.products import TaskLosses, scheduled_loss
-from auxilearn.trainer import Trainer, train
+from auxilearn.report.run import Reference, evaluate_run, read_run
+from auxilearn.run.build import build
+from auxilearn.run.config import Config, from_record
+from auxilearn.run.history import QUANTILES, ScheduleHistory
 from auxilearn.weights import sample_weights, schedule_weights
 from tests.conftest import TINY, assert_one_error_line, assert_same_run
 from tests.cub_shape import write_cub_shape
+from train_bilevel import train
 
 SAMPLES, TASKS, FEATURES = 12, 3, 5
 
@@ -206,11 +209,12 @@ def test_history_holds_the_weights_of_the_training_steps(tmp_path, masked):
     history = ScheduleHistory(tmp_path / "schedule.jsonl", ["target", "a", "b"], wrong)
     batches = regression_batches(masked)
     expected = []
+    bilevel = Bilevel(model, scheduler, torch.optim.SGD(model.parameters(), lr=0.1))
+    model.train()
+    model.body[2].p = 0.0  # the same outputs twice
     for batch in batches:
-        outputs = model(batch)
-        expected.append(sample_weights(scheduler, outputs))
-        history.watch(outputs)
-        scheduled_loss(scheduler, outputs).backward(inputs=list(model.parameters()))
+        expected.append(sample_weights(scheduler, model(batch)))
+        history.add(bilevel.lower_step(batch))
     history.write(step=3)
     history.write(step=4)  # nothing new: no row
     names, row = read_rows(tmp_path / "schedule.jsonl")
@@ -239,7 +243,7 @@ def test_a_history_goes_on_where_the_weights_are(tmp_path):
 
 def test_history_changes_nothing_in_a_run(tiny_run, monkeypatch):
     watched = tiny_run(exp_name="watched", corrupted=True)
-    monkeypatch.setattr(Trainer, "_open_history", lambda self: None)
+    monkeypatch.setattr(ScheduleHistory, "of_run", lambda *args: None)
     unwatched = tiny_run(exp_name="unwatched", corrupted=True)
     assert (watched.directory / "schedule.jsonl").exists()
     assert not (unwatched.directory / "schedule.jsonl").exists()
@@ -248,7 +252,7 @@ def test_history_changes_nothing_in_a_run(tiny_run, monkeypatch):
 
 def test_rows_that_a_crash_cut_off_are_left_out(tmp_path):
     path = tmp_path / "rows.jsonl"
-    path.write_text('{"step": 1}\n\n3\n{"step": 2}\n{"ste')
+    path.write_text('{"step": 1}\n\n{"step": 2}\n{"ste')
     assert read_rows(path) == [{"step": 1}, {"step": 2}]
     assert read_rows(tmp_path / "none.jsonl") == []
 
@@ -257,7 +261,7 @@ def test_rows_that_a_crash_cut_off_are_left_out(tmp_path):
 # Reports of runs
 # --------------------------------------------------------------------------------------------------
 
-JOINT = {"method": "joint", "corrupted": True, "corrupted_rate": 0.5, "aux_lr": 0.5}
+JOINT = {"method": "joint", "corrupted": True, "corrupted_rate": 0.5, "upper_lr": 0.5}
 WORDS = ("useful", "scenery", "<chance>")  # roles are the data's words
 
 
@@ -394,7 +398,7 @@ def test_report_has_all_files(full_report):
 
 def test_samples_csv_has_both_labels_and_what_the_checkpoint_makes_of_them(full_report, data):
     run, report, *_ = full_report
-    config = Config(**json.loads((run / "config.json").read_text())["config"])
+    config = from_record(json.loads((run / "config.json").read_text())["config"])
     split = load_split(data / "split")
     samples = training_set(split, "rest_train", config.task_num, config.seed, corrupted_rate=0.5)
     rows = read_csv(report / "samples.csv")
@@ -407,17 +411,17 @@ def test_samples_csv_has_both_labels_and_what_the_checkpoint_makes_of_them(full_
     assert [int(row["given_label"]) for row in rows] == samples.targets.tolist()
     assert any(row["label"] != row["given_label"] for row in rows)
 
-    trainer = Trainer(config, split)
+    built = build(config, split)
+    model, scheduler = built.bilevel.model.eval(), built.bilevel.scheduler
     checkpoint = torch.load(run / "best.pt", weights_only=True)
-    trainer.model.load_state_dict(checkpoint["model"])
-    trainer.scheduler.load_state_dict(checkpoint["scheduler"])
-    trainer.model.eval()
-    view = trainer._stream(samples, [[(i, 0) for i in range(len(samples))]], "view", augment=False)
+    model.load_state_dict(checkpoint["model"])
+    scheduler.load_state_dict(checkpoint["scheduler"])
+    view = built._stream(samples, [[(i, 0) for i in range(len(samples))]], "view", augment=False)
     (batch,) = view
     with torch.no_grad():
-        outputs = trainer.model(batch)
-        weights = trainer.scheduler.schedule(outputs.features, outputs.losses)
-        predicted = trainer.model.predict(batch.images).argmax(dim=1)
+        outputs = model(batch)
+        weights = scheduler.schedule(outputs.features, outputs.losses)
+        predicted = model.predict(batch.images).argmax(dim=1)
     column = lambda name: [float(row[name]) for row in rows]  # noqa: E731
     assert column("weight") == pytest.approx(weights[:, 0].tolist(), rel=1e-4)
     assert column("loss") == pytest.approx(outputs.losses[:, 0].tolist(), rel=1e-4)
@@ -768,7 +772,6 @@ def test_moved_data_are_found_by_flags(make_run, data, no_charts, command, tmp_p
     run = copied(run, tmp_path)
     recorded = json.loads((run / "config.json").read_text())
     recorded["config"]["split_dir"] = recorded["config"]["data_root"] = str(tmp_path / "gone")
-    recorded["config"]["flag_of_the_future"] = 1
     (run / "config.json").write_text(json.dumps(recorded))
     code, _, err = command(inspect_schedule.main, run)
     assert code == 2
@@ -816,7 +819,7 @@ def test_a_checkpoint_that_does_not_fit(make_run, no_charts, command, tmp_path):
     torch.save(state, run / "best.pt")
     code, _, err = command(inspect_schedule.main, run)
     assert code == 2
-    assert_one_error_line(err, "best.pt: the scheduler does not fit", "loss_w is missing")
+    assert_one_error_line(err, "best.pt: the scheduler does not fit", "loss_w")
     (run / "best.pt").write_bytes(b"no weights")
     code, _, err = command(inspect_schedule.main, run)
     assert code == 2
@@ -868,7 +871,7 @@ def test_without_a_package_one_line_says_what_to_install(make_run, command, monk
 def test_a_fine_tuned_run_is_seen_as_its_schedule_left_it(data, tmp_path):
     """The weights are those of the model that was trained with them, whichever is tested."""
     places = {"split_dir": str(data / "split"), "record_dir": str(tmp_path)}
-    changes = {"method": "joint_stable", "aux_lr": 0.5, "dev_lr": 0.05, "dev_epochs": 4}
+    changes = {"method": "joint_stable", "upper_lr": 0.5, "main_lr": 0.25, "dev_epochs": 4}
     config = Config(**{**TINY, **places, "exp_name": "tuned", "seed": 1, **changes})
     train(config)
     run = read_run(tmp_path / "full" / "tuned")
@@ -895,14 +898,6 @@ def test_a_fine_tuned_run_is_seen_as_its_schedule_left_it(data, tmp_path):
         told = [row | {"valid_accuracy": float(row is best)} for row in rows]
         changed = dataclasses.replace(run, rows=run.rows | {"epoch": told})
         assert words in statements(find(changed))[0].text
-
-
-def test_phases():
-    recorded = {"phase": "fine-tuning", "epoch": 3}
-    assert with_phase(recorded, epochs=2) == recorded
-    assert with_phase({"epoch": 2}, 2) == {"phase": "training", "epoch": 2}
-    assert with_phase({"epoch": 43}, 40) == recorded  # counted on, as before phases were recorded
-    assert with_phase({"step": 1}, 2) == {"phase": "training", "step": 1}
 
 
 def test_equal_tasks_have_no_spread_to_explain():

@@ -48,7 +48,7 @@ class GradientCosine(HyperNet):
         self.register_buffer("weights", torch.ones(input_dim))
         self._forward_mode = True
 
-    def before_lower_step(self, model, batch, average):
+    def before_lower_step(self, model, batch, dev_batches, average):
         """Set ``weights`` from the gradients of ``model`` on ``batch``, which it leaves as it is.
 
         Dropout draws the masks that it will draw in the step itself.

@@ -16,7 +16,6 @@ it; what a killed builder leaves is never taken for a cache, and the next one re
 may be deleted at any time: a run that has it open keeps it, the next one builds it again.
 """
 
-import fcntl
 import hashlib
 import io
 import json
@@ -27,6 +26,7 @@ import warnings
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import filelock
 import numpy as np
 import PIL
 import torch
@@ -44,8 +44,7 @@ from auxilearn.data.dataset import (
     shape_to_load,
 )
 from auxilearn.errors import UserError
-from auxilearn.files import append_regular, open_regular
-from auxilearn.run.record import write_aside
+from auxilearn.files import locked, write_aside
 
 LAYOUT = 1  # to be raised with every change of the file's content
 INDEX = np.dtype([("height", "<i4"), ("width", "<i4"), ("mtime_ns", "<i8"), ("digest", "<u8")])
@@ -56,32 +55,26 @@ class CacheError(UserError):
     """There can be no cache here. The images may be fine all the same."""
 
 
-def open_images(split, image_size, cache, directory, workers, build=True):
+def open_images(split, image_size, directory, workers, build=True):
     """What loads the images of a split, resized for crops of ``image_size`` pixels.
 
     Args:
-        cache: "on" for an ``ImageCache``, "off" for ``DecodedImages``, "auto" for the former and,
-            with a warning, the latter where no cache can be kept.
-        directory: of the cache; made if need be.
-        workers: processes that build it, where it is not there yet.
+        directory: of the ``ImageCache``, made if need be; "none" decodes every time. Where no cache
+            can be kept, images are decoded as well, with a warning.
+        workers: processes that build the cache, where it is not there yet.
         build: False takes a cache that is there, and else writes none and decodes.
 
-    Raises UserError: an image that cannot be read, or with "on" no place for a cache.
+    Raises UserError: an image that cannot be read.
     """
-    if cache != "off":
+    if directory != "none":
         try:
             images = open_cache(split, image_size, directory, workers, build)
             if images is not None:
                 return images
         except CacheError as error:
-            if cache == "on":
-                raise UserError(
-                    f"{error}; choose another place with --cache_dir, or --cache off to decode the "
-                    "images every time"
-                ) from None
             print(
                 f"warning: {error}; without a cache the images are decoded every time, as with "
-                "--cache off; --cache_dir names another place for it",
+                "--cache_dir none",
                 file=sys.stderr,
                 flush=True,
             )
@@ -208,7 +201,7 @@ def _digest(path):
 def _read(path, rows):
     """(index (rows,), pixels) of the cache at ``path``, or None if there is no complete one."""
     try:
-        with open_regular(path) as file:
+        with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             index = _read_index(file, rows, size)
             start = file.tell()
@@ -263,32 +256,24 @@ def _alone_in(directory):
     """Hold the lock of a cache directory, which is made if need be and cleared of leftovers."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        lock = append_regular(directory / ".lock")
+        lock = locked(directory / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout:
+            print(
+                f"waiting for another process, which builds an image cache in {directory}",
+                flush=True,
+            )
+            lock.acquire()
     except OSError as error:
         raise CacheError(
             f"no image cache can be written to {directory} ({error.strerror})"
         ) from None
     with lock:
-        try:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                print(
-                    f"waiting for another process, which builds an image cache in {directory}",
-                    flush=True,
-                )
-                fcntl.flock(lock, fcntl.LOCK_EX)
-        except OSError as error:
-            raise CacheError(
-                f"{directory} is on a file system without locks ({error.strerror})"
-            ) from None
-        try:
-            for leftover in directory.glob(".images-*.cache.*"):
-                with suppress(OSError):
-                    leftover.unlink()
-            yield
-        finally:
-            fcntl.flock(lock, fcntl.LOCK_UN)
+        for leftover in directory.glob(".images-*.cache.*"):
+            with suppress(OSError):
+                leftover.unlink()
+        yield
 
 
 def _build(path, files, workers):
@@ -307,7 +292,7 @@ def _build(path, files, workers):
         )
     print(
         f"image cache: writing {len(index):,} images, shorter side {files.side} pixels, "
-        f"{_readable(size)}, to {path.parent} (once; --cache off decodes them every time instead)",
+        f"{_readable(size)}, to {path.parent} (once; --cache_dir none decodes them every time instead)",
         flush=True,
     )
     try:

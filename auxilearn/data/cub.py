@@ -20,7 +20,6 @@ from PIL import Image
 from tqdm import tqdm
 
 from auxilearn.errors import UserError
-from auxilearn.files import open_regular, read_regular
 
 IMAGES = "images.txt"
 LABELS = "image_class_labels.txt"
@@ -110,7 +109,7 @@ def _check_root(root):
 def _numbered_lines(path):
     """Yield (line number, text) for each line of a small text file that is not blank."""
     try:
-        data = read_regular(path)
+        data = path.read_bytes()
     except FileNotFoundError:
         raise UserError(
             f"{path} is missing; expected the files of CUB-200-2011: get them with "
@@ -305,7 +304,7 @@ def _parse_attribute_rows(path):
     """
     if not path.is_file() or path.stat().st_size == 0:
         next(_numbered_lines(path))  # raises the message for a missing or empty file
-    with open_regular(path) as file:
+    with open(path, "rb") as file:
         encoding = "utf-8-sig" if file.read(3) == codecs.BOM_UTF8 else "latin-1"
     try:
         with warnings.catch_warnings():
@@ -466,7 +465,7 @@ def hash_file(path, algorithm="sha256"):
     """The hex digest of a file. Raises ``UserError`` if it can not be read."""
     digest = hashlib.new(algorithm)
     try:
-        with open_regular(path) as file:
+        with open(path, "rb") as file:
             while block := file.read(1 << 20):
                 digest.update(block)
     except FileNotFoundError:

@@ -21,7 +21,6 @@ from auxilearn.data.cub import IMAGE_FORMATS, in_rgb
 from auxilearn.errors import UserError
 from auxilearn.models import Batch
 from auxilearn.randomness import derived_generator, derived_seed
-from auxilearn.run.config import training_set_name
 
 RESIZE_RATIO = 256 / 224  # Resize(256) goes before every crop of 224
 
@@ -103,18 +102,6 @@ def training_set(split, name, tasks, seed, corrupted_rate=0.0, labeled_per_class
         labeled = np.isin(samples.positions, chosen) | ~in_rest
         samples = SampleSet(*samples[:3], torch.from_numpy(labeled))
     return samples
-
-
-def training_set_of(config, split):
-    """What a run with a resolved ``Config`` trains on: a ``SampleSet``."""
-    return training_set(
-        split,
-        training_set_name(config),
-        config.task_num,
-        config.seed,
-        corrupted_rate=config.effective_corrupted_rate,
-        labeled_per_class=config.labeled_per_class,
-    )
 
 
 def corrupt(labels, rate, classes, generator):

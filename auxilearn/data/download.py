@@ -16,7 +16,6 @@ from tqdm import tqdm
 
 from auxilearn.data.cub import ATTRIBUTES, IMAGES, hash_file
 from auxilearn.errors import UserError
-from auxilearn.files import open_regular
 
 CUB_URL = "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz"
 CUB_MD5 = "97eceeb196236b17998738112f37df78"
@@ -256,7 +255,7 @@ def _extract(archive, aside, progress):
     size = archive.stat().st_size
     safety = {"filter": "data"} if hasattr(tarfile, "data_filter") else {"set_attrs": False}
     with (
-        open_regular(archive) as file,
+        open(archive, "rb") as file,
         tqdm(
             desc=f"unpacking {archive.name}",
             total=size,

@@ -5,7 +5,6 @@
 divided.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -14,7 +13,7 @@ import shutil
 import sys
 import tempfile
 from collections import Counter
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path, PurePosixPath
@@ -33,7 +32,7 @@ from auxilearn.data.cub import (
     shown,
 )
 from auxilearn.errors import UserError
-from auxilearn.files import is_text, read_regular
+from auxilearn.files import locked
 
 DICTIONARY_FILE = "image_dictionary.json"
 SET_FILES = {
@@ -152,7 +151,7 @@ def write_split(split_dir, annotations, aux_shot=1, split_seed=5):
         if all(_bytes_or_none(split_dir / name) == data for name, data in contents.items()):
             return Written(info, changed=False, kept=[])
         split_dir.mkdir(parents=True, exist_ok=True)
-        with _locked(split_dir, fcntl.LOCK_EX):
+        with locked(split_dir / ".lock"):
             kept = _keep_edited(split_dir, contents)
             _replace_files(split_dir, contents)
     except OSError as error:
@@ -199,7 +198,7 @@ def _keep_edited(split_dir, contents):
     """Copy the files that are neither as recorded nor as they are about to be written."""
     recorded = {}  # without a usable record, whatever is there may be somebody's own work
     with suppress(FileNotFoundError, ValueError, LookupError, TypeError):
-        recorded = json.loads(read_regular(split_dir / INFO_FILE))["sha256"]
+        recorded = json.loads((split_dir / INFO_FILE).read_bytes())["sha256"]
     kept = []
     for name in SPLIT_FILES:
         data = _bytes_or_none(split_dir / name)
@@ -212,22 +211,6 @@ def _keep_edited(split_dir, contents):
         shutil.copy2(split_dir / name, copy)
         kept.append(copy)
     return kept
-
-
-@contextmanager
-def _locked(folder, kind):
-    """Hold a lock on a folder for the block; nothing is done where there is none or no locks."""
-    try:
-        handle = os.open(folder, os.O_RDONLY)
-    except OSError:
-        yield
-        return
-    try:
-        with suppress(OSError):
-            fcntl.flock(handle, kind)
-        yield
-    finally:
-        os.close(handle)
 
 
 def _replace_files(split_dir, contents):
@@ -250,7 +233,7 @@ def _read_roles(path, attribute_names):
     if not isinstance(roles, dict):
         raise UserError(f"{path}, line 1: expected an object with a 'roles' mapping")
     for name in attribute_names:
-        if not is_text(roles.get(name)):
+        if not isinstance(roles.get(name), str):
             raise UserError(f"{path}: attribute {shown(name)} has no role; expected a word")
     unknown = [name for name in roles if name not in set(attribute_names)]
     if unknown:
@@ -308,8 +291,7 @@ def load_split(split_dir, data_root=None):
     files that were edited since are legitimate: they are named in a warning on stderr.
     """
     split_dir = Path(split_dir)
-    with _locked(split_dir, fcntl.LOCK_SH):  # not while somebody replaces them
-        values, hashes = _read_split_files(split_dir)
+    values, hashes = _read_split_files(split_dir)
     info = values[INFO_FILE]
     _check_info(split_dir / INFO_FILE, info)
     dictionary = split_dir / DICTIONARY_FILE
@@ -353,7 +335,7 @@ def _read_split_files(split_dir):
     for name in (INFO_FILE, *SPLIT_FILES):
         path = split_dir / name
         try:
-            data = read_regular(path)
+            data = path.read_bytes()
         except OSError as error:
             problem = "is missing" if isinstance(error, FileNotFoundError) else error.strerror
             raise UserError(
@@ -375,7 +357,7 @@ def _parse_json(path, data=None):
         return found
 
     try:
-        return json.loads(read_regular(path) if data is None else data, object_pairs_hook=once)
+        return json.loads(Path(path).read_bytes() if data is None else data, object_pairs_hook=once)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except json.JSONDecodeError as error:
@@ -387,28 +369,9 @@ def _parse_json(path, data=None):
 
 
 def _check_info(path, info):
-    """split_info.json is ours; check as much as the code below relies on."""
-
-    def names(value):
-        return isinstance(value, list) and value and all(map(is_text, value))
-
-    def _are_roles(value, of):
-        known = isinstance(value, dict) and value.keys() == set(of)
-        return value is None or (known and all(map(is_text, value.values())))
-
-    fine = (
-        isinstance(info, dict)
-        and isinstance(info.get("data_root"), str)
-        and isinstance(info.get("sha256"), dict)
-        and isinstance(info.get("fingerprint"), dict)
-        and isinstance(info["fingerprint"].get("files"), dict)
-        and isinstance(info["fingerprint"].get("images"), str)
-        and names(info.get("class_names"))
-        and names(info.get("attribute_names"))
-        and _are_roles(info.get("attribute_roles"), info["attribute_names"])
-        and {"split_seed", "aux_shot"} <= info.keys()
-    )
-    if not fine:
+    """UserError unless split_info.json is of this version: only this program writes it."""
+    needed = {"data_root", "sha256", "fingerprint", "class_names", "attribute_names", "split_seed"}
+    if not isinstance(info, dict) or not needed <= info.keys():
         raise UserError(
             f"{path}, line 1: not what data_preprocess.py writes; run python data_preprocess.py"
         )

@@ -5,7 +5,8 @@ from typing import NamedTuple
 import numpy as np
 
 from auxilearn.report.names import readable
-from auxilearn.report.run import FINE_TUNING, REFERENCE
+from auxilearn.report.run import REFERENCE
+from auxilearn.run.build import FINE_TUNING
 
 EQUAL = 0.01  # areas under ROC curves that differ by less are called equal
 CHANCE = 0.05  # and within this of one half, next to chance

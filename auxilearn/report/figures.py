@@ -15,7 +15,7 @@ from matplotlib.ticker import PercentFormatter
 from sklearn.metrics import roc_auc_score
 
 from auxilearn.report.names import readable, shortened
-from auxilearn.report.run import FINE_TUNING, REFERENCE
+from auxilearn.report.run import REFERENCE
 from auxilearn.report.style import (
     COLOURS,
     MARKERS,
@@ -29,6 +29,7 @@ from auxilearn.report.style import (
     printed,
     thin,
 )
+from auxilearn.run.build import FINE_TUNING
 from auxilearn.run.history import QUANTILES
 
 TALL = (SIZE[0], 4.1)

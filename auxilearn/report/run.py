@@ -2,7 +2,7 @@
 
 import os
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -10,24 +10,24 @@ import torch
 from tqdm import tqdm
 
 from auxilearn.data.cache import open_images
-from auxilearn.data.dataset import OrderedBatches, SampleSet, Stream, training_set_of
+from auxilearn.data.dataset import OrderedBatches, SampleSet, Stream
 from auxilearn.data.split import Split, load_split
 from auxilearn.errors import UserError
-from auxilearn.methods import METHODS, Method, Problem
-from auxilearn.models import TaskModel, build_backbone, load_file, load_matching
+from auxilearn.files import read_json, read_rows
+from auxilearn.methods import METHODS, Method
+from auxilearn.models import load_file, load_matching
+from auxilearn.run.build import TRAINING, build_model, build_scheduler, training_set_of
 from auxilearn.run.config import Config, choose_device, from_record
-from auxilearn.run.history import SCHEDULE_FILE, read_rows
 from auxilearn.run.record import (
     BEST_FILE,
     CONFIG_FILE,
     METRICS_FILE,
+    SCHEDULE_FILE,
     START_FILE,
     SUMMARY_FILE,
-    read_json,
 )
 from auxilearn.weights import ScheduleTable, schedule_weights
 
-TRAINING, FINE_TUNING = "training", "fine-tuning"
 REFERENCE = "common"  # the method that a run is compared with
 SETTING = ("corrupted", "corrupted_rate", "labeled_per_class")
 ALIKE = ("backbone", "image_size", "epochs", "main_lr", "train_batch_size", "task_num", "seed")
@@ -95,7 +95,7 @@ def read_run(directory):
     summary = directory / SUMMARY_FILE
     rows = defaultdict(list)
     for row in read_rows(directory / METRICS_FILE):
-        rows[row["kind"]].append(with_phase(row, config.epochs))
+        rows[row["kind"]].append(row)
     history = read_rows(directory / SCHEDULE_FILE)
     return Run(
         directory=directory,
@@ -107,18 +107,6 @@ def read_run(directory):
         summary=read_json(summary) if summary.exists() else None,
         reference=None if config.method == REFERENCE else _reference(directory, recorded),
     )
-
-
-def with_phase(row, epochs):
-    """``row`` (or a checkpoint) with its phase, in which epochs count from 1.
-
-    Records from before phases were recorded counted the epochs of fine-tuning on.
-    """
-    if "phase" in row:
-        return row
-    if row.get("epoch", 0) > epochs:
-        return row | {"phase": FINE_TUNING, "epoch": row["epoch"] - epochs}
-    return row | {"phase": TRAINING}
 
 
 def _reference(directory, recorded):
@@ -177,12 +165,13 @@ def evaluate_run(run, *, split_dir=None, data_root=None, device=None, num_worker
     workers = min(workers, os.cpu_count() or 1)
     split = _split_of(run, split_dir, data_root)
     samples = training_set_of(config, split)
-    device = choose_device(device)
-    model, scheduler, state = _load(checkpoint, run, split, samples, device)
-    state = with_phase(state, config.epochs)
-    cache_dir = config.cache_dir if split_dir is None else f"{split_dir}/cache"
+    config = replace(config, device=str(choose_device(device)))
+    model, scheduler, state = _load(checkpoint, config, split, len(samples))
+    cache_dir = config.cache_dir
+    if split_dir is not None and cache_dir != "none":
+        cache_dir = f"{split_dir}/cache"
     # The folder is what config.json says: it is read, and nothing is written to it.
-    images = open_images(split, config.image_size, config.cache, cache_dir, workers, build=False)
+    images = open_images(split, config.image_size, cache_dir, workers, build=False)
     order = OrderedBatches(len(samples), config.test_batch_size)
     batches = tqdm(
         Stream(
@@ -190,7 +179,7 @@ def evaluate_run(run, *, split_dir=None, data_root=None, device=None, num_worker
             samples,
             order,
             config.image_size,
-            device,
+            torch.device(config.device),
             augment=False,
             seed=config.seed,
             name="report",
@@ -207,6 +196,7 @@ def evaluate_run(run, *, split_dir=None, data_root=None, device=None, num_worker
         scheduler,
         batches,
         predict=lambda batch, outputs: model.heads.target_logits(outputs.features).argmax(dim=1),
+        aux_weight=config.aux_weight,
     )
     progress = state["epoch"], state["phase"], state["valid_accuracy"]
     return Evaluation(split, samples, table, images, *progress, fine_tuned)
@@ -230,16 +220,13 @@ def _split_of(run, split_dir, data_root):
     return split
 
 
-def _load(checkpoint, run, split, samples, device):
-    """(model, scheduler, state) of a checkpoint; the state has epoch and valid_accuracy."""
-    config = run.config
+def _load(checkpoint, config, split, samples):
+    """(model, scheduler, state) of a checkpoint; the state has phase, epoch, valid_accuracy."""
     state = load_file(checkpoint)
     if not (isinstance(state, dict) and {"model", "scheduler", "epoch"} <= state.keys()):
         raise UserError(f"{checkpoint} is not a checkpoint of train_bilevel.py")
-    class_counts = [len(split.class_names)] + [2] * (config.task_num - 1)
-    backbone = build_backbone(config.backbone, config.in_dim)
-    model = TaskModel(backbone, config.in_dim, class_counts, config.aux_weight)
-    scheduler = run.method.build(Problem.of(config, len(samples)))
+    model = build_model(config, split, pretrained=False)
+    scheduler = build_scheduler(config, split, samples)
     for module, part in ((model, "model"), (scheduler, "scheduler")):
         load_matching(module, state[part], f"{checkpoint}: the {part} does not fit {CONFIG_FILE}")
-    return model.to(device, memory_format=torch.channels_last), scheduler.to(device), state
+    return model, scheduler, state

@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 
-from auxilearn.run.record import write_aside
+from auxilearn.files import write_aside
 
 SAMPLES_FILE, TASKS_FILE, LABELS_FILE = "samples.csv", "tasks.csv", "clean_labels.csv"
 CLASSES_FILE, WEIGHTS_FILE = "classes.csv", "weights.npz"

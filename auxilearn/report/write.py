@@ -4,8 +4,8 @@ import importlib
 from pathlib import Path
 
 from auxilearn.errors import UserError, needs
+from auxilearn.files import write_aside
 from auxilearn.report.run import BEST_FILE, evaluate_run, read_run
-from auxilearn.run.record import write_aside
 
 REQUIREMENTS = "requirements-report.txt"
 PACKAGES = ("jinja2", "matplotlib", "pandas", "scipy", "sklearn")

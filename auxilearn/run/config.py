@@ -1,154 +1,131 @@
-"""Every setting of a run: its default, its meaning, its command-line flag.
+"""Every setting of a run: its default, its bounds, its meaning, its command-line flag.
 
 ``Config`` is the single source: the command line and ``--help`` are made from its fields, and it is
-recorded in full with every run.
+recorded in full with every run. ``resolve`` settles what depends on the data and on the method.
 """
 
 import argparse
 import dataclasses
+import glob
 import math
 import os
-import sys
 from dataclasses import dataclass
 
 import torch
 
 from auxilearn.errors import UserError
-from auxilearn.hypernet import FACTORS, TARGET_SHARES
-from auxilearn.methods import METHODS
+from auxilearn.methods import METHODS, load_plugin
+from auxilearn.models import BACKBONES
 
-SOLVERS = ("neumann", "identity", "cg")
-BACKBONES = ("resnet18", "convnet")
+LOG_EVERY = 10  # lower steps between two rows of metrics.jsonl
 
-
-def _switch(text):
-    """0/1/true/false as the command line's booleans."""
-    known = {"1": True, "true": True, "0": False, "false": False}
-    try:
-        return known[text.lower()]
-    except KeyError:
-        raise argparse.ArgumentTypeError(f"expected 0, 1, true or false, not {text!r}") from None
-
-
-def _names(bilevel):
-    *most, last = [name for name, method in METHODS.items() if method.bilevel == bilevel]
-    return f"{', '.join(most)} and {last}"
-
-
-def _fine_tuned():
-    return [name for name, method in METHODS.items() if method.fine_tuned]
-
-
-def _setting(
-    default, group, text, *, kind=None, choices=None, aliases=(), many=False, by_method=None
-):
-    """A field. ``by_method``: where None is left to the method, what most methods take."""
-    metadata = {
-        "group": group,
-        "help": text,
-        "kind": kind or type(default),
-        "choices": choices,
-        "aliases": aliases,
-        "many": many,
-        "by_method": by_method,
-    }
-    if many:
-        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
-
-
+MOST = "the flags that matter most"
 DATA = "data"
-SETTING = "setting (at most one of corrupted labels and semi-supervised; neither is supervised)"
 MODEL = "task model"
 LOWER = "lower level: the task model, on scheduled training losses"
 UPPER = "upper level: the scheduler, on the development set"
 RUN = "run"
 
 
+def _setting(default, group, text="", **more):
+    """A field of ``Config``.
+
+    ``more``: kind (default: the default's type), choices, low, high and above (bounds; above is
+    exclusive), aliases, hidden (accepted, but not in --help), neutral (no result depends on it: a
+    run may be continued with another value), by_method (None is left to the method; this is what
+    most methods take).
+    """
+    known = dict.fromkeys(("choices", "low", "high", "above", "by_method"))
+    known |= {"aliases": (), "hidden": not text, "neutral": False, "kind": type(default)}
+    metadata = {"group": group, "help": text, **known, **more}
+    if isinstance(default, dict):
+        return dataclasses.field(default_factory=dict, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
 @dataclass
 class Config:
-    """The settings of one run. ``None`` is resolved by ``resolve`` from the data."""
+    """The settings of one run. ``None`` is resolved by ``resolve``."""
 
-    method: str = _setting(
-        "joint",
-        "method",
-        "how losses become one: "
-        + "; ".join(f"{name} = {method.title}" for name, method in METHODS.items())
-        + f". {_names(True)} learn it on the development set; {_names(False)} do not",
-        choices=tuple(METHODS),
-    )
-
-    split_dir: str = _setting(
-        "preprocess_data", DATA, "where data_preprocess.py wrote the split (its --out_dir)"
-    )
-    data_root: str | None = _setting(
-        None,
-        DATA,
-        "folder in CUB layout that holds images/ (default: the one that was preprocessed)",
-        kind=str,
-    )
-    task_num: int | None = _setting(
-        None,
-        DATA,
-        "number of tasks K: the target and the first K - 1 attributes (default: all the data has)",
-        kind=int,
-    )
-    whether_aux: bool | None = _setting(
-        None,
-        DATA,
-        "1 trains the auxiliary tasks too, 0 the target alone, that is --task_num 1 (default: 1, "
-        "but 0 for --method single)",
-        kind=bool,
-    )
-    image_size: int = _setting(
-        224, DATA, "side of the training crop in pixels; images are resized to 256/224 of it first"
-    )
-    num_workers: int = _setting(
-        min(4, os.cpu_count() or 1),
-        DATA,
-        "processes that load and augment the training images (default: %(default)s here); 0 does "
-        "it in the main process; the results do not depend on it",
-    )
-    cache: str = _setting(
-        "auto",
-        DATA,
-        "keep the images decoded and resized in a file, which is built once (CUB at 224 pixels: "
-        "3 GB) and makes loading several times faster; auto does so where it can and else warns, "
-        "on insists, off decodes every time; the results do not depend on it",
-        choices=("auto", "on", "off"),
-    )
-    cache_dir: str | None = _setting(
-        None, DATA, "folder of that file (default: cache in --split_dir)", kind=str
-    )
-
+    method: str = _setting("joint", MOST, "how losses become one; see the list below")
     corrupted: bool = _setting(
         False,
-        SETTING,
-        "1 corrupts the training labels of the target task, once, by the seed",
+        MOST,
+        "corrupt the training labels of the target task, once, by the seed (the paper's Table 4)",
         aliases=("corupted",),
     )
     corrupted_rate: float = _setting(
         0.2,
-        SETTING,
-        "with --corrupted 1: probability r that a label is redrawn uniformly over all classes",
+        MOST,
+        "with --corrupted: probability that a label is redrawn uniformly over all classes",
         aliases=("corupted_rate",),
+        low=0,
+        high=1,
     )
     labeled_per_class: int = _setting(
         0,
-        SETTING,
-        "semi-supervised: this many random images per class keep their target label, the others "
-        "train the auxiliary tasks only; 0 is supervised",
+        MOST,
+        "semi-supervised (Table 3): this many random images per class keep their target label, "
+        "the others train the auxiliary tasks only; 0 is supervised",
+        low=0,
+    )
+    epochs: int = _setting(20, MOST, "passes over the training set", low=1, high=10**6)
+    train_batch_size: int = _setting(32, MOST, "images per lower step", low=1)
+    main_lr: float = _setting(1e-4, MOST, "learning rate of the task model", above=0)
+    aux_weight: float = _setting(1.0, MOST, "factor on the losses of all auxiliary tasks", low=0)
+    hyperstep: int | None = _setting(
+        None, MOST, "lower steps between two upper steps", kind=int, by_method=20, low=1
+    )
+    upper_lr: float | None = _setting(
+        None,
+        MOST,
+        "learning rate of the scheduler",
+        kind=float,
+        by_method=1e-3,
+        aliases=("aux_lr",),
+        above=0,
+    )
+    seed: int = _setting(
+        5,
+        MOST,
+        "determines initial weights, order, augmentation, corruption and labelled choice",
+        low=0,
+        high=2**63 - 1,
+    )
+    exp_name: str | None = _setting(
+        None,
+        MOST,
+        "name of the run; a name that is taken is refused (default: made from method and seed, "
+        "numbered so that it is new)",
+        kind=str,
+    )
+    resume: bool = _setting(
+        False,
+        MOST,
+        "continue the run EXP_NAME after its last checkpoint, to the same numbers as without the "
+        "interruption; start it if it is not there",
+        neutral=True,
     )
 
-    backbone: str = _setting(
-        "resnet18", MODEL, "torchvision's ResNet-18, or a small convnet", choices=BACKBONES
+    plugin: str | None = _setting(
+        None,
+        MODEL,
+        "Python file that registers methods or backbones of your own, see docs/methods.md",
+        kind=str,
+        neutral=True,  # its content is compared
     )
-    in_dim: int = _setting(512, MODEL, "feature width d of the backbone")
+    options: dict = _setting({}, MODEL, "the method's own settings, NAME=VALUE ...; see below")
+    backbone: str = _setting(
+        "resnet18", MODEL, "torchvision's ResNet-18, or convnet for small images"
+    )
+    feature_dim: int = _setting(
+        512, MODEL, "feature width d", aliases=("in_dim",), low=1, high=1 << 16
+    )
     backbone_pretrain: bool | None = _setting(
         None,
         MODEL,
-        "1 starts from torchvision's ImageNet weights (resnet18 only), 0 from random ones "
-        "(default: 1 for resnet18 without --backbone_weights)",
+        "start from torchvision's ImageNet weights (resnet18 only), 0: from random ones (default: "
+        "1 for resnet18 without --backbone_weights)",
         kind=bool,
     )
     backbone_weights: str | None = _setting(
@@ -158,193 +135,157 @@ class Config:
         kind=str,
     )
 
-    epochs: int = _setting(20, LOWER, "passes over the training set")
+    split_dir: str = _setting(
+        "preprocess_data", DATA, "where data_preprocess.py wrote the split", neutral=True
+    )
+    data_root: str | None = _setting(
+        None,
+        DATA,
+        "folder that holds images/ (default: the one that was preprocessed)",
+        kind=str,
+        neutral=True,
+    )
+    task_num: int | None = _setting(
+        None,
+        DATA,
+        "number of tasks K: the target and the first K - 1 attributes (default: all)",
+        kind=int,
+        low=1,
+    )
+    whether_aux: bool | None = _setting(None, DATA, kind=bool)
+    image_size: int = _setting(
+        224,
+        DATA,
+        "side of the training crop in pixels; images are resized to 256/224 of it first",
+        low=8,
+        high=4096,
+    )
+    num_workers: int = _setting(
+        min(4, os.cpu_count() or 1),
+        DATA,
+        "processes that load and augment images (default here: %(default)s); 0: the main process",
+        low=0,
+        high=1024,
+        neutral=True,
+    )
+    cache_dir: str | None = _setting(
+        None,
+        DATA,
+        "folder for a file of the decoded and resized images, built once (CUB at 224 pixels: 3 "
+        "GB); none: decode every time (default: cache in --split_dir)",
+        kind=str,
+        neutral=True,
+    )
+
+    main_optimizer: str = _setting(
+        "adam", LOWER, "optimiser; sgd has momentum 0.9", choices=("adam", "sgd")
+    )
+    w_decay: float = _setting(5e-4, LOWER, "weight decay", low=0)
     max_steps: int | None = _setting(
         None,
         LOWER,
         "stop after this many lower steps, then go on as usual at the end: fine-tune, evaluate",
         kind=int,
-    )
-    train_batch_size: int = _setting(32, LOWER, "images per lower step")
-    test_batch_size: int = _setting(128, LOWER, "images per batch of evaluation")
-    main_optimizer: str = _setting(
-        "adam", LOWER, "of the task model; sgd has momentum 0.9", choices=("adam", "sgd")
-    )
-    main_lr: float = _setting(1e-4, LOWER, "learning rate of --main_optimizer")
-    w_decay: float = _setting(5e-4, LOWER, "weight decay of --main_optimizer")
-    aux_weight: float = _setting(1.0, LOWER, "factor on the losses of all auxiliary tasks")
-    gcs: str = _setting(
-        "unweighted",
-        LOWER,
-        "with --method gcs: unweighted leaves out the auxiliary tasks with a negative cosine, at "
-        "the cost of one backward and one forward-mode pass; weighted multiplies each by its "
-        "cosine, at the cost of a backward pass per task",
-        choices=("unweighted", "weighted"),
+        low=1,
+        high=10**8 - 1,
     )
     dev_epochs: int = _setting(
         20,
         LOWER,
-        f"with --method {' or '.join(_fine_tuned())}: passes over the development set after "
-        "--epochs, from the best checkpoint so far; 0 leaves them out",
+        "joint_stable, common_dev: passes over the development set after --epochs, from the best "
+        "checkpoint so far",
+        low=0,
+        high=10**6,
     )
-    dev_lr: float | None = _setting(
-        None, LOWER, "learning rate in these passes (default: --main_lr / 5)", kind=float
-    )
+    test_batch_size: int = _setting(128, LOWER, low=1)
 
-    aux_lr: float | None = _setting(
-        None, UPPER, "learning rate of --upper_optimizer", kind=float, by_method=1e-3
-    )
-    auxw_decay: float = _setting(1e-5, UPPER, "weight decay of --upper_optimizer")
     upper_optimizer: str | None = _setting(
         None,
         UPPER,
-        "sgd has momentum 0.9; adam (with decoupled weight decay) moves every parameter by about "
-        "--aux_lr, whatever the size of the hypergradient",
+        "optimiser of the scheduler; sgd has momentum 0.9; adam moves every parameter by about "
+        "--upper_lr, whatever the size of the hypergradient",
         kind=str,
         choices=("sgd", "adam"),
         by_method="sgd",
     )
+    upper_decay: float = _setting(1e-5, UPPER, "weight decay", aliases=("auxw_decay",), low=0)
     warmup_epochs: int | None = _setting(
         None,
         UPPER,
-        "epochs before the first upper step; unless given, half of --epochs at most",
+        "epochs before the first upper step; the default is half of --epochs at most",
         kind=int,
         by_method=0,
+        low=0,
     )
-    hyperstep: int | None = _setting(
-        None, UPPER, "lower steps between two upper steps", kind=int, by_method=20
+    dev_batch_size: int = _setting(
+        50,
+        UPPER,
+        "images in a development batch, fine-tuning included",
+        aliases=("aux_batch_size",),
+        low=1,
     )
-    aux_batch_size: int = _setting(50, UPPER, "images in a development batch, fine-tuning included")
     dev_batches: str = _setting(
         "random",
         UPPER,
-        "random draws development batches in a fresh random order; first takes the first one in "
-        "file order every time, as the released code does (with ids in class order that is a "
-        "quarter of CUB's classes)",
+        "random: development batches in a fresh random order; first: the first one in file order "
+        "every time, as the released code does (in class order, a quarter of CUB's classes)",
         choices=("random", "first"),
     )
-    n_meta_loss_accum: int = _setting(1, UPPER, "development batches per upper step")
+    n_meta_loss_accum: int = _setting(1, UPPER, low=1, high=10**4)
     n_meta_train_loss_accum: int | None = _setting(
-        None, UPPER, "training batches per upper step", kind=int, by_method=1
+        None, UPPER, "training batches per upper step", kind=int, by_method=1, low=1, high=10**4
     )
     hold_out_dev: bool | None = _setting(
         None,
         UPPER,
-        "1 keeps the development images out of the lower level, which trains on rest_train_set; 0 "
-        "trains on them as well, on full_train_set, as methods without an upper level do",
+        "keep the development images out of the lower level; 0: train on them as well, as methods "
+        "without an upper level do",
         kind=bool,
         by_method=True,
-    )
-    factors: list[str] = _setting(
-        FACTORS,
-        UPPER,
-        "with --method joint or joint_stable: the factors of the schedule that are learned; one "
-        "left out is the constant around which it starts",
-        choices=FACTORS,
-        kind=str,
-        many=True,
-    )
-    target_share: str | None = _setting(
-        None,
-        UPPER,
-        "with --method joint_stable: the target task's share of all weight, whose mean over the "
-        "tasks is held at 1: learned, within bounds; fixed = 1 / K, the default with "
-        "--labeled_per_class; free = the scale is not held either, for ablations",
-        kind=str,
-        choices=(*TARGET_SHARES, "none"),
-        by_method="none",
-    )
-    aux_hidden_dim: list[int] = _setting(
-        (10, 10, 10, 10), UPPER, "hidden sizes of --method task", kind=int, many=True
     )
     solver: str | None = _setting(
         None,
         UPPER,
-        "how the inverse Hessian is approximated: neumann = truncated series; identity = not at "
-        "all; cg = damped conjugate gradients",
+        "approximation of the inverse Hessian: neumann: truncated series; identity: none",
         kind=str,
-        choices=SOLVERS,
+        choices=("neumann", "identity"),
         by_method="neumann",
+    )
+    neumann_alpha: float | None = _setting(
+        None, UPPER, "step alpha of the series (default: --main_lr)", kind=float, above=0
+    )
+    neumann_terms: int = _setting(
+        3, UPPER, "Hessian-vector products of the series", low=0, high=10**4
     )
     precondition: str | None = _setting(
         None,
         UPPER,
-        "the step of the lower level to which the hypergradient is the response: none is plain "
-        "gradient descent's, and --main_optimizer sgd's; adam the one that Adam really takes",
+        "which optimiser the hypergradient assumes for the lower level: none: gradient descent; "
+        "adam: Adam",
         kind=str,
         choices=("none", "adam"),
         by_method="none",
     )
-    neumann_alpha: float | None = _setting(
-        None, UPPER, "step alpha of the Neumann series (default: --main_lr)", kind=float
-    )
-    neumann_terms: int = _setting(3, UPPER, "Hessian-vector products of the Neumann series")
-    neumann_scale: str = _setting(
-        "released",
-        UPPER,
-        "released leaves the series' sum as it is; alpha multiplies it by alpha, so that it tends "
-        "to the inverse Hessian's product",
-        choices=("released", "alpha"),
-    )
-    damping: float = _setting(
-        1.0,
-        UPPER,
-        "added to the Hessian by cg; with --precondition adam, times what Adam divides by",
-    )
-    cg_iterations: int = _setting(10, UPPER, "most Hessian-vector products of cg")
-    reduction: str = _setting(
-        "exact",
-        UPPER,
-        "under torchrun: exact averages the development gradient and every Hessian-vector product "
-        "over the processes; final averages their finished hypergradients only, which is cheaper",
-        choices=("exact", "final"),
-    )
-    on_nonfinite: str = _setting(
-        "stop",
-        UPPER,
-        "a hypergradient that is not finite ends the run (stop), or that upper step is left out "
-        "and counted (skip)",
-        choices=("stop", "skip"),
-    )
-    on_divergence: str = _setting(
-        "warn",
-        UPPER,
-        "a Neumann series whose terms grow is used as it is, as the released code does (warn), or "
-        "v_0 is used in its place in that upper step (identity); either way it is reported, with "
-        "the largest stable alpha",
-        choices=("warn", "identity"),
-    )
     max_grad_norm: float | None = _setting(
         None,
         UPPER,
-        "the hypergradient is clipped to this norm; 0 is no clipping",
+        "the hypergradient is clipped to this norm; 0: no clip",
         kind=float,
         by_method=10.0,
+        low=0,
     )
 
-    exp_name: str | None = _setting(
-        None,
-        RUN,
-        "name of the run; a name that is taken is refused (default: made from method and seed, "
-        "numbered so that it is new)",
-        kind=str,
-    )
     record_dir: str = _setting(
-        "bird_record", RUN, "runs are kept in RECORD_DIR/<full|semi|noisy>/EXP_NAME"
-    )
-    resume: bool = _setting(
-        False,
-        RUN,
-        "1 continues the run EXP_NAME after its last checkpoint, to the same numbers as without "
-        "the interruption; starts it if it is not there",
+        "bird_record", RUN, "runs are kept in RECORD_DIR/<full|semi|noisy>/EXP_NAME", neutral=True
     )
     save_every: int = _setting(
-        0, RUN, "lower steps between checkpoints to continue from; 0 is one at every epoch's end"
+        0,
+        RUN,
+        "lower steps between checkpoints to continue from; 0: one at every epoch's end",
+        low=0,
+        neutral=True,
     )
-    overwrite: bool = _setting(False, RUN, "1 replaces an earlier run of the same name")
-    seed: int = _setting(
-        5, RUN, "determines initial weights, order, augmentation, corruption and labelled choice"
-    )
+    overwrite: bool = _setting(False, RUN, "replace an earlier run of the same name", neutral=True)
     device: str | None = _setting(
         None,
         RUN,
@@ -357,22 +298,16 @@ class Config:
         "threads of PyTorch on the CPU (default: PyTorch's choice); results depend on it in the "
         "last digits, and small networks are fastest with 1",
         kind=int,
+        low=1,
+        high=4096,
     )
     amp: str = _setting(
         "off",
         RUN,
-        "bf16 runs the backbone in bfloat16, in both levels; losses, schedule and parameters stay "
-        "in float32",
+        "bf16 runs the backbone in bfloat16, in both levels; the rest stays in float32",
         choices=("off", "bf16"),
     )
-    compile: bool = _setting(
-        False, RUN, "1 compiles the lower level's model with torch.compile; minutes at the start"
-    )
-    tf32: bool = _setting(False, RUN, "1 lets GPUs round float32 products to TF32")
-    tensorboard: bool = _setting(
-        False, RUN, "1 writes TensorBoard events to the folder tensorboard of the run as it trains"
-    )
-    log_every: int = _setting(10, RUN, "lower steps between two rows of metrics.jsonl")
+    tf32: bool = _setting(False, RUN, "let GPUs round float32 products to TF32")
 
     @property
     def setting(self):
@@ -386,217 +321,240 @@ class Config:
         return self.corrupted_rate if self.corrupted else 0.0
 
 
-# Sets of settings by name: --preset makes them the defaults of a command line.
-PRESETS = {
-    "paper": {
-        "method": "joint",
-        "epochs": 100,
-        "train_batch_size": 64,
-        "main_lr": 1e-4,
-        "aux_lr": 1e-2,
-        "auxw_decay": 5e-5,
-        "hyperstep": 20,
-        "upper_optimizer": "sgd",
-        "warmup_epochs": 0,
-        "solver": "neumann",
-        "precondition": "none",
-        "max_grad_norm": 10.0,
-    }
-}
+FIELDS = {field.name: field for field in dataclasses.fields(Config)}
+NEUTRAL = tuple(name for name, field in FIELDS.items() if field.metadata["neutral"])
+
+# Settings of the released script that have no flag there, or another default for some methods.
+_AS_RELEASED = (
+    *("method", "epochs", "train_batch_size", "test_batch_size", "main_lr", "upper_lr", "w_decay"),
+    *("upper_decay", "aux_weight", "dev_batch_size", "hyperstep", "feature_dim", "corrupted"),
+    *("corrupted_rate", "n_meta_loss_accum", "n_meta_train_loss_accum", "upper_optimizer"),
+    *("warmup_epochs", "solver", "precondition", "max_grad_norm"),
+)
+
+
+def presets():
+    """Sets of settings by name: --preset makes them the defaults of a command line."""
+    usual = defaults()
+    released = {name: usual[name] for name in _AS_RELEASED} | {"dev_batches": "first"}
+    paper = {"epochs": 100, "train_batch_size": 64, "upper_lr": 1e-2, "upper_decay": 5e-5}
+    upper = ("method", "main_lr", "hyperstep", "upper_optimizer", "warmup_epochs", "solver")
+    upper += ("precondition", "max_grad_norm")
+    return {"paper": {name: usual[name] for name in upper} | paper, "released": released}
+
+
+NOT_REPRODUCED = (
+    "--preset released does not reproduce these of the released code's behaviours: validation and "
+    "test halves without a seed; one auxiliary task unless --task_num says more; batch norm's "
+    "statistics moved by upper steps; n_meta_train_loss_accum ignored; NaN weights from a last "
+    "batch of one image; --method common failing at its end (README, Differences)"
+)
+
+
+# --------------------------------------------------------------------------------------------------
+# The command line
+# --------------------------------------------------------------------------------------------------
 
 
 def parse(argv=None, description=None):
     """``Config`` from a command line. argparse exits with code 2 on what it cannot read."""
+    return Config(**given_settings(argv, description))
+
+
+def given_settings(argv=None, description=None):
+    """{setting: value} of what a command line says, presets included; the rest is left out."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--plugin")
+    plugin = first.parse_known_args(argv)[0].plugin
+    if plugin:
+        load_plugin(plugin)  # its methods are choices of --method
+    parser = _parser(description)
+    given = vars(parser.parse_args(argv))
+    preset = given.pop("preset", None)
+    if preset == "released":
+        print(f"note: {NOT_REPRODUCED}", flush=True)
+    given = presets().get(preset, {}) | given
+    words = given.pop("options", [])
+    sizes = given.pop("aux_hidden_dim", None)
+    method = METHODS[given.get("method", Config.method)]
+    if sizes and "hidden_sizes" in method.options:
+        words = [f"hidden_sizes={','.join(sizes)}", *words]
+    if words:
+        try:
+            given["options"] = parse_options(method, words)
+        except UserError as error:
+            parser.error(str(error))
+    return given
+
+
+def parse_options(method, words):
+    """{option: value} of a ``Method``'s own settings, from NAME=VALUE words. Raises UserError."""
+    values = {}
+    for word in words:
+        name, _, text = word.partition("=")
+        option = method.options.get(name)
+        if option is None:
+            known = ", ".join(method.options) or "none"
+            raise UserError(f"--option {word}: the options of --method {method.name} are: {known}")
+        try:
+            values[name] = option.parse(text)
+        except ValueError as error:
+            raise UserError(f"--option {word}: {error}") from None
+    return values
+
+
+def _parser(description):
     parser = argparse.ArgumentParser(
         description=description,
-        formatter_class=_HelpFormatter,
+        epilog=_methods_help(),
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
+            prog, max_help_position=30, width=100
+        ),
         allow_abbrev=False,
-    )
-    parser.add_argument(
-        "--preset",
-        choices=tuple(PRESETS),
-        help="settings to start from; flags beside it win. paper: "
-        + " ".join(f"--{name} {value}" for name, value in PRESETS["paper"].items()),
+        argument_default=argparse.SUPPRESS,
     )
     groups = {}
-    for field in dataclasses.fields(Config):
+    for field in FIELDS.values():
         info = field.metadata
         if info["group"] not in groups:
             groups[info["group"]] = parser.add_argument_group(info["group"])
-        kind = _switch if info["kind"] is bool else info["kind"]
-        names = [f"--{name}" for name in (field.name, *info["aliases"])]
-        options = {"nargs": "+"} if info["many"] else {}
+        groups[info["group"]].add_argument(*_names(field), **_argument(field))
+    groups[MOST].add_argument(
+        "--preset",
+        choices=tuple(presets()),
+        help="settings to start from; flags beside it win. paper: the paper's settings; released: "
+        "the released script's defaults, and its development batch",
+    )
+    parser.add_argument("--aux_hidden_dim", nargs="+", help=argparse.SUPPRESS)
+    return parser
+
+
+def _names(field):
+    if field.name == "options":
+        return ["--option"]
+    return [f"--{name}" for name in (field.name, *field.metadata["aliases"])]
+
+
+def _argument(field):
+    """Keyword arguments of ``add_argument``."""
+    info, argument = field.metadata, {"dest": field.name}
+    if field.name == "options":
+        argument |= {"nargs": "+", "action": "extend", "metavar": "NAME=VALUE"}
+    elif info["kind"] is bool:  # a switch may stand alone
+        argument |= {"type": _switch, "nargs": "?", "const": True, "metavar": "0|1"}
+    else:
+        argument["type"] = info["kind"]
+        argument["choices"] = choices_of(field)
+        argument["metavar"] = {int: "N", float: "X"}.get(info["kind"], "NAME")
         if info["choices"]:
-            options["choices"] = info["choices"]
-            if len(info["choices"]) > 5:  # argparse cannot break the line that lists them
-                options["metavar"] = "NAME"
-        else:
-            options["metavar"] = {bool: "0|1", int: "N", float: "X"}.get(info["kind"], "NAME")
-        default = _unless_given(field)
-        shown = _shown_default(field.name, info, default)
-        groups[info["group"]].add_argument(
-            *names,
-            type=kind,
-            default=default,
-            help=_help(info, shown),
-            dest=field.name,
-            **options,
-        )
-    given = vars(parser.parse_args(argv))
-    if given["preset"]:
-        parser.set_defaults(**PRESETS[given["preset"]])
-        given = vars(parser.parse_args(argv))
-    del given["preset"]
-    return Config(**given)
+            argument["metavar"] = None
+    argument["help"] = argparse.SUPPRESS if info["hidden"] else _help(field)
+    return argument
 
 
-def _unless_given(field):
-    """What a field of ``Config`` holds where nothing was given."""
-    return field.default_factory() if field.metadata["many"] else field.default
+def choices_of(field):
+    """The values a field may take, or None; methods and backbones may have come with a plugin."""
+    return {"method": tuple(METHODS), "backbone": tuple(BACKBONES)}.get(
+        field.name, field.metadata["choices"]
+    )
 
 
-def flags_of(config):
-    """The flags of train_bilevel.py that make ``config``: method, seed, and what is no default."""
-    flags = []
-    for field in dataclasses.fields(config):
-        value, info = getattr(config, field.name), field.metadata
-        if value == _unless_given(field) and field.name not in ("method", "seed"):
-            continue
-        values = value if info["many"] else [int(value) if info["kind"] is bool else value]
-        flags += [f"--{field.name}", *(str(v) for v in values)]
-    return flags
-
-
-def _shown_default(name, info, default):
-    """The default as text, or None where the help text says it all."""
+def _help(field):
+    info, default = field.metadata, default_of(field)
+    text = info["help"].replace("%(default)s", str(default))
     if info["by_method"] is not None:
         own = [
-            f"{m} {_as_text(method.defaults[name])}"
-            for m, method in METHODS.items()
-            if name in method.defaults
+            f"{name} {_as_text(method.defaults[field.name])}"
+            for name, method in METHODS.items()
+            if field.name in method.defaults
         ]
-        return "; ".join([_as_text(info["by_method"]), *own])
-    if default is None:
-        return None
-    if info["many"]:
-        return " ".join(map(str, default))
-    return _as_text(default)
+        return f"{text} (default: {'; '.join([_as_text(default), *own])})"
+    if default is None or "(default" in text or field.name == "options":
+        return text
+    return f"{text} (default: {_as_text(default)})"
+
+
+def _methods_help():
+    lines = ["methods (--method NAME, with --option NAME=VALUE for their own settings):"]
+    for name, method in METHODS.items():
+        lines.append(f"  {name:<14}{method.title}: {method.about}" if method.about else f"  {name}")
+        for option, spec in method.options.items():
+            lines.append(f"  {'':<14}--option {option}={_option_text(spec.default)}  {spec.help}")
+    return "\n".join(lines)
+
+
+def _switch(text):
+    """0/1/true/false as the command line's booleans."""
+    known = {"1": True, "true": True, "0": False, "false": False}
+    try:
+        return known[text.lower()]
+    except KeyError:
+        raise argparse.ArgumentTypeError(f"expected 0, 1, true or false, not {text!r}") from None
 
 
 def _as_text(value):
     return str(int(value) if isinstance(value, bool) else value)
 
 
-def _help(info, default):
-    text = info["help"].replace("%(default)s", str(default))
-    return text if default is None or "(default" in text else f"{text} (default: {default})"
+def _option_text(value):
+    return ",".join(map(str, value)) if isinstance(value, (tuple, list)) else _as_text(value)
 
 
-class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    def __init__(self, prog):
-        super().__init__(prog, max_help_position=30, width=100)
+def flags_of(config):
+    """The flags of train_bilevel.py that make ``config``: method, seed, and what is no default."""
+    flags = []
+    for name, field in FIELDS.items():
+        value = getattr(config, name)
+        if name == "options":
+            own = METHODS[config.method].options
+            words = [f"{n}={_option_text(v)}" for n, v in value.items() if v != own[n].default]
+            flags += ["--option", *words] if words else []
+        elif value != field.default or name in ("method", "seed"):
+            flags += [f"--{name}", _as_text(value)]
+    return flags
 
 
 # --------------------------------------------------------------------------------------------------
-# Checks
+# Defaults and checks
 # --------------------------------------------------------------------------------------------------
 
-_AT_LEAST = {
-    "task_num": 1,
-    "image_size": 8,
-    "num_workers": 0,
-    "labeled_per_class": 0,
-    "in_dim": 1,
-    "epochs": 1,
-    "max_steps": 1,
-    "train_batch_size": 1,
-    "test_batch_size": 1,
-    "w_decay": 0,
-    "aux_weight": 0,
-    "auxw_decay": 0,
-    "dev_epochs": 0,
-    "max_grad_norm": 0,
-    "warmup_epochs": 0,
-    "hyperstep": 1,
-    "aux_batch_size": 1,
-    "n_meta_loss_accum": 1,
-    "n_meta_train_loss_accum": 1,
-    "neumann_terms": 0,
-    "damping": 0,
-    "cg_iterations": 1,
-    "seed": 0,
-    "threads": 1,
-    "log_every": 1,
-    "save_every": 0,
-}
-# Beyond what a machine holds, or the eight digits of a step in a checkpoint's name.
-_AT_MOST = {
-    "image_size": 4096,
-    "in_dim": 1 << 16,
-    "num_workers": 1024,
-    "threads": 4096,
-    "epochs": 10**6,
-    "dev_epochs": 10**6,
-    "max_steps": 10**8 - 1,
-    "seed": 2**63 - 1,
-    "n_meta_loss_accum": 10**4,
-    "n_meta_train_loss_accum": 10**4,
-    "neumann_terms": 10**4,
-    "cg_iterations": 10**4,
-}
-_LARGEST = 1e37  # float32 holds little more
-# No result depends on these: a run may be continued with others.
-NEUTRAL = (
-    "resume",
-    "overwrite",
-    "save_every",
-    "num_workers",
-    "cache",
-    "cache_dir",
-    "split_dir",
-    "data_root",
-    "record_dir",
-    "tensorboard",
-)
-_ABOVE_ZERO = ("main_lr", "dev_lr", "aux_lr", "neumann_alpha")
+
+def default_of(field):
+    """The default of a field of ``Config``; of one left to the method, what most methods take."""
+    if field.name == "options":
+        return {}
+    by_method = field.metadata["by_method"]
+    return field.default if by_method is None else by_method
+
+
+def defaults():
+    """{name: default} of all settings, as ``default_of`` says."""
+    return {name: default_of(field) for name, field in FIELDS.items()}
+
+
+def with_method_defaults(config):
+    """A copy in which the method has said what was left to it."""
+    method = METHODS[config.method]
+    own = dict(method.defaults)
+    if "warmup_epochs" in own:  # a short run is to have upper steps as well
+        own["warmup_epochs"] = min(own["warmup_epochs"], config.epochs // 2)
+    if config.main_optimizer == "sgd":
+        own["precondition"] = "none"
+    left = {
+        name: own.get(name, default_of(field))
+        for name, field in FIELDS.items()
+        if field.metadata["by_method"] is not None and getattr(config, name) is None
+    }
+    options = {name: option.default for name, option in method.options.items()} | config.options
+    return dataclasses.replace(config, options=options, **left)
 
 
 def check(config):
     """Check what can be checked without the data. Raises UserError naming the flag."""
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"--{field.name} must be a finite number, not {value}")
-        if isinstance(value, float) and value > _LARGEST:
-            raise UserError(f"--{field.name} must be at most {_LARGEST}, not {value}")
-        if value is None:
-            continue
-        if value == "":
-            raise UserError(f"--{field.name} must not be empty")
-        if field.name in _AT_LEAST and value < _AT_LEAST[field.name]:
-            raise UserError(f"--{field.name} must be at least {_AT_LEAST[field.name]}, not {value}")
-        if field.name in _AT_MOST and value > _AT_MOST[field.name]:
-            raise UserError(f"--{field.name} must be at most {_AT_MOST[field.name]}, not {value}")
-        if field.name in _ABOVE_ZERO and value <= 0:
-            raise UserError(f"--{field.name} must be greater than 0, not {value}")
-        choices = field.metadata["choices"]
-        for one in (value if field.metadata["many"] else [value]) if choices else ():
-            if one not in choices:
-                known = ", ".join(choices)
-                raise UserError(f"--{field.name} {one} is unknown: choose from {known}")
-    if min(config.aux_hidden_dim, default=0) < 1:
-        raise UserError("--aux_hidden_dim takes one or more sizes of at least 1")
-    if max(config.aux_hidden_dim) > 1 << 12:
-        raise UserError(f"--aux_hidden_dim takes sizes of at most {1 << 12}")
-    if not config.factors:
-        raise UserError(f"--factors takes one or more of {', '.join(FACTORS)}")
-    if config.method == "joint_stable" and config.target_share == "none":
-        raise UserError(
-            "--target_share none is what other methods have; a run of joint_stable that was "
-            "recorded without it is of an earlier form, which this version does not know"
-        )
-    if not 0 <= config.corrupted_rate <= 1:
-        raise UserError(f"--corrupted_rate must be within [0, 1], not {config.corrupted_rate}")
+    for name, field in FIELDS.items():
+        value = getattr(config, name)
+        if value is not None and name != "options":
+            _check_value(field, value)
     if config.corrupted and config.labeled_per_class:
         raise UserError(
             "--corrupted 1 and --labeled_per_class are two settings of the paper: choose one"
@@ -608,74 +566,60 @@ def check(config):
         raise UserError("--resume 1 needs the --exp_name of the run to continue")
     if name is not None and (name in (".", "..") or "/" in name or not name.isprintable()):
         raise UserError(f"--exp_name {name!r} must be a plain name without slashes")
-    bilevel = METHODS[config.method].bilevel
-    if bilevel and config.precondition == "adam" and config.main_optimizer != "adam":
+    if (
+        METHODS[config.method].bilevel
+        and config.precondition == "adam"
+        and config.main_optimizer != "adam"
+    ):
         raise UserError(
             f"--precondition adam is for --main_optimizer adam, not {config.main_optimizer}: take "
             "--precondition none, which answers for the steps of sgd"
         )
-    if config.backbone == "convnet" and config.backbone_pretrain:
-        raise UserError("--backbone_pretrain 1: there are no ImageNet weights for the convnet")
+    if config.backbone_pretrain and config.backbone != "resnet18":
+        raise UserError(
+            f"--backbone_pretrain 1: there are no ImageNet weights for {config.backbone}"
+        )
     if config.backbone_weights and config.backbone_pretrain:
         raise UserError("--backbone_weights and --backbone_pretrain 1 exclude each other")
 
 
-def from_record(settings):
-    """The ``Config`` of recorded ``settings``, {name: value}, any JSON. UserError: it is none.
+def _check_value(field, value):
+    flag, info, choices = f"--{field.name}", field.metadata, choices_of(field)
+    if value == "":
+        raise UserError(f"{flag} must not be empty")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{flag} must be a finite number, not {value}")
+    if info["low"] is not None and value < info["low"]:
+        raise UserError(f"{flag} must be at least {info['low']}, not {value}")
+    if info["high"] is not None and value > info["high"]:
+        raise UserError(f"{flag} must be at most {info['high']}, not {value}")
+    if info["above"] is not None and value <= info["above"]:
+        raise UserError(f"{flag} must be greater than {info['above']}, not {value}")
+    if choices and value not in choices:
+        raise UserError(f"{flag} {value} is unknown: choose from {', '.join(choices)}")
 
-    Settings that this version does not know are left out; one that was not there yet had the
-    default's effect.
-    """
-    fields = {field.name: field for field in dataclasses.fields(Config)}
-    known = {name: value for name, value in settings.items() if name in fields}
-    for name, value in known.items():
-        if not _is_of_kind(value, fields[name]):
-            raise UserError(f"{name} cannot be {ascii(value)[:40]}")
-    config = Config(**{**defaults(), **known})
+
+def from_record(settings):
+    """The ``Config`` of recorded ``settings``, {name: value}. UserError: of another version."""
+    if settings.keys() != FIELDS.keys():
+        odd = sorted(settings.keys() ^ FIELDS.keys())
+        raise UserError(
+            f"recorded by another version of this program ({', '.join(odd[:3])} differ): use the "
+            "revision that config.json names"
+        )
+    settings = dict(settings)
+    if settings["method"] not in METHODS:
+        raise UserError(
+            f"--method {settings['method']} is not known: give the file that registers it with "
+            "--plugin"
+        )
+    settings["options"] = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in settings["options"].items()
+    }
+    config = Config(**settings)
     check(config)
     return config
-
-
-def _is_of_kind(value, field):
-    if field.metadata["many"]:
-        kind = (str,) if field.metadata["choices"] else (int,)
-        return isinstance(value, list) and all(type(one) in kind for one in value)
-    if value is None:
-        return field.default is None
-    if field.metadata["kind"] is float:
-        return type(value) in (int, float) and abs(value) <= sys.float_info.max
-    return type(value) is field.metadata["kind"]
-
-
-def default_of(field):
-    """The default of a field of ``Config``; of one left to the method, what most methods take."""
-    if field.metadata["by_method"] is not None:
-        return field.metadata["by_method"]
-    return _unless_given(field)
-
-
-def defaults():
-    """{name: default} of all settings, as ``default_of`` says."""
-    return {field.name: default_of(field) for field in dataclasses.fields(Config)}
-
-
-def with_method_defaults(config):
-    """A copy in which the method has said what was left to it."""
-    own = dict(METHODS[config.method].defaults)
-    if "warmup_epochs" in own:  # a short run is to have upper steps as well
-        own["warmup_epochs"] = min(own["warmup_epochs"], config.epochs // 2)
-    if config.main_optimizer == "sgd":
-        own["precondition"] = "none"
-    if config.labeled_per_class and "target_share" in own:
-        own["target_share"] = "fixed"
-    return dataclasses.replace(
-        config,
-        **{
-            field.name: own.get(field.name, default_of(field))
-            for field in dataclasses.fields(config)
-            if field.metadata["by_method"] is not None and getattr(config, field.name) is None
-        },
-    )
 
 
 def resolve(config, split):
@@ -713,21 +657,28 @@ def resolve(config, split):
         whether_aux=whether_aux,
         backbone_pretrain=pretrain,
         cache_dir=config.cache_dir or f"{config.split_dir}/cache",
-        dev_lr=config.dev_lr or config.main_lr / 5,
         neumann_alpha=config.neumann_alpha or config.main_lr,
-        exp_name=config.exp_name,
         device=str(choose_device(config.device)),
     )
     _check_batch_norm(resolved, split)
     return resolved
 
 
-def _neumann(config, method):
-    return method.bilevel and config.solver == "neumann"
-
-
-def _conjugate_gradient(config, method):
-    return method.bilevel and config.solver == "cg"
+def _check_batch_norm(config, split):
+    """A batch of one image has one value per channel where the backbone has shrunk it to 1 x 1."""
+    smallest = BACKBONES[config.backbone].smallest
+    if config.image_size >= smallest:
+        return
+    sizes = {"--train_batch_size": (config.train_batch_size, training_set_name(config))}
+    if METHODS[config.method].bilevel or fine_tunes(config):
+        sizes["--dev_batch_size"] = (config.dev_batch_size, "dev")
+    for flag, (size, name) in sizes.items():
+        if len(split.indices[name]) % size == 1 or size == 1:
+            raise UserError(
+                f"{flag} {size} leaves a batch of one image, which {config.backbone}'s batch norm "
+                f"cannot train on at --image_size {config.image_size}: use another batch size or "
+                f"at least {smallest} pixels"
+            )
 
 
 def fine_tunes(config):
@@ -735,58 +686,43 @@ def fine_tunes(config):
     return METHODS[config.method].fine_tuned and config.dev_epochs > 0
 
 
-def _has_auxiliary(config, method):
-    return method.auxiliary and config.whether_aux is not False and config.task_num != 1
+def training_set_name(config):
+    """The set of the split that the lower level of a resolved ``Config`` trains on."""
+    held_out = METHODS[config.method].bilevel and config.hold_out_dev
+    return "rest_train" if held_out else "full_train"
 
 
-# When a setting changes something; those of the upper level that are not here, where there is one.
-_MATTERS = {
-    "corrupted_rate": lambda config, method: config.corrupted,
-    "backbone_pretrain": lambda config, method: (
-        config.backbone == "resnet18" and not config.backbone_weights
-    ),
-    "cache_dir": lambda config, method: config.cache != "off",
-    "aux_weight": _has_auxiliary,
-    "gcs": lambda config, method: config.method == "gcs" and _has_auxiliary(config, method),
-    "dev_epochs": lambda config, method: method.fine_tuned,
-    "dev_lr": lambda config, method: fine_tunes(config),
-    "aux_batch_size": lambda config, method: method.bilevel or fine_tunes(config),
-    "factors": lambda config, method: config.method in ("joint", "joint_stable"),
-    "target_share": lambda config, method: (
-        config.method == "joint_stable"
-        and (
-            config.target_share == "free"
-            or ("task" in config.factors and _has_auxiliary(config, method))
-        )
-    ),
-    "aux_hidden_dim": lambda config, method: config.method == "task",
-    "neumann_alpha": lambda config, method: (
-        _neumann(config, method) and (config.neumann_terms > 0 or config.neumann_scale == "alpha")
-    ),
-    "neumann_terms": _neumann,
-    "neumann_scale": _neumann,
-    "on_divergence": lambda config, method: _neumann(config, method) and config.neumann_terms > 0,
-    "damping": _conjugate_gradient,
-    "cg_iterations": _conjugate_gradient,
-}
+# --------------------------------------------------------------------------------------------------
+# What a person should know at the start
+# --------------------------------------------------------------------------------------------------
 
 
-def ineffective(config, processes=1):
-    """Names of the settings that differ from their defaults and change nothing in a run.
+def ineffective(config):
+    """Flags that differ from their defaults and change nothing in a run.
 
-    Args: ``config`` as given, before ``resolve``; ``processes``: how many train together.
+    Args: ``config`` as given, before ``resolve``.
     """
     method, full = METHODS[config.method], with_method_defaults(config)
-    matters = {"reduction": lambda config, method: method.bilevel and processes > 1, **_MATTERS}
+    neumann = method.bilevel and full.solver == "neumann"
+    auxiliary = method.auxiliary and config.whether_aux is not False and config.task_num != 1
+    matters = {
+        "corrupted_rate": config.corrupted,
+        "backbone_pretrain": config.backbone == "resnet18" and not config.backbone_weights,
+        "aux_weight": auxiliary,
+        "dev_epochs": method.fine_tuned,
+        "dev_batch_size": method.bilevel or fine_tunes(config),
+        "hyperstep": method.bilevel,
+        "upper_lr": method.bilevel,
+        "neumann_alpha": neumann and full.neumann_terms > 0,
+        "neumann_terms": neumann,
+        "tf32": full.device is None or full.device.startswith("cuda"),
+    }
     return [
-        field.name
-        for field in dataclasses.fields(config)
-        if getattr(config, field.name) != _unless_given(field)
-        and not (
-            matters[field.name](full, method)
-            if field.name in matters
-            else method.bilevel or field.metadata["group"] != UPPER
-        )
+        name
+        for name, field in FIELDS.items()
+        if name != "options"
+        and getattr(config, name) != field.default
+        and not matters.get(name, method.bilevel or field.metadata["group"] != UPPER)
     ]
 
 
@@ -803,24 +739,20 @@ def choose_device(name):
     return device
 
 
-def _check_batch_norm(config, split):
-    """A batch of one image has one value per channel where the backbone has shrunk it to 1 x 1."""
-    smallest = {"resnet18": 33, "convnet": 9}[config.backbone]
-    if config.image_size >= smallest:
-        return
-    sizes = {"--train_batch_size": (config.train_batch_size, training_set_name(config))}
-    if METHODS[config.method].bilevel or fine_tunes(config):
-        sizes["--aux_batch_size"] = (config.aux_batch_size, "dev")
-    for flag, (size, name) in sizes.items():
-        if len(split.indices[name]) % size == 1 or size == 1:
-            raise UserError(
-                f"{flag} {size} leaves a batch of one image, which {config.backbone}'s batch norm "
-                f"cannot train on at --image_size {config.image_size}: use another batch size or "
-                f"at least {smallest} pixels"
-            )
-
-
-def training_set_name(config):
-    """The set of the split that the lower level of a resolved ``Config`` trains on."""
-    held_out = METHODS[config.method].bilevel and config.hold_out_dev
-    return "rest_train" if held_out else "full_train"
+def slow_device(config):
+    """A sentence where a resolved ``Config`` trains on the CPU by mistake, most likely; or None."""
+    if config.device != "cpu":
+        return None
+    if glob.glob("/dev/nvidia[0-9]*") and not torch.cuda.is_available():
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        return (
+            "training on the CPU, though this machine has a GPU: "
+            + (f"CUDA_VISIBLE_DEVICES={visible} hides it" if visible is not None else "")
+            + ("" if visible is not None else "this PyTorch cannot use it")
+        )
+    if config.backbone == "resnet18" and config.image_size >= 224:
+        return (
+            "training ResNet-18 at 224 pixels on the CPU, which takes days; there is no GPU that "
+            "PyTorch can use"
+        )
+    return None

@@ -17,8 +17,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from auxilearn.errors import UserError
-from auxilearn.files import append_regular, read_regular
 from auxilearn.run.record import SCHEDULE_FILE
 from auxilearn.weights import samples_with_loss
 
@@ -33,27 +31,32 @@ class ScheduleHistory:
         names: of the K tasks, the target first.
         corrupted: (n,) bool, whose target label is wrong, by place in the training set; or None.
 
-    ``watch`` every lower step before its backward pass, ``write`` at every upper step.
+    ``add`` every lower step, ``write`` at every upper step.
     """
 
     def __init__(self, path, names, corrupted=None):
         self.path = path
         self.names = names
         self.corrupted = corrupted
-        self.events = None  # a ``tensorboard.Events`` that gets the rows as well
         self._start()
         if not path.exists() or path.stat().st_size == 0:
             self._append({"kind": "tasks", "names": names})
 
     @classmethod
-    def of_run(cls, directory, split, samples, corrupted):
-        """The history of a run in ``directory`` that trains on ``samples``, a ``SampleSet``.
-
-        ``corrupted`` says whether its labels were.
-        """
+    def of_run(cls, directory, run):
+        """The history of a ``Run`` that is recorded in ``directory``."""
+        samples, split = run.train_set, run.split
         names = ["target", *split.attribute_names[: samples.attributes.shape[1]]]
         wrong = samples.targets.numpy() != split.labels[samples.positions]
+        corrupted = run.config.effective_corrupted_rate > 0
         return cls(Path(directory) / SCHEDULE_FILE, names, wrong if corrupted else None)
+
+    def mean_weights(self):
+        """The mean weight of every task since the last row, a list of K numbers."""
+        return (self.total / self._counts()).tolist()
+
+    def _counts(self):
+        return self.count.clamp(min=1) if isinstance(self.count, torch.Tensor) else self.count
 
     def _start(self):
         self.total = self.count = 0
@@ -62,17 +65,6 @@ class ScheduleHistory:
     def state(self):
         """What is taken down since the last row, for a checkpoint."""
         return {"total": self.total, "count": self.count, "target": self.target}
-
-    @staticmethod
-    def is_state(state, tasks):
-        """Whether this may be a ``state()`` of a run of so many tasks."""
-        return (
-            state.keys() == {"total", "count", "target"}
-            and all(
-                torch.as_tensor(state[name]).shape in ((), (tasks,)) for name in ("total", "count")
-            )
-            and all(len(entry[0]) == len(entry[1]) for entry in state["target"])
-        )
 
     def restore(self, state, device):
         """Go on from ``state()``, with weights that are on ``device``."""
@@ -83,18 +75,13 @@ class ScheduleHistory:
         self.total, self.count = moved(state["total"]), moved(state["count"])
         self.target = [tuple(map(moved, entry)) for entry in state["target"]]
 
-    def watch(self, outputs):
-        """Take down the weights of ``TaskLosses`` when the backward pass comes through them."""
-        count = samples_with_loss(outputs)
+    def add(self, step):
+        """Take down the weights of a ``LowerStep``."""
+        outputs, weights = step.outputs, step.weights
+        self.total = self.total + weights.sum(dim=0)
+        self.count = self.count + samples_with_loss(outputs)
         labeled = None if outputs.mask is None else outputs.mask[:, 0]
-
-        def take_down(slope):
-            weights = slope * count  # (B, K)
-            self.total = self.total + weights.sum(dim=0)
-            self.count = self.count + count
-            self.target.append((weights[:, 0], outputs.sample_id, labeled))
-
-        outputs.losses.register_hook(take_down)
+        self.target.append((weights[:, 0], outputs.sample_id, labeled))
 
     def write(self, step):
         """Append the row of the steps since the last one."""
@@ -105,12 +92,11 @@ class ScheduleHistory:
         if self.corrupted is not None:
             wrong = self.corrupted[places]
             groups |= {"clean": weights[~wrong], "corrupted": weights[wrong]}
-        count = self.count.clamp(min=1) if isinstance(self.count, torch.Tensor) else self.count
         row = {
             "kind": "schedule",
             "step": step,
             "samples": sum(len(weights) for weights, _, _ in self.target),
-            "mean_weight": _short((self.total / count).tolist()),
+            "mean_weight": _short(self.mean_weights()),
             "target_weight": {
                 name: _short(np.quantile(values, QUANTILES).tolist())
                 for name, values in groups.items()
@@ -118,8 +104,6 @@ class ScheduleHistory:
             },
         }
         self._append(row)
-        if self.events is not None:
-            self.events.schedule(self.names, row)
         self._start()
 
     def _target_weights(self):
@@ -132,33 +116,9 @@ class ScheduleHistory:
         return weights.float().cpu().numpy(), places.cpu().numpy()
 
     def _append(self, row):
-        with append_regular(self.path) as file:
+        with open(self.path, "a", encoding="utf-8") as file:
             print(json.dumps(row), file=file)
 
 
 def _short(values):
     return [float(f"{value:.5g}") for value in values]
-
-
-def read_rows(path):
-    """The rows of a .jsonl file, one dict each; [] where there is none. UserError: it is no text.
-
-    A line that is being written, or that a crash cut off, is left out.
-    """
-    try:
-        lines = read_regular(path).decode("utf-8").split("\n")
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not what a run writes ({error})") from None
-    rows = []
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(row, dict):
-            rows.append(row)
-    return rows

@@ -1,7 +1,6 @@
 """What a run leaves on disk: configuration, metrics, log, best checkpoint, summary."""
 
 import contextlib
-import fcntl
 import hashlib
 import io
 import json
@@ -11,23 +10,23 @@ import platform
 import shutil
 import subprocess
 import sys
-import tempfile
-import time
-import zipfile
 from importlib import metadata
 from pathlib import Path
 
+import filelock
 import torch
 
 from auxilearn.errors import RunError, UserError
-from auxilearn.files import append_regular, open_regular, read_regular
+from auxilearn.files import is_locked, locked, read_json, write_aside, write_json
+from auxilearn.run.config import FIELDS, NEUTRAL
 
 CONFIG_FILE, METRICS_FILE, LOG_FILE = "config.json", "metrics.jsonl", "log.txt"
 SCHEDULE_FILE = "schedule.jsonl"
 BEST_FILE, SUMMARY_FILE = "best.pt", "summary.json"
 START_FILE = "fine_tuning_start.pt"
+LOCK_FILE = ".lock"
 CHECKPOINTS_KEPT = 2
-LOCK_TRIES = 5
+LOCK_PATIENCE = 6  # seconds: worker processes of a killed run hold its lock until they notice
 
 
 class RunRecord:
@@ -36,29 +35,26 @@ class RunRecord:
     Args:
         directory: created here; UserError if it is there already, unless ``overwrite``.
         description: JSON-able mapping of everything that determines the run.
-        resume: goes on with the run that is there, whose configuration must be the same; with
-            ``neutral``, the settings that may differ because no result depends on them, and
-        ``defaults``, {name: value} of settings that an older version may not have recorded.
+        resume: goes on with the run that is there, whose configuration must be the same.
     """
 
-    def __init__(
-        self, directory, description, overwrite=False, resume=False, neutral=(), defaults=None
-    ):
+    def __init__(self, directory, description, overwrite=False, resume=False):
         self.directory = Path(directory)
         if overwrite:
             self._remove_run()
         self._make_directory(resume)
+        self._lock = locked(self.directory / LOCK_FILE, wait=LOCK_PATIENCE)
         try:
-            self._log = self._locked_log()
+            self._acquire()
             for pattern in (".*.pt.*", ".*.json.*"):
                 for leftover in self.directory.glob(pattern):  # of ``write_aside``, killed in it
                     leftover.unlink()
-            self.events = None  # a ``report.tensorboard.Events`` that gets the rows as well
-            self._metrics = append_regular(self.directory / METRICS_FILE)
             if resume and (self.directory / CONFIG_FILE).exists():
-                self._check_same_run(description, neutral, defaults)
+                self._check_same_run(description)
             else:
                 write_json(self.directory / CONFIG_FILE, description)
+            self._log = self._opened(LOG_FILE)
+            self._metrics = self._opened(METRICS_FILE)
         except OSError as error:
             raise UserError(f"{self.directory} cannot be written ({error.strerror})") from None
 
@@ -74,33 +70,20 @@ class RunRecord:
         except OSError as error:
             raise UserError(f"{self.directory} cannot be created ({error.strerror})") from None
 
-    def _locked_log(self):
-        """log.txt, held by this process alone for as long as it lives."""
-        log = append_regular(self.directory / LOG_FILE)
-        for attempt in range(LOCK_TRIES):
-            try:
-                # Unlike flock, not shared with worker processes, which outlive a killed run a
-                # little; but lost as soon as this process closes any handle of the file.
-                fcntl.lockf(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except (BlockingIOError, PermissionError):
-                if attempt < LOCK_TRIES - 1:  # who looks whether it is locked locks it for a moment
-                    time.sleep(0.1)
-                    continue
-                log.close()
-                raise UserError(
-                    f"{self.directory} is being written by another process: wait for its end, or "
-                    "give another --exp_name"
-                ) from None
-            except OSError:
-                break  # a file system without locks
-        return log
+    def _acquire(self):
+        try:
+            self._lock.acquire()
+        except filelock.Timeout:
+            raise UserError(
+                f"{self.directory} is being written by another process: wait for its end, or "
+                "give another --exp_name"
+            ) from None
 
-    def _check_same_run(self, description, neutral, defaults):
-        settings = {k: v for k, v in description["config"].items() if k not in neutral}
-        differences = differences_of_run(
-            self.directory, settings, description["data"]["fingerprint"], defaults
-        )
+    def _opened(self, name):
+        return open(self.directory / name, "a", encoding="utf-8", errors="backslashreplace")
+
+    def _check_same_run(self, description):
+        differences = differences_of_run(self.directory, description)
         if differences:
             raise UserError(
                 f"{self.directory} cannot be continued with another configuration: "
@@ -108,20 +91,19 @@ class RunRecord:
             )
 
     def _remove_run(self):
-        if not os.path.exists(self.directory):  # or may not be looked at: see _make_directory
+        if not self.directory.exists():
             return
-        if not os.path.exists(self.directory / CONFIG_FILE):
+        if not (self.directory / CONFIG_FILE).exists():
             raise UserError(
                 f"{self.directory} holds no run ({CONFIG_FILE} is missing), so --overwrite leaves "
                 "it alone: remove it by hand or give another --exp_name"
             )
+        if is_locked(self.directory / LOCK_FILE):
+            raise UserError(f"{self.directory} is being written by another process")
         try:
-            with self._locked_log():
-                shutil.rmtree(self.directory)
+            shutil.rmtree(self.directory)
         except OSError as error:
-            raise UserError(
-                f"{self.directory} cannot be removed ({error.strerror or error})"
-            ) from None
+            raise UserError(f"{self.directory} cannot be removed ({error})") from None
 
     def metrics(self, kind, **values):
         """Append one row to metrics.jsonl; ``kind`` is step, upper or epoch.
@@ -130,8 +112,6 @@ class RunRecord:
         """
         row = {"kind": kind, **{name: _finite(value) for name, value in values.items()}}
         print(json.dumps(row, allow_nan=False), file=self._metrics, flush=True)
-        if self.events is not None:
-            self.events.metrics(row)
 
     def log(self, text):
         """Append a line to log.txt."""
@@ -146,33 +126,29 @@ class RunRecord:
     def load_best(self, expected, keep_as=None):
         """The best checkpoint, whose file must have the hash that ``save_best`` gave.
 
-        ``keep_as``: name of a file to keep it in, and to take it from where it is kept: a run that
-        is killed later, and goes on from here, finds a better one in its place.
+        ``keep_as``: also save a copy under this name, and prefer the copy on resume, because
+        ``best.pt`` may have been overwritten since.
         """
         path = self.directory / BEST_FILE
-        if keep_as:
-            kept = self.directory / keep_as
-            if kept.exists() and _hash(read_regular(kept)) == expected:
-                path = kept
-        try:
-            content = read_regular(path)
-        except OSError:
-            content = b""
-        if keep_as and path != kept and _hash(content) == expected:
-            write_aside(kept, lambda file: file.write(content))
-        if _hash(content) != expected:
-            raise RunError(
-                f"{path} is not the checkpoint that this run wrote, so there is nothing to test: "
-                "put it back, or start the run again with --overwrite 1"
-            )
-        return _loaded(path, content)
+        kept = self.directory / keep_as if keep_as else path
+        for candidate in dict.fromkeys((kept, path)):
+            with contextlib.suppress(FileNotFoundError):
+                content = candidate.read_bytes()
+                if _hash(content) == expected:
+                    if candidate != kept:
+                        write_aside(kept, lambda file, content=content: file.write(content))
+                    return _loaded(content)
+        raise RunError(
+            f"{path} is not the checkpoint that this run wrote, so there is nothing to test: "
+            "put it back, or start the run again with --overwrite 1"
+        )
 
     def save_checkpoint(self, step, state):
         """Keep ``state`` to continue from, in a file whose name ends in the hash of its content."""
-        for path in self._appended_files():  # on disk before a checkpoint counts on them
-            if path.name != LOG_FILE:
-                with open_regular(path) as file:
-                    os.fsync(file.fileno())
+        for file in self._appended_files():  # on disk before a checkpoint counts on them
+            if file.name != LOG_FILE:
+                with open(file, "rb") as opened:
+                    os.fsync(opened.fileno())
         sizes = {file.name: file.stat().st_size for file in self._appended_files()}
         content = _saved({"state": state, "sizes": sizes})
         path = self.directory / f"step-{step:08d}.{_hash(content)}.pt"
@@ -183,20 +159,17 @@ class RunRecord:
         for old in set(found) - {path, *earlier[: CHECKPOINTS_KEPT - 1]}:
             old.unlink()
 
-    def load_checkpoint(self, check=lambda state: None):
+    def load_checkpoint(self):
         """The newest undamaged state, or None; metrics and log are cut back to what they were then.
 
-        A damaged file is named in a warning, and the one before it is used. ``check(state)`` raises
-        what is wrong with a state, before anything is cut.
+        A damaged file is named in a warning, and the one before it is used.
         """
         for path in self._checkpoints():
-            try:
-                content = read_regular(path)
-                problem = None if _hash(content) == path.name.split(".")[1] else "is damaged"
-            except OSError as error:
-                problem = f"cannot be read ({error.strerror})"
-            if not problem:
-                state, sizes = _checkpoint_parts(path, _loaded(path, content))
+            content = path.read_bytes()
+            problem = "is damaged"
+            if _hash(content) == path.name.split(".")[1]:
+                saved = _loaded(content)
+                sizes = saved["sizes"]
                 current = {file.name: file.stat().st_size for file in self._appended_files()}
                 lost = [
                     name
@@ -204,10 +177,9 @@ class RunRecord:
                     if name != LOG_FILE and current.get(name, 0) < size
                 ]
                 if not lost:
-                    check(state)
                     for name, size in current.items():
                         os.truncate(self.directory / name, min(size, sizes.get(name, 0)))
-                    return state
+                    return saved["state"]
                 problem = f"counts on more than is left of {', '.join(lost)}"
             print(f"warning: {path} {problem}, and is not used", file=sys.stderr, flush=True)
         for file in self._appended_files():
@@ -216,8 +188,7 @@ class RunRecord:
 
     def _checkpoints(self):
         """Newest first."""
-        found = sorted(self.directory.glob("step-*.*.pt"), reverse=True)
-        return [path for path in found if not path.is_dir()]
+        return sorted(self.directory.glob("step-*.*.pt"), reverse=True)
 
     def _appended_files(self):
         paths = (self.directory / name for name in (METRICS_FILE, SCHEDULE_FILE, LOG_FILE))
@@ -226,22 +197,16 @@ class RunRecord:
     def finished(self):
         """The summary, if the run has come to its end; else None."""
         path = self.directory / SUMMARY_FILE
-        if not path.exists():
-            return None
-        summary = read_json(path)
-        if not isinstance(summary, dict) or not isinstance(summary.get("test_accuracy"), float):
-            raise UserError(f"{path}: not written by a run; remove it to end the run again")
-        return summary
+        return read_json(path) if path.exists() else None
 
     def summarise(self, summary):
         write_json(self.directory / SUMMARY_FILE, summary)
 
     def close(self):
-        if self.events is not None:
-            self.events.close()
         for file in (self._metrics, self._log):
             with contextlib.suppress(OSError):  # a line that a full disk refused before
                 file.close()
+        self._lock.release()
 
 
 class NoRecord:
@@ -249,49 +214,71 @@ class NoRecord:
 
     directory = None
 
-    def finished(self, *_):
-        """Never."""
-
-    load_checkpoint = finished
-
     def ignore(self, *args, **kwargs):
         """Does nothing."""
 
     metrics = log = save_best = save_checkpoint = summarise = close = ignore
+    finished = load_checkpoint = ignore
 
 
-def is_locked(log):
-    """Whether another process holds the lock on ``log``, an open file."""
-    try:
-        fcntl.lockf(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        fcntl.lockf(log, fcntl.LOCK_UN)
-    except (BlockingIOError, PermissionError):
-        return True
-    except OSError:  # a file system without locks
-        return False
-    return False
+def open_record(run):
+    """The directory of a ``Run``; its name is chosen here where the configuration has none."""
+    config = run.config
+    parent = Path(config.record_dir) / config.setting
+    if config.exp_name is None:
+        config.exp_name = free_name(parent, f"train_{config.method}_seed{config.seed}")
+    return RunRecord(
+        parent / config.exp_name,
+        description(run),
+        overwrite=config.overwrite,
+        resume=config.resume,
+    )
 
 
-def differences_of_run(directory, settings, fingerprint, defaults=None):
+def description(run):
+    """Everything that determines a ``Run``, for config.json."""
+    split, config = run.split, run.config
+    return {
+        "config": {name: getattr(config, name) for name in FIELDS},
+        "setting": config.setting,
+        "plugin": run.plugin,
+        "data": {
+            "fingerprint": split.fingerprint,
+            "data_root": str(split.data_root),
+            "split_seed": split.info["split_seed"],
+            "aux_shot": split.info["aux_shot"],
+            "classes": len(split.class_names),
+            "sets": {name: len(indices) for name, indices in split.indices.items()},
+            "trained_on": run.trained_on,
+        },
+        "environment": environment(),
+    }
+
+
+def differences_of_run(directory, wanted):
     """What the run recorded in ``directory`` does otherwise, a list of phrases.
 
-    Args: ``settings`` {name: value} that it should have, ``fingerprint`` of its data, ``defaults``
-    {name: value} of settings that its record may be too old to hold. Raises UserError: there is
-    no record of a run.
+    Args: ``wanted``: a ``description``, or as much of it as must agree: "config" (settings that are
+    missing are not compared), "data" with its fingerprint, "plugin". Raises UserError: there is no
+    record of a run.
     """
     path = Path(directory) / CONFIG_FILE
     recorded = read_json(path)
     try:
-        found, data = (defaults or {}) | recorded["config"], recorded["data"]["fingerprint"]
-    except (KeyError, TypeError, ValueError):
-        raise UserError(f"{path}: not written by a run") from None
+        found, data = recorded["config"], recorded["data"]["fingerprint"]
+        plugin = recorded["plugin"]
+    except (KeyError, TypeError):
+        raise UserError(f"{path}: not written by a run of this version") from None
+    settings = json.loads(json.dumps(wanted["config"]))  # as JSON holds them
     differences = [
         f"{name} was {found.get(name)!r} and is {value!r}"
         for name, value in settings.items()
-        if found.get(name) != value
+        if name not in NEUTRAL and found.get(name) != value
     ]
-    if data != fingerprint:
+    if data != wanted["data"]["fingerprint"]:
         differences.append("the data or its split have changed")
+    if plugin != wanted["plugin"]:
+        differences.append("the content of --plugin has changed")
     return differences
 
 
@@ -315,77 +302,13 @@ def _saved(value):
     return buffer.getvalue()
 
 
-def load_tensors(file):
-    """What ``torch.save`` wrote to ``file``, open to read bytes, on the CPU. Runs no code from it.
-
-    Raises many kinds on what is not its own, and ValueError for an archive that holds more than its
-    own size: ``torch.save`` packs nothing, but ``torch.load`` would unpack what others have packed.
-    """
-    if zipfile.is_zipfile(file):
-        size = file.seek(0, os.SEEK_END)
-        with zipfile.ZipFile(file) as archive:
-            if sum(member.file_size for member in archive.infolist()) > size:
-                raise ValueError("its members are larger than the file")
-    file.seek(0)
-    return torch.load(file, map_location="cpu", weights_only=True)
-
-
-def _loaded(path, content):
-    """What ``_saved`` was given; no code in ``content`` is executed. UserError names ``path``."""
-    try:
-        return load_tensors(io.BytesIO(content))
-    except Exception as error:  # of many kinds, on what is not torch's
-        first_line = str(error).strip().split("\n")[0]
-        raise UserError(
-            f"{path}: not a checkpoint that can be read safely ({first_line})"
-        ) from None
-
-
-def _checkpoint_parts(path, saved):
-    """(state, {file name: size}) of a checkpoint's content. UserError if it is something else."""
-    match saved:
-        case {"state": dict(state), "sizes": dict(sizes)} if all(
-            isinstance(size, int) and size >= 0 for size in sizes.values()
-        ):
-            return state, sizes
-    raise UserError(f"{path}: not a checkpoint of a run")
+def _loaded(content):
+    """What ``_saved`` was given. No code in ``content`` is executed."""
+    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
 
 def _hash(content):
     return hashlib.sha256(content).hexdigest()[:16]
-
-
-def read_json(path):
-    """The content of a JSON file; UserError if it cannot be read."""
-    try:
-        return json.loads(read_regular(path).decode("utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON ({error})") from None
-
-
-def write_json(path, content):
-    text = json.dumps(content, indent=2) + "\n"
-    write_aside(path, lambda file: file.write(text.encode()))
-
-
-def write_aside(path, write):
-    """Call ``write(binary file)`` on a temporary neighbour of ``path``, sync it, and rename it."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with open(handle, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp lets nobody else read
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
 
 
 def environment():

@@ -1,4 +1,4 @@
-"""The upper level of training: hypergradients by fast products with second derivatives.
+"""Fast products with second derivatives, for the upper level.
 
 The training loss is f(theta, phi) = S(L(theta); phi): a task model turns a batch into losses L
 (B, K), a scheduler turns these into one scalar S. Three operators make the hypergradient:
@@ -18,99 +18,24 @@ built again for each product, one after the other.
 """
 
 import contextlib
+import functools
 import re
 import warnings
-from typing import NamedTuple
 
 import torch
 from torch.autograd import forward_ad
 from torch.func import functional_call, jvp
 
-from auxilearn.hypernet import masked_column_means
-from auxilearn.implicit_diff import double_backward_operators, gradients, hypergradient
+from auxilearn.hypernet import (
+    TaskLosses,
+    loss_of_schedule,
+    masked_column_means,
+    scheduled_loss,
+    times_aux_weight,
+)
+from auxilearn.implicit_diff import double_backward_operators, gradients
 from auxilearn.second_order.batch_norm import FastBatchNorm
 from auxilearn.second_order.convolution import FastConvolution
-
-
-class TaskLosses(NamedTuple):
-    """What a task model makes of a batch.
-
-    losses (B, K), features (B, d), sample_id (B,) places in the training set (for schedulers that
-    hold a weight per sample), mask (B, K) bool, True where a loss exists, or None for everywhere.
-    """
-
-    losses: torch.Tensor
-    features: torch.Tensor | None = None
-    sample_id: torch.Tensor | None = None
-    mask: torch.Tensor | None = None
-
-
-def scheduled_loss(scheduler, task_losses):
-    """The scheduler's scalar for ``TaskLosses``, differentiable in both levels."""
-    return scheduler.scheduled_loss(**task_losses._asdict())
-
-
-class UpperLevel:
-    """Computes the hypergradient of a scheduler in training.
-
-    Args:
-        model: nn.Module; ``model(batch)`` returns ``TaskLosses`` (whatever a batch is).
-        scheduler: a ``HyperNet``.
-        solver: one of ``auxilearn.implicit_diff``.
-        main_task: the column of the target task.
-        average: callable (list of tensors, batches) -> their mean over the processes of a
-            distributed run. Applied to the development gradient and to every product, it gives the
-            hypergradient of the whole batch.
-
-    A model with an operator that has no forward-mode derivative falls back to plain double
-    backward, with one warning that names the operator.
-    """
-
-    def __init__(self, model, scheduler, solver, main_task=0, average=None):
-        self.model = model
-        self.scheduler = scheduler
-        self.solver = solver
-        self.main_task = main_task
-        self.average = average or (lambda tensors, batches: tensors)
-        self._operators = FastOperators
-
-    def hypergradient(self, train_batches, dev_batches):
-        """The hypergradient at the present parameters of model and scheduler.
-
-        Args: two non-empty lists of batches, as ``model`` takes them.
-        Returns: a list of tensors shaped like the scheduler's parameters, the solver's
-        ``Solution``, and the development loss (a float).
-        """
-        seed = int(torch.randint(2**31, ()))
-        problem = _Problem(self.model, self.scheduler, train_batches, seed, self.average)
-        dev_loss, v = self._development_gradient(problem, dev_batches)
-        try:
-            operators = self._operators(problem)
-            hypergrads, solution = hypergradient(v, operators.hvp, operators.mixed, self.solver)
-        except (NotImplementedError, RuntimeError) as error:
-            if self._operators is DoubleBackwardOperators or not lacks_forward_mode(error):
-                raise
-            warnings.warn(
-                f"{lacks_forward_mode(error)} has no forward-mode derivative: hypergradients "
-                "fall back to double backward, which is slower",
-                stacklevel=2,
-            )
-            self._operators = DoubleBackwardOperators
-            operators = self._operators(problem)
-            hypergrads, solution = hypergradient(v, operators.hvp, operators.mixed, self.solver)
-        return hypergrads, solution, dev_loss
-
-    def _development_gradient(self, problem, dev_batches):
-        """Mean target loss over the development batches, and its gradient in theta."""
-
-        def loss_and_gradient(batch):
-            theta = problem.leaves()
-            outputs = problem.evaluate(theta, batch)
-            loss = masked_column_means(outputs.losses, outputs.mask)[self.main_task]
-            return [loss.detach(), *gradients(loss, list(theta.values()))]
-
-        loss, *v = self.average(problem.mean_over(dev_batches, loss_and_gradient), dev_batches)
-        return loss.item(), v
 
 
 class ModelFunction:
@@ -147,6 +72,7 @@ class ModelFunction:
             outputs = self.evaluate(theta, batch)._asdict()
             return outputs.pop("losses"), {k: v for k, v in outputs.items() if v is not None}
 
+        _load_forward_mode()
         with torch.no_grad(), FastBatchNorm():
             losses, derivative, rest = jvp(
                 losses_and_rest, (self.theta,), (self.named(vector),), has_aux=True
@@ -154,16 +80,40 @@ class ModelFunction:
         return TaskLosses(losses, **rest), derivative
 
 
-class _Problem(ModelFunction):
-    """What stays fixed in one upper step, and the model as a function of theta."""
+@functools.cache
+def _load_forward_mode():
+    with warnings.catch_warnings():  # PyTorch itself scripts its decompositions on first use
+        warnings.simplefilter("ignore", FutureWarning)
+        with forward_ad.dual_level():
+            forward_ad.make_dual(torch.zeros(()), torch.zeros(()))
 
-    def __init__(self, model, scheduler, train_batches, seed, average):
+
+class Derivatives(ModelFunction):
+    """What stays fixed in one upper step, and means of derivatives over its batches.
+
+    Args: as for ``Bilevel``; ``train_batches`` are the upper step's.
+    """
+
+    def __init__(self, model, scheduler, train_batches, aux_weight, average):
         super().__init__(model)
         self.scheduler = scheduler
         self.train_batches = train_batches
-        self.seed = seed
+        self.aux_weight = aux_weight
         self.average = average
-        self.phi = list(scheduler.parameters())
+        self.seed = int(torch.randint(2**31, ()))
+        self.phi = [p for p in scheduler.parameters() if p.requires_grad]
+
+    def development_gradient(self, dev_batches):
+        """Mean target loss over the development batches (a float), and v, its gradient in theta."""
+
+        def loss_and_gradient(batch):
+            theta = self.leaves()
+            outputs = self.evaluate(theta, batch)
+            loss = masked_column_means(outputs.losses, outputs.mask)[self.scheduler.main_task]
+            return [loss.detach(), *gradients(loss, list(theta.values()))]
+
+        loss, *v = self.average(self.mean_over(dev_batches, loss_and_gradient), dev_batches)
+        return loss.item(), v
 
     def training_mean(self, function):
         """Mean of ``function`` over the training batches of all processes."""
@@ -179,6 +129,10 @@ class _Problem(ModelFunction):
             del values
         return [t / len(batches) for t in total]
 
+    def training_loss(self, theta, batch):
+        """f of one batch, with its graph."""
+        return scheduled_loss(self.scheduler, self.evaluate(theta, batch), self.aux_weight)
+
 
 class FastOperators:
     """H u by double backward in closed form, mixed p by one forward-mode pass."""
@@ -186,10 +140,6 @@ class FastOperators:
     def __init__(self, problem):
         self.problem = problem
         self._kept = None  # the product with H, where there is one batch for all products
-        with warnings.catch_warnings():  # PyTorch itself scripts its decompositions on first use
-            warnings.simplefilter("ignore", FutureWarning)
-            with forward_ad.dual_level():
-                forward_ad.make_dual(torch.zeros(()), torch.zeros(()))
 
     def hvp(self, u):
         """H u, a list shaped like theta."""
@@ -201,7 +151,7 @@ class FastOperators:
                 self._kept = hvp
             return hvp(u)
 
-        with _frozen(problem.phi):
+        with frozen(problem.phi):
             return problem.training_mean(product)
 
     def _second_order(self, batch):
@@ -209,7 +159,7 @@ class FastOperators:
         problem = self.problem
         theta = problem.leaves()
         with FastBatchNorm(), FastConvolution() as convolutions:
-            loss = scheduled_loss(problem.scheduler, problem.evaluate(theta, batch))
+            loss = problem.training_loss(theta, batch)
             convolutions.leaf_gradients = False  # of g, its derivatives are what counts
             theta = list(theta.values())
             g = gradients(loss, theta, create_graph=True)
@@ -221,10 +171,11 @@ class FastOperators:
 
         def product(batch):
             outputs, derivative = problem.directional_derivative(p, batch)
-            losses = outputs.losses.requires_grad_()
-            loss = scheduled_loss(problem.scheduler, outputs)
-            (slope,) = gradients(loss, [losses], create_graph=True)  # dS/dL (phi), (B, K)
-            return gradients(torch.sum(slope * derivative), problem.phi)
+            scale = (problem.aux_weight, problem.scheduler.main_task)
+            losses = times_aux_weight(outputs.losses, *scale).requires_grad_()
+            loss = loss_of_schedule(problem.scheduler, losses, outputs)
+            (slope,) = gradients(loss, [losses], create_graph=True)  # dS/d(aL) (phi), (B, K)
+            return gradients(torch.sum(slope * times_aux_weight(derivative, *scale)), problem.phi)
 
         return problem.training_mean(product)
 
@@ -240,7 +191,7 @@ class DoubleBackwardOperators:
 
         def product(batch):
             theta = problem.leaves()
-            loss = scheduled_loss(problem.scheduler, problem.evaluate(theta, batch))
+            loss = problem.training_loss(theta, batch)
             theta = list(theta.values())
             g = gradients(loss, theta, create_graph=True)
             return double_backward_operators(g, theta, problem.phi)[which](vector)
@@ -252,6 +203,22 @@ class DoubleBackwardOperators:
 
     def mixed(self, p):
         return self._product(p, 1)
+
+
+def slower_operators(operators, error):
+    """``DoubleBackwardOperators``, with a warning, where forward mode is what failed; else raises.
+
+    Args: the operators that failed, and how.
+    """
+    operator = lacks_forward_mode(error)
+    if operators is DoubleBackwardOperators or not operator:
+        raise error
+    warnings.warn(
+        f"{operator} has no forward-mode derivative: hypergradients fall back to double backward, "
+        "which is slower",
+        stacklevel=4,
+    )
+    return DoubleBackwardOperators
 
 
 def lacks_forward_mode(error):
@@ -266,7 +233,7 @@ def lacks_forward_mode(error):
 
 
 @contextlib.contextmanager
-def _frozen(parameters):
+def frozen(parameters):
     """The parameters without gradient for a while, so that no graph to them is recorded."""
     before = [p.requires_grad for p in parameters]
     for p in parameters:

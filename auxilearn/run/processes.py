@@ -1,4 +1,4 @@
-"""Several processes, one run: averages over ranks, under torchrun or alone.
+"""The processes of a run: several as one under torchrun, ended when asked, their faults in a line.
 
     torchrun --nproc_per_node 2 train_bilevel.py ...
 
@@ -9,13 +9,15 @@ the stable form also mean weights and centred features), are each rank's own.
 """
 
 import os
+import signal
+import threading
 from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
-from auxilearn.errors import RunError, UserError
+from auxilearn.errors import Interrupted, RunError, UserError
 
 TIMEOUT = timedelta(minutes=10)  # for a rank that is silent; one that ends is noticed at once
 
@@ -48,13 +50,6 @@ class Ranks:
         flat = flat[:-1] / flat[-1]
         pieces = flat.split([t.numel() for t in tensors])
         return [piece.reshape(t.shape) for piece, t in zip(pieces, tensors, strict=True)]
-
-    def average_gradients(self, parameters, weight):
-        """Replace the gradients of ``parameters`` by their weighted mean over the ranks."""
-        if self.size > 1:
-            means = self.average([p.grad for p in parameters], weight)
-            for parameter, mean in zip(parameters, means, strict=True):
-                parameter.grad.copy_(mean)
 
     def total(self, *numbers):
         """Sums of numbers over the ranks."""
@@ -144,3 +139,79 @@ def _rank_errors():
         raise RankError(
             f"another process of this run has ended or does not answer ({first_line})"
         ) from None
+
+
+# --------------------------------------------------------------------------------------------------
+# Ending a run
+# --------------------------------------------------------------------------------------------------
+
+EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: 143}
+
+
+class StopRequest:
+    """While active, the first signal is noted in ``signal`` and a second one ends the process.
+
+    To be entered before worker processes start, so that Ctrl-C, which reaches them too, leaves them
+    alive for the step that is still to be finished.
+    """
+
+    def __init__(self):
+        self.signal = None
+        self._before = {}
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():
+            for number in EXIT_CODES:
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self._before.items():
+            try:
+                signal.signal(number, handler)
+            except BaseException:
+                # It first runs handlers that are due: PyTorch's for SIGCHLD raises where a worker
+                # has died, which is no reason to leave ours installed.
+                self.__exit__()
+                raise
+
+    def _note(self, number, _frame):
+        if self.signal is not None:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self.signal = number
+
+    def interrupted(self, message):
+        """The error to end the run with."""
+        return Interrupted(message, EXIT_CODES.get(self.signal, 143))
+
+
+@contextmanager
+def machine_faults(config):
+    """A full or failing disk and dead worker processes, in one line."""
+    name = config.exp_name or "NAME"
+    advice = f"what was recorded is kept: continue with --exp_name {name} --resume 1"
+    try:
+        yield
+    except (OSError, EOFError, RuntimeError) as error:
+        first_line = str(error).strip().split("\n")[0]
+        if _is_of_a_dead_worker(error):
+            # PyTorch's handler would raise the same again at the end of every other worker.
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            raise RunError(
+                f"a process that loads images died ({first_line}), perhaps for want of memory; "
+                f"--num_workers sets their number; {advice}"
+            ) from None
+        if not isinstance(error, OSError):
+            raise
+        place = error.filename or f"the run's folder in {config.record_dir}"
+        raise RunError(f"{place}: {error.strerror or first_line}; {advice}") from None
+
+
+def _is_of_a_dead_worker(error):
+    """Whether PyTorch raises ``error`` where a worker, or its end of a socket, has gone."""
+    sockets = (ConnectionResetError, ConnectionRefusedError, EOFError)
+    return isinstance(error, sockets) or (
+        isinstance(error, RuntimeError)
+        and any(text in str(error) for text in ("DataLoader worker (pid", "ancillary data"))
+    )

@@ -1,0 +1,26 @@
+"""Kendall, Gal and Cipolla, "Multi-Task Learning Using Uncertainty to Weigh Losses", CVPR 2018."""
+
+import torch
+from torch import nn
+
+from auxilearn.hypernet import HyperNet, masked_column_means
+
+
+class Uncertainty(HyperNet):
+    """Weights from a learned noise per task: sum_k exp(-s_k) L_k + s_k / 2, L_k the task's mean.
+
+    s_k is the logarithm of the task's variance, 0 at the start; it is trained with the task model,
+    on the same loss (Kendall, Gal and Cipolla, "Multi-Task Learning Using Uncertainty to Weigh
+    Losses", CVPR 2018, eq. 10 and section 3.2 for cross entropies).
+    """
+
+    def __init__(self, main_task, input_dim):
+        super().__init__(main_task, input_dim)
+        self.log_variance = nn.Parameter(torch.zeros(input_dim))
+
+    def forward(self, losses, outputs=None, labels=None, data=None, *, mask=None):
+        means = masked_column_means(losses, mask)
+        penalty = self.log_variance / 2
+        if mask is not None:  # a task without a loss in this batch says nothing about its noise
+            penalty = penalty * mask.any(dim=0)
+        return (torch.exp(-self.log_variance) * means + penalty).sum()

@@ -1,0 +1,209 @@
+"""The algorithm: lower steps on the task model, upper steps on the scheduler.
+
+    lower   theta <- theta - eta  d/dtheta S(theta, phi)       S the scheduled loss, phi constant
+    upper   phi   <- phi   - eta' d/dphi   L_dev(theta*(phi))  by implicit differentiation
+
+Chen et al., ICML 2022; the upper gradient is Lorraine et al., AISTATS 2020, Algorithms 2 and 3: see
+``implicit_diff``.
+"""
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from auxilearn.hypernet import (
+    HyperNet,
+    TaskLosses,
+    loss_of_schedule,
+    scheduled_loss,
+    times_aux_weight,
+)
+from auxilearn.implicit_diff import Solution, hypergradient, neumann
+from auxilearn.optim import apply_hypergradient
+from auxilearn.second_order.products import Derivatives, FastOperators, frozen, slower_operators
+from auxilearn.weights import samples_with_loss
+
+
+class LowerStep(NamedTuple):
+    """What a lower step did. Tensors stay on the device, without a graph."""
+
+    loss: Tensor  # the scheduled loss, a scalar
+    gradient_norm: Tensor  # of theta's gradient, a scalar
+    outputs: TaskLosses
+    weights: Tensor  # (B, K) W_ik that the step used; 0 outside the mask
+
+
+class UpperStep(NamedTuple):
+    """What an upper step did."""
+
+    dev_loss: float
+    hypergradient_norm: float | None  # before clipping; None: not finite, and no step was taken
+    solution: Solution
+
+
+class Bilevel:
+    """A task model and its scheduler, with an optimiser each.
+
+        bilevel = Bilevel(model, scheduler, lower, upper)
+        for step, batch in enumerate(train_batches, start=1):
+            bilevel.lower_step(batch)
+            if step % 20 == 0:
+                bilevel.upper_step([next(more_train_batches)], [next(dev_batches)])
+
+    Neither step changes the mode of ``model``: call ``model.train()`` after an evaluation.
+
+    Args:
+        model: ``model(batch)`` returns ``TaskLosses``, whatever a batch is.
+        scheduler: a ``HyperNet``.
+        lower: optimiser of the task model; also of the scheduler's parameters where these are
+            learned on the training loss (uncertainty weights).
+        upper: optimiser of the scheduler; None without an upper level.
+        solver: of ``implicit_diff`` (default: three Neumann terms, alpha the lower learning rate).
+        max_norm: the hypergradient is clipped to this norm; None: no clip. Nothing else is clipped.
+        aux_weight: factor on the losses of all auxiliary tasks.
+        average: callable (list of tensors, batches) -> their mean over the processes of a
+            distributed run, each weighted by its number of samples.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        scheduler: HyperNet,
+        lower: torch.optim.Optimizer,
+        upper: torch.optim.Optimizer | None = None,
+        *,
+        solver: Callable | None = None,
+        max_norm: float | None = None,
+        aux_weight: float = 1.0,
+        average: Callable[[list[Tensor], Sequence[Any]], list[Tensor]] | None = None,
+    ):
+        self.model = model
+        self.scheduler = scheduler
+        self.lower = lower
+        self.upper = upper
+        self.solver = solver
+        self.max_norm = max_norm
+        self.aux_weight = aux_weight
+        self.average = average or (lambda tensors, batches: tensors)
+        self._operators = FastOperators
+        self._warned = False
+
+    def lower_loss(self, batch: Any) -> Tensor:
+        """The scheduled loss of ``batch``, a scalar with its graph to theta.
+
+        For accumulation or clipping of one's own: ``backward()``, then the optimiser, are the
+        caller's. Schedulers that look at gradients (``before_lower_step``) need ``lower_step``.
+        """
+        self._check_mode()
+        with frozen(self._phi_of_the_upper_level()):
+            return scheduled_loss(self.scheduler, self.model(batch), self.aux_weight)
+
+    def lower_step(self, batch: Any, dev_batches: Sequence[Any] | None = None) -> LowerStep:
+        """One step of the lower optimiser on the scheduled loss of ``batch``.
+
+        ``dev_batches``: for a scheduler that ``needs_dev``. Raises ValueError: it got none.
+        """
+        self._check_mode()
+        if self.scheduler.needs_dev and not dev_batches:
+            raise ValueError(
+                f"{type(self.scheduler).__name__} needs development batches before every lower "
+                "step: lower_step(batch, dev_batches)"
+            )
+        self.scheduler.before_lower_step(self.model, batch, dev_batches, self.average)
+        outputs = self.model(batch)
+        losses = times_aux_weight(outputs.losses, self.aux_weight, self.scheduler.main_task)
+        losses.retain_grad()  # N_k dS/d(a_k L_ik) is the weight that the step used
+        with frozen(self._phi_of_the_upper_level()):
+            loss = loss_of_schedule(self.scheduler, losses, outputs)
+        parameters = self._lower_parameters()
+        self.lower.zero_grad()
+        loss.backward(inputs=parameters)
+        reached = [p.grad for p in parameters if p.grad is not None]
+        means = self.average(reached, [batch])
+        if means is not reached:
+            for gradient, mean in zip(reached, means, strict=True):
+                gradient.copy_(mean)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, torch.inf)  # clips nothing
+        self.lower.step()
+        weights = losses.grad * samples_with_loss(outputs)
+        return LowerStep(loss.detach(), norm, outputs.detached(), weights)
+
+    def upper_step(self, train_batches: Sequence[Any], dev_batches: Sequence[Any]) -> UpperStep:
+        """One step of the upper optimiser down the hypergradient; ``clamp()`` follows it.
+
+        A hypergradient that is not finite is not stepped along. Raises ValueError: there is no
+        upper optimiser.
+        """
+        if self.upper is None:
+            raise ValueError("Bilevel was built without an upper optimiser: give one as upper=")
+        gradient, solution, dev_loss = self.hypergradient(train_batches, dev_batches)
+        if not all(torch.isfinite(g).all() for g in gradient):
+            return UpperStep(dev_loss, None, solution)
+        norm = apply_hypergradient(self.upper, self._phi(), gradient, self.max_norm)
+        self.scheduler.clamp()
+        return UpperStep(dev_loss, norm, solution)
+
+    def hypergradient(
+        self, train_batches: Sequence[Any], dev_batches: Sequence[Any]
+    ) -> tuple[list[Tensor], Solution, float]:
+        """d L_dev / d phi at the present parameters, the solver's ``Solution``, and L_dev.
+
+        The model is left as it was, batch norm's statistics included. The gradient is a list shaped
+        like the scheduler's parameters. Raises ValueError: an empty list of batches.
+        """
+        self._check_mode()
+        if not train_batches or not dev_batches:
+            raise ValueError("an upper step needs at least one training and one development batch")
+        derivatives = Derivatives(
+            self.model, self.scheduler, train_batches, self.aux_weight, self.average
+        )
+        dev_loss, v = derivatives.development_gradient(dev_batches)
+        solver = self.solver or neumann(alpha=self.lower.param_groups[0]["lr"], terms=3)
+        try:
+            operators = self._operators(derivatives)
+            gradient, solution = hypergradient(v, operators.hvp, operators.mixed, solver)
+        except (NotImplementedError, RuntimeError) as error:
+            self._operators = slower_operators(self._operators, error)
+            operators = self._operators(derivatives)
+            gradient, solution = hypergradient(v, operators.hvp, operators.mixed, solver)
+        return gradient, solution, dev_loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of model, scheduler and both optimisers."""
+        return {
+            "model": self.model.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "lower": self.lower.state_dict(),
+            "upper": self.upper.state_dict() if self.upper else None,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Put back what ``state_dict`` returned."""
+        self.model.load_state_dict(state["model"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.lower.load_state_dict(state["lower"])
+        if self.upper:
+            self.upper.load_state_dict(state["upper"])
+
+    def _phi(self):
+        return [p for p in self.scheduler.parameters() if p.requires_grad]
+
+    def _lower_parameters(self):
+        return [p for group in self.lower.param_groups for p in group["params"] if p.requires_grad]
+
+    def _phi_of_the_upper_level(self):
+        """The scheduler's parameters that are constants to the lower level."""
+        below = set(map(id, self._lower_parameters()))
+        return [p for p in self.scheduler.parameters() if id(p) not in below]
+
+    def _check_mode(self):
+        if not self.model.training and not self._warned:
+            self._warned = True
+            warnings.warn(
+                "the model is in evaluation mode, and is trained so: dropout is off and batch norm "
+                "uses its running statistics; call model.train() first if that is not intended",
+                stacklevel=3,
+            )

@@ -1,0 +1,296 @@
+"""What a configuration is made into: the plan of its steps, models, optimisers, batches."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from auxilearn.bilevel import Bilevel
+from auxilearn.data.cache import open_images
+from auxilearn.data.dataset import (
+    EndlessBatches,
+    FirstBatch,
+    OrderedBatches,
+    SampleSet,
+    Shard,
+    Stream,
+    sample_set,
+    training_set,
+)
+from auxilearn.data.split import Split
+from auxilearn.hypernet import TargetTask
+from auxilearn.implicit_diff import identity, neumann, preconditioned
+from auxilearn.methods import LOWER, METHODS, Method, Problem, load_plugin
+from auxilearn.models import TaskModel, build_backbone
+from auxilearn.optim import adam_scale, upper_adam
+from auxilearn.randomness import derived_seed
+from auxilearn.run.config import Config, fine_tunes, training_set_name
+from auxilearn.run.processes import Ranks
+from auxilearn.stable import FINE_TUNING_DIVISOR
+
+TRAINING, FINE_TUNING = "training", "fine-tuning"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which steps a run takes, counted from 1: lower steps with upper steps among them, then those
+    of fine-tuning."""
+
+    steps_per_epoch: int
+    main_steps: int
+    steps_per_pass: int  # of fine-tuning
+    passes: int
+    hyperstep: int
+    warmup_epochs: int
+    bilevel: bool
+
+    @classmethod
+    def of(cls, config, samples, dev_samples):
+        """The plan of a resolved ``Config`` on sets of these sizes."""
+        per_epoch = math.ceil(samples / config.train_batch_size)
+        main = config.epochs * per_epoch
+        return cls(
+            steps_per_epoch=per_epoch,
+            main_steps=min(main, config.max_steps or main),
+            steps_per_pass=math.ceil(dev_samples / config.dev_batch_size),
+            passes=config.dev_epochs if fine_tunes(config) else 0,
+            hyperstep=config.hyperstep,
+            warmup_epochs=config.warmup_epochs,
+            bilevel=METHODS[config.method].bilevel,
+        )
+
+    @property
+    def total_steps(self):
+        return self.main_steps + self.passes * self.steps_per_pass
+
+    def phase(self, step):
+        return TRAINING if step <= self.main_steps else FINE_TUNING
+
+    def epoch(self, step):
+        """The pass that a step belongs to, from 1 in each phase."""
+        if step <= self.main_steps:
+            return (step - 1) // self.steps_per_epoch + 1
+        return (step - self.main_steps - 1) // self.steps_per_pass + 1
+
+    def epoch_ends(self, step):
+        last = step in (self.main_steps, self.total_steps)
+        return last or self.epoch(step + 1) > self.epoch(step)
+
+    def upper_steps(self, step):
+        """How many upper steps there are up to the end of lower step ``step``."""
+        if not self.bilevel:
+            return 0
+        before = self.warmup_epochs * self.steps_per_epoch // self.hyperstep
+        return max(0, min(step, self.main_steps) // self.hyperstep - before)
+
+    def upper_step_follows(self, step):
+        return self.upper_steps(step) > self.upper_steps(step - 1)
+
+
+@dataclass
+class Run:
+    """One run, built. ``fine_tuning`` trains the same model on the target task alone."""
+
+    config: Config  # resolved
+    split: Split
+    ranks: Ranks
+    method: Method
+    plan: Plan
+    train_set: SampleSet
+    bilevel: Bilevel
+    fine_tuning: Bilevel | None
+    images: Any
+
+    @property
+    def device(self):
+        return torch.device(self.config.device)
+
+    @property
+    def trained_on(self):
+        """The name of the set that the lower level trains on."""
+        return training_set_name(self.config)
+
+    @property
+    def plugin(self):
+        """The hash of --plugin's content, or None."""
+        return load_plugin(self.config.plugin) if self.config.plugin else None
+
+    def lower_batches(self, after):
+        """Training batches, then those of fine-tuning, after the first ``after`` steps."""
+        config, main = self.config, self.plan.main_steps
+        if after < main:
+            order = self._endless(self.train_set, config.train_batch_size, "lower")
+            stream = self._stream(self.train_set, order, "lower", augment=True).after(after)
+            for _ in range(after, main):
+                yield next(stream)
+        if self.plan.passes:
+            dev = self._set("dev")
+            order = self._endless(dev, config.dev_batch_size, "fine-tuning")
+            stream = self._stream(dev, order, "fine-tuning", augment=True, workers=1)
+            yield from stream.after(max(0, after - main))
+
+    def dev_batches_of_lower_steps(self, after):
+        """Lists of development batches, for a scheduler that looks at them in every lower step."""
+        if not self.bilevel.scheduler.needs_dev:
+            while True:
+                yield None
+        count = self.config.n_meta_loss_accum
+        stream = self._dev_stream("lower dev").after(after * count)
+        while True:
+            yield [next(stream) for _ in range(count)]
+
+    def upper_batches(self, after):
+        """(training batches, development batches) of every upper step after the first ``after``."""
+        config = self.config
+        order = self._endless(self.train_set, config.train_batch_size, "upper")
+        train = self._stream(self.train_set, order, "upper", augment=True, workers=1)
+        train = train.after(after * config.n_meta_train_loss_accum)
+        dev = self._dev_stream("dev").after(after * config.n_meta_loss_accum)
+        while True:
+            yield (
+                [next(train) for _ in range(config.n_meta_train_loss_accum)],
+                [next(dev) for _ in range(config.n_meta_loss_accum)],
+            )
+
+    def evaluation_batches(self, name):
+        """All of a set once, without augmentation, this rank's share of every batch."""
+        samples = self._set(name)
+        share = self.ranks.rank, self.ranks.size
+        order = OrderedBatches(len(samples), self.config.test_batch_size, *share)
+        return self._stream(samples, order, name, augment=False)
+
+    def _set(self, name):
+        return sample_set(self.split, name, self.config.task_num)
+
+    def _dev_stream(self, name):
+        dev, size = self._set("dev"), self.config.dev_batch_size
+        first = self.config.dev_batches == "first"
+        order = FirstBatch(len(dev), size) if first else self._endless(dev, size, name)
+        return self._stream(dev, order, name, augment=False, workers=1)
+
+    def _endless(self, samples, size, name):
+        return EndlessBatches(len(samples), size, self.config.seed, name)
+
+    def _stream(self, samples, order, name, *, augment, workers=None):
+        limit = self.config.num_workers
+        if self.ranks.size > 1 and not isinstance(order, OrderedBatches):
+            order = Shard(order, self.ranks.rank, self.ranks.size)
+        return Stream(
+            self.images,
+            samples,
+            order,
+            self.config.image_size,
+            self.device,
+            augment=augment,
+            seed=self.config.seed,
+            name=name,
+            workers=limit if workers is None else min(workers, limit),
+        )
+
+
+def build(config, split, ranks=None):
+    """The ``Run`` of a resolved ``Config``. Raises UserError: weights or images cannot be read."""
+    ranks = ranks or Ranks()
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = config.tf32
+    method = METHODS[config.method]
+    train_set = training_set_of(config, split)
+    plan = Plan.of(config, len(train_set), len(split.indices["dev"]))
+    model = build_model(config, split)
+    scheduler = build_scheduler(config, split, len(train_set))
+    theta, phi = list(model.parameters()), list(scheduler.parameters())
+    lower = lower_optimizer(config, theta, config.main_lr)
+    if method.learned == LOWER:
+        lower.add_param_group({"params": phi, "weight_decay": 0.0})
+
+    def average(tensors, batches):
+        return ranks.average(tensors, sum(len(batch.sample_id) for batch in batches))
+
+    bilevel = Bilevel(
+        model,
+        scheduler,
+        lower,
+        upper_optimizer(config, phi) if method.bilevel else None,
+        solver=solver_of(config, lower, theta),
+        max_norm=config.max_grad_norm or None,
+        aux_weight=config.aux_weight,
+        average=average,
+    )
+    fine_tuning = None
+    if plan.passes:
+        fresh = lower_optimizer(config, theta, config.main_lr / FINE_TUNING_DIVISOR)
+        fine_tuning = Bilevel(model, TargetTask(0, config.task_num), fresh, average=average)
+    images = open_images(split, config.image_size, config.cache_dir, config.num_workers)
+    return Run(config, split, ranks, method, plan, train_set, bilevel, fine_tuning, images)
+
+
+def build_model(config, split, pretrained=True):
+    """The task model of a resolved ``Config``, on its device.
+
+    ``pretrained=False`` leaves its weights random, to be loaded from a checkpoint.
+    """
+    torch.manual_seed(derived_seed(config.seed, "task model"))
+    weights = (config.backbone_pretrain, config.backbone_weights) if pretrained else ()
+    backbone = build_backbone(config.backbone, config.feature_dim, *weights)
+    model = TaskModel(
+        backbone, config.feature_dim, class_counts(config, split), amp=config.amp == "bf16"
+    )
+    return model.to(config.device, memory_format=torch.channels_last)
+
+
+def build_scheduler(config, split, samples):
+    """The scheduler of a resolved ``Config`` for so many training samples, on its device."""
+    torch.manual_seed(derived_seed(config.seed, "scheduler"))
+    problem = Problem(
+        tasks=config.task_num,
+        feature_dim=config.feature_dim,
+        samples=samples,
+        classes=tuple(class_counts(config, split)),
+        few_labels=config.labeled_per_class > 0,
+    )
+    return METHODS[config.method].build(problem, **config.options).to(config.device)
+
+
+def class_counts(config, split):
+    """The number of classes of every task."""
+    return [len(split.class_names)] + [2] * (config.task_num - 1)
+
+
+def training_set_of(config, split):
+    """What a run with a resolved ``Config`` trains on: a ``SampleSet``."""
+    return training_set(
+        split,
+        training_set_name(config),
+        config.task_num,
+        config.seed,
+        corrupted_rate=config.effective_corrupted_rate,
+        labeled_per_class=config.labeled_per_class,
+    )
+
+
+def lower_optimizer(config, theta, lr):
+    """The optimiser of the task model."""
+    if config.main_optimizer == "adam":
+        return torch.optim.Adam(theta, lr=lr, weight_decay=config.w_decay)
+    return torch.optim.SGD(theta, lr=lr, momentum=0.9, weight_decay=config.w_decay)
+
+
+def upper_optimizer(config, phi):
+    """The optimiser of the scheduler."""
+    if config.upper_optimizer == "adam":
+        return upper_adam(phi, config.upper_lr, config.upper_decay)
+    return torch.optim.SGD(phi, lr=config.upper_lr, momentum=0.9, weight_decay=config.upper_decay)
+
+
+def solver_of(config, lower, theta):
+    """The solver that a resolved ``Config`` names, for the lower level's optimiser."""
+    if config.solver == "neumann":
+        solver = neumann(config.neumann_alpha, config.neumann_terms)
+    else:
+        solver = identity()
+    if config.precondition == "adam":
+        return preconditioned(solver, lambda: adam_scale(lower, theta))
+    return solver

@@ -1,0 +1,215 @@
+"""What a person sees of a run while it trains, and the rows of metrics.jsonl."""
+
+import torch
+from tqdm import tqdm
+
+from auxilearn.implicit_diff import stable_alpha
+from auxilearn.run.build import FINE_TUNING
+from auxilearn.run.config import slow_device
+
+# Mean weights of a schedule over the samples of the last lower steps, in its collapse:
+VANISHING = 1e-4  # the largest of the tasks' is below
+DOMINATING = 0.99  # the largest has this share of their sum
+
+
+class Progress:
+    """Lines for the person and for log.txt, a progress bar on a terminal, means between two rows.
+
+    Args: the ``Run``, its record, and the number of steps ``done`` before.
+    """
+
+    def __init__(self, run, record):
+        self.run, self.record = run, record
+        self.reported = []
+        self.window = Window()
+        self._bar = None
+
+    def bar(self, done):
+        """The progress bar, for a ``with`` block; nothing where stderr is a file."""
+        self._bar = tqdm(
+            total=self.run.plan.total_steps,
+            initial=done,
+            unit="step",
+            dynamic_ncols=True,
+            disable=None if self.run.ranks.first else True,
+        )
+        return self._bar
+
+    def say(self, text):
+        if not self.run.ranks.first:
+            return
+        self.record.log(text)
+        if self._bar is None or self._bar.disable:
+            print(text, flush=True)
+        else:
+            self._bar.write(text)
+
+    def warn_once(self, what, text):
+        if what not in self.reported:
+            self.reported.append(what)
+            self.say(f"warning: {text}")
+
+    def start(self, done, ineffective):
+        """Say what is trained, on what, and what to know about it.
+
+        Args: the number of steps ``done`` before, and names of flags that change nothing.
+        """
+        run, config, plan = self.run, self.run.config, self.run.plan
+        others = f" and {run.ranks.size - 1} more" if run.ranks.size > 1 else ""
+        self.say(
+            f"{config.method} ({run.method.title}), {config.setting} setting, "
+            f"{len(run.train_set)} images, {config.task_num} task{'s' * (config.task_num > 1)}, "
+            f"on {run.device}{others}"
+        )
+        self.say(f"recording in {self.record.directory}")
+        if ineffective:
+            flags = ", ".join(f"--{name}" for name in ineffective)
+            self.say(f"note: flags without effect in this run: {flags}")
+        if "corrupted_rate" in ineffective:
+            self.say("warning: --corrupted_rate without --corrupted 1: no label is corrupted")
+        if slow := slow_device(config):
+            self.say(f"warning: {slow}")
+        if plan.bilevel and not plan.upper_steps(plan.main_steps):
+            self.say(
+                f"warning: {plan.main_steps} lower steps end before the first upper step "
+                f"(--warmup_epochs {config.warmup_epochs} --hyperstep {config.hyperstep}): the "
+                "schedule stays as it starts"
+            )
+        if done:
+            self.say(f"continuing after step {done}")
+
+    def start_fine_tuning(self, best):
+        """``best``: the checkpoint that it starts from."""
+        passes = self.run.plan.passes
+        self.say(
+            f"fine-tuning on the development set: {passes} pass{'es' * (passes > 1)}, from the "
+            f"checkpoint of {named(best)}"
+        )
+
+    def step_row(self, step):
+        """Write the row of the lower steps up to ``step``."""
+        plan = self.run.plan
+        row = self.window.close(step, self.run.ranks)
+        phase = {"phase": plan.phase(step), "epoch": plan.epoch(step)}
+        self.record.metrics("step", **phase, **row)
+        self._bar.set_postfix(loss=f"{row['loss']:.3f}", accuracy=row["accuracy"])
+
+    def upper_row(self, step, result, seconds):
+        """Write the row of an upper step, and say if the series diverges."""
+        config, solution = self.run.config, result.solution
+        norm, alpha = result.hypergradient_norm, None
+        if solution.diverging and solution.growth is not None:
+            alpha = stable_alpha(config.neumann_alpha, solution.growth)
+            cure = "no alpha is stable: its terms grow along negative curvature, or overflow"
+            if alpha is not None:
+                cure = f"the largest stable --neumann_alpha is about {alpha:.2g}"
+            self.warn_once(
+                "divergence",
+                f"step {step}: the Neumann series diverges at alpha {config.neumann_alpha:g} "
+                f"(residual {solution.residual:.3g}), and is used all the same: {cure}",
+            )
+        self.record.metrics(
+            "upper",
+            step=step,
+            dev_loss=result.dev_loss,
+            hypergradient_norm=norm,
+            clipped=bool(config.max_grad_norm) and norm > config.max_grad_norm,
+            residual=solution.residual,
+            products=solution.products,
+            diverging=solution.diverging,
+            stable_alpha=alpha,
+            upper_seconds=seconds,
+        )
+
+    def check_schedule(self, step, weights):
+        """Say, once, that the schedule trains nothing any more, or one task alone.
+
+        ``weights``: the mean weight of every task.
+        """
+        largest = max(weights)
+        if largest < VANISHING:
+            self.warn_once(
+                "vanishing",
+                f"step {step}: the schedule has collapsed to zero (largest mean weight of a task "
+                f"{largest:.2g}); a smaller --upper_lr may help",
+            )
+        elif len(weights) > 1 and largest > DOMINATING * sum(weights):
+            self.warn_once(
+                "dominating",
+                f"step {step}: the schedule has collapsed to task {weights.index(largest)} (0 is "
+                f"the target), which has {largest / sum(weights):.1%} of the mean weight",
+            )
+
+    def epoch_row(self, step, accuracy, seconds):
+        plan = self.run.plan
+        phase, epoch = plan.phase(step), plan.epoch(step)
+        self.record.metrics(
+            "epoch",
+            phase=phase,
+            epoch=epoch,
+            step=step,
+            valid_accuracy=accuracy,
+            valid_seconds=seconds,
+        )
+        name = (
+            f"fine-tuning pass {epoch} of {plan.passes}"
+            if phase == FINE_TUNING
+            else (f"epoch {epoch}")
+        )
+        self.say(f"{name}, step {step}: validation accuracy {accuracy:.4f}")
+
+
+def named(best):
+    """``epoch 3`` or ``fine-tuning pass 3``."""
+    word = "fine-tuning pass" if best["phase"] == FINE_TUNING else "epoch"
+    return f"{word} {best['epoch']}"
+
+
+class Window:
+    """Means over the lower steps since the last row of metrics."""
+
+    def __init__(self, start=0):
+        self.start = start
+        self.loss = self.target_loss = self.aux_loss = 0.0
+        self.hits = self.known = self.labeled_steps = 0
+        self.data_seconds = self.lower_seconds = 0.0
+
+    @torch.no_grad()
+    def add(self, loss, outputs, logits):
+        """Count a step: its scheduled loss, and its plain mean losses of target and other tasks.
+
+        ``logits`` (B, C): of the target task, after the step.
+        """
+        losses = outputs.losses
+        known = slice(None) if outputs.mask is None else outputs.mask[:, 0]
+        target = losses[known, 0]
+        self.loss += loss
+        if len(target):
+            self.target_loss += target.mean().item()
+            self.labeled_steps += 1
+        self.aux_loss += losses[:, 1:].mean().item() if losses.shape[1] > 1 else 0.0
+        hits = (logits.argmax(dim=1) == outputs.labels[:, 0])[known]
+        self.hits += hits.sum().item()
+        self.known += len(hits)
+
+    def close(self, step, ranks):
+        """The row of the steps up to ``step``; starts over.
+
+        Losses and seconds are per step, the target's per step that had a label (None: there was
+        none); over several ranks, losses are the mean of theirs.
+        """
+        steps = step - self.start
+        loss, target_loss, labeled_steps, aux_loss, hits, known = ranks.total(
+            self.loss, self.target_loss, self.labeled_steps, self.aux_loss, self.hits, self.known
+        )
+        row = {
+            "step": step,
+            "loss": loss / steps / ranks.size,
+            "target_loss": target_loss / labeled_steps if labeled_steps else None,
+            "aux_loss": aux_loss / steps / ranks.size,
+            "accuracy": hits / known if known else None,
+            "data_seconds": self.data_seconds / steps,
+            "lower_seconds": self.lower_seconds / steps,
+        }
+        self.__init__(step)
+        return row

@@ -1,0 +1,137 @@
+"""What a run carries from step to step: kept in checkpoints, put back to the same bits."""
+
+import dataclasses
+import time
+
+import torch
+
+from auxilearn.errors import DivergenceError
+from auxilearn.run.history import ScheduleHistory
+from auxilearn.run.progress import Progress, named
+from auxilearn.run.record import START_FILE
+
+
+class State:
+    """The state of a ``Run`` that is recorded in ``record``.
+
+    ``best``: where validation was best so far: phase, epoch, step, valid_accuracy and the hash of
+    the checkpoint; {} before the first epoch's end. ``history``: of the schedule, on the rank that
+    writes, or None.
+    """
+
+    def __init__(self, run, record):
+        self.run, self.record = run, record
+        self.progress = Progress(run, record)
+        self.history = None
+        if run.plan.bilevel and run.ranks.first:
+            self.history = ScheduleHistory.of_run(record.directory, run)
+        self.best = {}
+        self._start = time.perf_counter()
+
+    def save(self, step):
+        """Save all that the steps to come depend on. The batches follow from the step."""
+        fine_tuning = self.run.fine_tuning
+        state = {
+            "step": step,
+            **self.run.bilevel.state_dict(),
+            "fine_tuning": fine_tuning.lower.state_dict() if fine_tuning else None,
+            "random": self.run.ranks.gathered(_random_state(self.run.device)),
+            "best": self.best,
+            "reported": self.progress.reported,
+            "window": vars(self.progress.window),
+            "history": self.history.state() if self.history else None,
+            "seconds": time.perf_counter() - self._start,
+        }
+        self.record.save_checkpoint(step, state)
+
+    def restore(self):
+        """Put back the last checkpoint, if there is one. Returns the number of steps done."""
+        run = self.run
+        state = self.record.load_checkpoint() if run.config.resume else None
+        state = run.ranks.from_first(state)
+        if state is None:
+            return 0
+        run.bilevel.load_state_dict(state)
+        if run.fine_tuning:
+            run.fine_tuning.lower.load_state_dict(state["fine_tuning"])
+        _set_random_state(state["random"][run.ranks.rank], run.device)
+        self.best = state["best"]
+        self.progress.reported = state["reported"]
+        vars(self.progress.window).update(state["window"])
+        if self.history:
+            self.history.restore(state["history"], run.device)
+        self._start -= state["seconds"]
+        return state["step"]
+
+    def keep_if_best(self, step, accuracy):
+        """Keep the model and the scheduler if their validation accuracy is the best so far."""
+        if accuracy <= self.best.get("valid_accuracy", -1.0):
+            return
+        plan, bilevel = self.run.plan, self.run.bilevel
+        self.best = {
+            "phase": plan.phase(step),
+            "epoch": plan.epoch(step),
+            "step": step,
+            "valid_accuracy": accuracy,
+        }
+        self.best["hash"] = self.record.save_best(
+            {
+                "model": bilevel.model.state_dict(),
+                "scheduler": bilevel.scheduler.state_dict(),
+                "config": dataclasses.asdict(self.run.config),
+                **self.best,
+            }
+        )
+
+    def load_best(self, fine_tuning=False):
+        """Put back the best model and scheduler. ``fine_tuning``: which starts from them."""
+        bilevel, ranks = self.run.bilevel, self.run.ranks
+        if ranks.first:
+            best = self.record.load_best(self.best["hash"], START_FILE if fine_tuning else None)
+            bilevel.model.load_state_dict(best["model"])
+            bilevel.scheduler.load_state_dict(best["scheduler"])
+        parameters = [*bilevel.model.parameters(), *bilevel.scheduler.parameters()]
+        ranks.same_as_first([*(p.data for p in parameters), *bilevel.model.buffers()])
+
+    def diverged(self, step, reason):
+        """The error that ends the run."""
+        kept = "no epoch was completed"
+        if self.best:
+            kept = f"the best checkpoint, of {named(self.best)}, is kept"
+        message = f"diverged at step {step}: {reason}; {kept} in {self.record.directory}"
+        self.record.log(message)
+        return DivergenceError(message)
+
+    def finish(self, test_accuracy):
+        """Write summary.json and say how it went. Returns the summary, a dict."""
+        config, best = self.run.config, self.best
+        summary = {
+            "test_accuracy": test_accuracy,
+            "valid_accuracy": best["valid_accuracy"],
+            "best_phase": best["phase"],
+            "best_epoch": best["epoch"],
+            "best_step": best["step"],
+            "steps": self.run.plan.total_steps,
+            "seconds": time.perf_counter() - self._start,
+            "method": config.method,
+            "setting": config.setting,
+            "corrupted_rate": config.effective_corrupted_rate,
+            "labeled_per_class": config.labeled_per_class,
+            "seed": config.seed,
+            "exp_name": config.exp_name,
+            "fingerprint": self.run.split.fingerprint,
+        }
+        self.record.summarise(summary)
+        self.progress.say(f"best validation accuracy {best['valid_accuracy']:.4f} in {named(best)}")
+        return summary
+
+
+def _random_state(device):
+    on_gpu = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    return {"cpu": torch.get_rng_state(), "gpu": on_gpu}
+
+
+def _set_random_state(state, device):
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state["gpu"], device)

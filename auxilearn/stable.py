@@ -1,0 +1,221 @@
+"""The stable form of JTDS: its schedule, and the recipe that trains with it.
+
+``docs/stability.md`` says what was wrong with the published form and what each change is worth.
+"""
+
+import copy
+import itertools
+from collections.abc import Callable, Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from auxilearn.bilevel import Bilevel
+from auxilearn.hypernet import (
+    FACTORS,
+    JointSchedule,
+    TargetTask,
+    checked_factors,
+    masked_column_means,
+    standardise,
+)
+from auxilearn.implicit_diff import identity, preconditioned
+from auxilearn.optim import adam_scale, upper_adam
+
+TARGET_SHARES = ("learned", "fixed", "free")
+
+# The recipe as settings of ``run.config.Config``.
+RECIPE = {
+    "upper_optimizer": "adam",  # with betas .9 and .99, see ``optim.upper_adam``
+    "upper_lr": 0.03,
+    "warmup_epochs": 5,
+    "hyperstep": 5,
+    "solver": "identity",
+    "precondition": "adam",
+    "max_grad_norm": 0.0,
+    "n_meta_train_loss_accum": 4,
+    "hold_out_dev": False,
+}
+FINE_TUNING_DIVISOR = 5  # of the lower level's learning rate
+UPPER_DECAY = 1e-5
+
+
+class StableJoint(JointSchedule):
+    r"""JTDS's three factors without the direction in which its weights run away.
+
+        W_ik = r_ik / mean_i r_ik * s_k / mean_k s_k
+                                    task factor
+        r_ik = 2 sigmoid(a_k . G_i) * 2 sigmoid(u_k z_ik)
+               feature factor         loss factor
+        s_k  = sigmoid(t_k) / mean of the auxiliary tasks' sigmoid(t_l)      k an auxiliary task
+        s_k  = (1 + q) / (1 + q exp(-t_k)),  q = sqrt(K - 1)                 k the target
+
+    with z the standardised losses, as in ``MonoJoint``, and G the features of the batch, centred,
+    each sample's scaled to length 1 / sqrt(d). What differs from ``MonoJoint``, and why:
+
+    - A lower optimiser like Adam does not feel the scale of the loss, so nothing holds the scale of
+      a schedule. Here every task's weights are divided by their mean over the batch (over the
+      samples that have a loss), and the task factors by their mean over the tasks: no parameter can
+      change the mean over the tasks, 1. To give one task more is to give another less.
+    - Bounded factors. The target counts less than 1 + sqrt(K - 1) times the mean auxiliary task:
+      about half-way, on a logarithmic scale, from equal weights to half of all weight. No sample
+      counts more than 4 / mean r times as much as its task's mean sample.
+    - All parameters are 0 at first, where W = 1 exactly: equal weights, until the development set
+      says otherwise. With inputs of that size, a step of Adam at rate r moves the logits of the
+      feature and task factors by about r at most, those of the loss factor by about r |z|.
+
+    K (d + 2) parameters: feature_sel.weight a (K, d), loss_w u (K,), task_prior t (K,).
+
+    Args: ``input_dim`` is K, ``feature_dim`` is d; ``factors``: those that are learned.
+    ``target_share`` of all weight: "learned", the above; "fixed", s_k = 1 for the target, for one
+    with few labels, of which a single step always wants more (and with two tasks, no task factor is
+    left); "free", for ablations: W_ik = r_ik 2 sigmoid(t_k), nothing is held.
+    """
+
+    def __init__(
+        self, main_task, input_dim, feature_dim, *, factors=FACTORS, target_share="learned"
+    ):
+        super().__init__(main_task, input_dim)
+        self.learned = checked_factors(factors)
+        if target_share not in TARGET_SHARES:
+            raise ValueError(f"target_share must be one of {TARGET_SHARES}, not {target_share!r}")
+        self.target_share = target_share
+        if "feature" in self.learned:
+            self.feature_sel = nn.Linear(feature_dim, input_dim, bias=False)
+            nn.init.zeros_(self.feature_sel.weight)
+        if "loss" in self.learned:
+            self.loss_w = nn.Parameter(torch.zeros(input_dim))
+        if "task" in self.learned:
+            self.task_prior = nn.Parameter(torch.zeros(input_dim))
+
+    def factors(self, features, losses, mask=None):
+        """The three factors of the schedule: feature (B, K), loss (B, K), task (K,)."""
+        feature = loss = torch.zeros_like(losses.detach())
+        task = torch.zeros_like(losses[0].detach())
+        if "feature" in self.learned:
+            centred = features.detach() - features.detach().mean(dim=0)
+            feature = self.feature_sel(F.normalize(centred, dim=1)) / features.shape[1] ** 0.5
+        if "loss" in self.learned:
+            loss = self.loss_w * standardise(losses.detach(), mask)
+        if "task" in self.learned:
+            task = self.task_prior
+        return 2 * torch.sigmoid(feature), 2 * torch.sigmoid(loss), self._task_factor(task)
+
+    def _task_factor(self, t):
+        """s_k / mean_k s_k, (K,), of the task priors t (K,)."""
+        if self.target_share == "free":
+            return 2 * torch.sigmoid(t)
+        others = self.input_dim - 1
+        if not others:
+            return 1 + 0 * t
+        target = torch.arange(self.input_dim, device=t.device) == self.main_task
+        score = F.logsigmoid(t).masked_fill(target, -torch.inf)
+        s = torch.exp(score - score.max().detach())  # up to a number, none of them underflows
+        s = s * (others / s.sum())
+        if self.target_share == "fixed":
+            return s.masked_fill(target, 1.0)
+        q = others**0.5
+        of_target = (1 + q) / (1 + q * torch.exp(-t.clamp(min=-40)))
+        s = torch.where(target, of_target, s)
+        return s / s.mean()
+
+    def schedule(self, features, losses, mask=None):
+        """The schedule W (B, K); differentiable in the scheduler, constant in the model."""
+        feature, loss, task = self.factors(features, losses, mask)
+        weights = feature * loss
+        if self.target_share != "free":
+            means = masked_column_means(weights, mask)
+            weights = weights / torch.where(means > 0, means, 1.0)
+        return weights * task
+
+
+def fit_stable(
+    model: nn.Module,
+    lower: torch.optim.Optimizer,
+    train: Iterable,
+    dev: Iterable,
+    *,
+    tasks: int,
+    feature_dim: int,
+    epochs: int,
+    fine_tuning_epochs: int = 20,
+    validate: Callable[[], float] | None = None,
+    main_task: int = 0,
+    aux_weight: float = 1.0,
+) -> StableJoint:
+    """Train ``model`` by the recipe of the stable form. Returns the scheduler it learned.
+
+    The schedule is held at equal weights for the first 5 passes (half of ``epochs`` at most). Then
+    every 5 lower steps are followed by an upper step of Adam (learning rate 0.03, betas .9 and .99)
+    on the response of the lower optimiser's own step, from four training batches and one
+    development batch. In the end the target task alone is trained on the development set, at a
+    fifth of the learning rate.
+
+    Args:
+        model: ``model(batch)`` returns ``TaskLosses``; in train mode, which ``validate`` may leave.
+        lower: its optimiser, Adam or AdamW (for others the response is gradient descent's).
+        train, dev: batches, such as a DataLoader; iterated anew in every pass. ``train`` should
+            hold the development samples as well.
+        tasks, feature_dim: K and d of ``TaskLosses``.
+        validate: returns a number to be maximised, called after every pass. Fine-tuning starts from
+            the best pass, and the model ends as it was after the best one. Without it the last
+            pass counts.
+    """
+    scheduler = StableJoint(main_task, tasks, feature_dim).to(next(model.parameters()).device)
+    solver = identity()
+    if "betas" in lower.defaults:
+        theta = [p for p in model.parameters() if p.requires_grad]
+        solver = preconditioned(solver, lambda: adam_scale(lower, theta))
+    upper = upper_adam(scheduler.parameters(), RECIPE["upper_lr"], UPPER_DECAY)
+    bilevel = Bilevel(model, scheduler, lower, upper, solver=solver, aux_weight=aux_weight)
+    best = _Best(model, validate)
+    every, batches = RECIPE["hyperstep"], RECIPE["n_meta_train_loss_accum"]
+    warmup = min(RECIPE["warmup_epochs"], epochs // 2)
+    upper_batches, dev_batches = _endless(train), _endless(dev)
+    step = 0
+    for epoch in range(epochs):
+        for batch in train:
+            bilevel.lower_step(batch)
+            step += 1
+            if epoch >= warmup and step % every == 0:
+                bilevel.upper_step(
+                    list(itertools.islice(upper_batches, batches)), [next(dev_batches)]
+                )
+        best.consider()
+    best.restore()
+    lower.state.clear()  # a fresh optimiser
+    for group in lower.param_groups:
+        group["lr"] /= FINE_TUNING_DIVISOR
+    fine_tuning = Bilevel(model, TargetTask(main_task, tasks), lower)
+    for _ in range(fine_tuning_epochs):
+        for batch in dev:
+            fine_tuning.lower_step(batch)
+        best.consider()
+    best.restore()
+    return scheduler
+
+
+def _endless(batches):
+    while True:
+        yield from batches
+
+
+class _Best:
+    """The model as it was when ``validate`` liked it best."""
+
+    def __init__(self, model, validate):
+        self.model, self.validate = model, validate
+        self.value, self.state = None, None
+
+    def consider(self):
+        if self.validate is None:
+            return
+        value = self.validate()
+        self.model.train()
+        if self.value is None or value > self.value:
+            self.value, self.state = value, copy.deepcopy(self.model.state_dict())
+
+    def restore(self):
+        if self.state is not None:
+            self.model.load_state_dict(self.state)
