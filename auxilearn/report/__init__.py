@@ -4,6 +4,10 @@
 for any model, scheduler and data, lives in ``auxilearn.weights``.
 """
 
-from auxilearn.weights import ScheduleTable, schedule_weights
 
-__all__ = ["ScheduleTable", "schedule_weights"]
+def __getattr__(name):
+    if name not in ("schedule_weights", "ScheduleTable"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from auxilearn import weights
+
+    return getattr(weights, name)
