@@ -12,6 +12,7 @@ import argparse
 from pathlib import Path
 
 from auxilearn.errors import run_script
+from auxilearn.methods import load_plugin
 from auxilearn.report.write import write_report
 
 
@@ -42,6 +43,7 @@ def parse_arguments():
         help="tasks that must have a contact sheet, named as in tasks.csv (the page adds others "
         "from both ends of the ranking)",
     )
+    add("--plugin", type=Path, metavar="FILE", help="the file that registers the run's method")
     add("--split_dir", type=Path, metavar="DIR", help="the split, if it was moved")
     add("--data_root", type=Path, metavar="DIR", help="the data, if they were moved")
     add("--device", metavar="NAME", help="cpu, cuda or cuda:N (default: the first GPU, else cpu)")
@@ -60,7 +62,10 @@ def parse_arguments():
 
 
 def main():
-    page, statements = write_report(**vars(parse_arguments()))
+    args = vars(parse_arguments())
+    if plugin := args.pop("plugin"):
+        load_plugin(plugin)
+    page, statements = write_report(**args)
     for statement in statements:
         print(f"{statement.topic}: {statement.text}")
     print(f"written to {page}")

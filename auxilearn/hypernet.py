@@ -192,7 +192,11 @@ class TargetTask(HyperNet):
 class JointSchedule(MonoHyperNet):
     """A scheduler with a schedule W of features and losses; ``schedule`` is the subclass's."""
 
-    def forward(
+    def schedule(self, features: Tensor, losses: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The schedule W (B, K); differentiable in the scheduler, constant in the model."""
+        raise NotImplementedError
+
+    def forward(  # type: ignore[override]  # the released signature
         self, features: Tensor, losses: Tensor, to_train: bool = True, mask: Tensor | None = None
     ) -> Tensor:
         """The scheduled loss sum_k mean_i W_ik L_ik, a scalar.
@@ -270,8 +274,7 @@ class MonoJoint(JointSchedule):
             task = self.task_prior
         return F.softplus(feature), torch.sigmoid(loss), F.softplus(task)
 
-    def schedule(self, features: Tensor, losses: Tensor, mask: Tensor | None = None) -> Tensor:
-        """The schedule W (B, K); differentiable in the scheduler, constant in the model."""
+    def schedule(self, features, losses, mask=None):
         feature_factor, loss_factor, task_factor = self.factors(features, losses, mask)
         return feature_factor * loss_factor * task_factor
 
@@ -306,7 +309,9 @@ class Naive_hyper(MonoHyperNet):
         """The schedule W (B, K) of the samples at ``sample_id`` (B,) in the training set."""
         return F.softplus(self.weights(sample_id))
 
-    def forward(self, losses: Tensor, sample_id: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(  # type: ignore[override]  # the released signature
+        self, losses: Tensor, sample_id: Tensor, mask: Tensor | None = None
+    ) -> Tensor:
         """The scheduled loss sum_k mean_i W_ik L_ik, a scalar."""
         return weighted_mean(self.schedule(sample_id), losses, mask)
 

@@ -6,6 +6,7 @@
 import copy
 import itertools
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +27,7 @@ from auxilearn.optim import adam_scale, upper_adam
 TARGET_SHARES = ("learned", "fixed", "free")
 
 # The recipe as settings of ``run.config.Config``.
-RECIPE = {
+RECIPE: dict[str, Any] = {
     "upper_optimizer": "adam",  # with betas .9 and .99, see ``optim.upper_adam``
     "upper_lr": 0.03,
     "warmup_epochs": 5,
@@ -128,8 +129,7 @@ class StableJoint(JointSchedule):
         s = torch.where(target, of_target, s)
         return s / s.mean()
 
-    def schedule(self, features: Tensor, losses: Tensor, mask: Tensor | None = None) -> Tensor:
-        """The schedule W (B, K); differentiable in the scheduler, constant in the model."""
+    def schedule(self, features, losses, mask=None):
         feature, loss, task = self.factors(features, losses, mask)
         weights = feature * loss
         if self.target_share != "free":
