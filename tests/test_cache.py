@@ -19,6 +19,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from auxilearn.trainer import train
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -38,7 +39,6 @@ from auxilearn.data.dataset import (
 from auxilearn.data.split import load_split, write_split
 from auxilearn.errors import UserError
 from auxilearn.run.config import Config, parse
-from auxilearn.trainer import train
 from tests.cub_shape import write_cub_shape
 
 IMAGE_SIZE = 28  # resized to 32

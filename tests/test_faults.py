@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from auxilearn.trainer import Trainer
 from PIL import Image
 from torch.utils.data import get_worker_info
 
@@ -30,7 +31,6 @@ from auxilearn.errors import RunError, UserError
 from auxilearn.implicit_diff import neumann, stable_alpha
 from auxilearn.run import record as record_module
 from auxilearn.run.history import ScheduleHistory
-from auxilearn.trainer import Trainer
 from tests.conftest import (
     Run,
     assert_one_error_line,

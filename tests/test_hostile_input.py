@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from auxilearn.trainer import Trainer, train
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
@@ -31,7 +32,6 @@ from auxilearn.tables import slurm, sweep
 from auxilearn.tables.notes import notes
 from auxilearn.tables.render import markdown, read_paper
 from auxilearn.tables.tuning import Hyperparameters, check_file
-from auxilearn.trainer import Trainer, train
 from tests.conftest import TINY, prepare
 
 few = settings(

@@ -6,6 +6,8 @@ import signal
 
 import pytest
 import torch
+from auxilearn.run.signals import EXIT_CODES, StopRequest
+from auxilearn.trainer import train
 
 from auxilearn import trainer as trainer_module
 from auxilearn.errors import Interrupted, UserError
@@ -13,8 +15,6 @@ from auxilearn.methods import METHODS
 from auxilearn.run import record as record_module
 from auxilearn.run.config import Config
 from auxilearn.run.record import RunRecord
-from auxilearn.run.signals import EXIT_CODES, StopRequest
-from auxilearn.trainer import train
 from tests import kill_storm
 
 

@@ -8,6 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from auxilearn.trainer import Trainer
 
 import train_bilevel
 from auxilearn.data.dataset import corrupt, training_set
@@ -15,7 +16,6 @@ from auxilearn.data.split import load_split
 from auxilearn.errors import UserError
 from auxilearn.methods import METHODS
 from auxilearn.run.config import resolve
-from auxilearn.trainer import Trainer
 from tests.conftest import assert_one_error_line, assert_same_run, tiny_flags
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from auxilearn.trainer import Trainer
 
 import train_bilevel
 from auxilearn.data.split import load_split
@@ -22,7 +23,6 @@ from auxilearn.models import IMAGENET_MEAN, IMAGENET_STD
 from auxilearn.run.config import Config, resolve
 from auxilearn.run.record import RunRecord
 from auxilearn.second_order.products import UpperLevel
-from auxilearn.trainer import Trainer
 from tests.conftest import Run, assert_one_error_line, assert_same_run, prepare, tiny_flags
 
 REPOSITORY = Path(__file__).parents[1]
