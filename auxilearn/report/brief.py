@@ -127,7 +127,7 @@ def _tasks(findings):
         text += f" Least: {listed(order[-3:])}."
     share = f", {tasks.share_of_loss[0]:.0%} of the scheduled loss" if "low" in tasks else ""
     text += f" The target task has {weights[0]:.2f}{share}."
-    if len(order) > 3 and weights[1:].max() < ALIKE * weights[1:].min():
+    if _alike(findings):
         text += " All are within 10 % of each other: the schedule has hardly left its start."
         return Statement("caution", "Tasks", text)
     if findings.settledness is None:
@@ -144,8 +144,16 @@ def _tasks(findings):
     return Statement("note", "Tasks", text)
 
 
+def _alike(findings):
+    """Whether the auxiliary tasks' mean weights are too close to be ranked."""
+    weights = findings.tasks.mean_weight[1:]
+    return len(weights) > 2 and weights.max() < ALIKE * weights.min()
+
+
 def _roles(findings):
     """How well the weights tell the kinds of tasks apart, beside ranking tasks by their loss."""
+    if findings.tasks is not None and _alike(findings):
+        return None
     if findings.role_table:
         role, _, _, weight, loss = findings.role_table[0]
         text = (
