@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
+import train_bilevel
 from auxilearn.data import cub
 from auxilearn.data.split import write_split
 from auxilearn.errors import run_script
 from auxilearn.run.config import Config
 from tests.cub_shape import write_cub_shape
-from train_bilevel import train
 
 # Tiny tensors: a second thread costs more than it brings, and far more on a busy machine.
 torch.set_num_threads(1)
@@ -138,10 +138,16 @@ def tiny_run(tiny_config):
 
     def run(**changes):
         config = tiny_config(**changes)
-        summary = train(config)
+        summary = train_bilevel.train(config)
         return Run(Path(config.record_dir) / config.setting / summary["exp_name"])
 
     return run
+
+
+@pytest.fixture
+def log_every(monkeypatch):
+    """``log_every(n)``: from then on runs write the row of a step after every ``n`` steps."""
+    return lambda steps: monkeypatch.setattr(train_bilevel, "LOG_EVERY", steps)
 
 
 @pytest.fixture

@@ -662,7 +662,7 @@ def test_a_setting_changes_a_run_unless_it_is_called_ineffective(
     method, tiny_config, tiny_run, tmp_path
 ):
     settings = {"method": method, "main_lr": 2e-3, "overwrite": True, "exp_name": "run"}
-    settings |= {"max_steps": 4, "cache_dir": str(tmp_path / "cache")}
+    settings |= {"max_steps": 5, "cache_dir": str(tmp_path / "cache")}
     plain, own = tiny_run(**settings).timeless_rows, with_method_defaults(tiny_config(**settings))
     for name, value in OTHER_VALUES.items():
         if value == getattr(own, name):
