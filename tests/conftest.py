@@ -7,9 +7,12 @@ import pytest
 import torch
 
 import train_bilevel
+from auxilearn import methods
 from auxilearn.data import cub
 from auxilearn.data.split import write_split
 from auxilearn.errors import run_script
+from auxilearn.methods import METHODS
+from auxilearn.models import BACKBONES
 from auxilearn.run.config import Config
 from tests.cub_shape import write_cub_shape
 
@@ -142,6 +145,27 @@ def tiny_run(tiny_config):
         return Run(Path(config.record_dir) / config.setting / summary["exp_name"])
 
     return run
+
+
+@pytest.fixture
+def plugin(tmp_path, monkeypatch):
+    """``plugin(text)``: the path of a file of this text, for --plugin.
+
+    What an earlier text registered is forgotten, as in a new process; so it is after the test.
+    """
+    before = [(table, dict(table)) for table in (METHODS, BACKBONES)]
+    path = tmp_path / "plugin.py"
+
+    def write(text):
+        monkeypatch.setattr(methods, "_loaded", set())
+        for table, entries in before:
+            table.clear()
+            table.update(entries)
+        path.write_text(text)
+        return path
+
+    yield write
+    write("")
 
 
 @pytest.fixture

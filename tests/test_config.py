@@ -14,7 +14,6 @@ from auxilearn.data import cub
 from auxilearn.data.split import load_split, write_split
 from auxilearn.errors import UserError
 from auxilearn.methods import METHODS
-from auxilearn.models import BACKBONES
 from auxilearn.run import config as config_module
 from auxilearn.run.config import (
     FIELDS,
@@ -70,18 +69,6 @@ def build(problem, temperature=1.0, sizes=(3, 4), fast=False, mode="a", name=Non
 
 register_backbone("mynet")(ConvNet)
 """
-
-
-@pytest.fixture
-def plugin(tmp_path, monkeypatch):
-    """The path of a file that registers the method ``mine`` and the backbone ``mynet``."""
-    monkeypatch.setattr("auxilearn.methods._loaded", set())
-    for table, name in ((METHODS, "mine"), (BACKBONES, "mynet")):
-        monkeypatch.setitem(table, name, None)
-        del table[name]  # and again when the test is over
-    path = tmp_path / "plugin.py"
-    path.write_text(PLUGIN)
-    return path
 
 
 def resolved(split_dir, *flags):
@@ -312,21 +299,23 @@ def test_options_of_the_methods():
     ],
 )
 def test_a_bad_option_says_what_was_expected(flags, message, plugin, command):
-    code, out, err = command(train_bilevel.main, *flags.replace("PLUGIN", str(plugin)).split())
+    flags = flags.replace("PLUGIN", str(plugin(PLUGIN)))
+    code, out, err = command(train_bilevel.main, *flags.split())
     assert (code, out) == (2, "")
     assert message in err.splitlines()[-1]
 
 
 def test_a_plugin_adds_a_method_and_a_backbone(plugin, tiny_split, command):
+    path = plugin(PLUGIN)
     config = resolved(
         tiny_split,
-        *("--plugin", str(plugin), "--method", "mine", "--backbone", "mynet"),
+        *("--plugin", str(path), "--method", "mine", "--backbone", "mynet"),
         *("--option", "sizes=5", "fast=1", "temperature=0.25", "name=x"),
     )
     assert (config.upper_lr, config.hyperstep, config.solver) == (0.5, 7, "neumann")
     expected = {"temperature": 0.25, "sizes": (5,), "fast": True, "mode": "a", "name": "x"}
     assert config.options == expected
-    _, out, _ = command(train_bilevel.main, "--plugin", plugin, "--help")
+    _, out, _ = command(train_bilevel.main, "--plugin", path, "--help")
     assert "--option temperature=1.0" in out and "; mine 7)" in " ".join(out.split())
 
 
