@@ -339,10 +339,9 @@ def _image_size(root, path, where=""):
     file = root / "images" / path
     try:
         size = file.stat().st_size
-    except OSError as error:
-        raise UserError(
-            f"{where}cannot find image file {file}: {error.strerror}; {_REPAIR}"
-        ) from None
+    except (OSError, ValueError) as error:  # ValueError: a null byte, of a damaged file
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{where}cannot find image file {file}: {reason}; {_REPAIR}") from None
     if size == 0:
         raise UserError(f"{where}image file {file} is empty; {_REPAIR}")
     return size
