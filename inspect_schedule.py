@@ -2,16 +2,17 @@
 
   python inspect_schedule.py bird_record/noisy/train_joint_seed5
 
-writes RUN_DIR/report: index.html, one page that can be read offline and sent around, its figures as
-PNG and SVG, samples.csv, tasks.csv, clean_labels.csv, classes.csv and weights.npz, the table of all
-weights. The run may still be training: the best checkpoint so far is shown. It takes one pass over
-the training images, and matplotlib (python -m pip install -r requirements-report.txt).
+writes RUN_DIR/report: index.html, one page that can be read offline; its charts as PNG and SVG; the
+tables tasks.csv, samples.csv, classes.csv and clean_labels.csv; and weights.npz, the weights of all
+samples under all tasks. The run may still be training: its best checkpoint so far is shown. The
+command makes one pass over the training images. It needs the packages of requirements-report.txt.
 """
 
 import argparse
+from pathlib import Path
 
 from auxilearn.errors import run_script
-from auxilearn.files import named
+from auxilearn.methods import load_plugin
 from auxilearn.report.write import write_report
 
 
@@ -22,28 +23,29 @@ def parse_arguments():
     add = parser.add_argument
     add(
         "run_dir",
-        type=named,
+        type=Path,
         metavar="RUN_DIR",
-        help="folder of the run, RECORD_DIR/<full|semi|noisy>/NAME",
+        help="folder of the run: RECORD_DIR/<full|semi|noisy>/NAME",
     )
-    add("--out", type=named, metavar="DIR", help="where the report goes (default: RUN_DIR/report)")
+    add("--out", type=Path, metavar="DIR", help="write the report here (default: RUN_DIR/report)")
     add(
         "--rank_by",
         choices=("auto", "weight", "loss"),
         default="auto",
-        help="what labels are ranked by: low target weight, or plainly high target loss; auto goes "
-        "by weight where the weights differ and clearly fall with the loss (default: %(default)s)",
+        help="rank labels by low target weight or by high target loss; auto takes the weight if "
+        "weights differ and clearly fall with the loss (default: %(default)s)",
     )
     add(
         "--sheets",
         metavar="NAME",
         nargs="+",
         default=(),
-        help="tasks that get a contact sheet in any case, named as in tasks.csv (default: as many "
-        "as the page holds, from both ends of the ranking)",
+        help="tasks that must have a contact sheet, named as in tasks.csv (the page adds others "
+        "from both ends of the ranking)",
     )
-    add("--split_dir", type=named, metavar="DIR", help="the split, if it was moved since")
-    add("--data_root", type=named, metavar="DIR", help="the data, if they were moved since")
+    add("--plugin", type=Path, metavar="FILE", help="the file that registers the run's method")
+    add("--split_dir", type=Path, metavar="DIR", help="the split, if it was moved")
+    add("--data_root", type=Path, metavar="DIR", help="the data, if they were moved")
     add("--device", metavar="NAME", help="cpu, cuda or cuda:N (default: the first GPU, else cpu)")
     add(
         "--num_workers",
@@ -60,7 +62,10 @@ def parse_arguments():
 
 
 def main():
-    page, statements = write_report(**vars(parse_arguments()))
+    args = vars(parse_arguments())
+    if plugin := args.pop("plugin"):
+        load_plugin(plugin)
+    page, statements = write_report(**args)
     for statement in statements:
         print(f"{statement.topic}: {statement.text}")
     print(f"written to {page}")

@@ -13,6 +13,7 @@ parameters phi. Whatever a schedule looks at is a constant to it: no gradient re
 through W.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -191,7 +192,13 @@ class TargetTask(HyperNet):
 class JointSchedule(MonoHyperNet):
     """A scheduler with a schedule W of features and losses; ``schedule`` is the subclass's."""
 
-    def forward(self, features, losses, to_train=True, mask=None):
+    def schedule(self, features: Tensor, losses: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The schedule W (B, K); differentiable in the scheduler, constant in the model."""
+        raise NotImplementedError
+
+    def forward(  # type: ignore[override]  # the released signature
+        self, features: Tensor, losses: Tensor, to_train: bool = True, mask: Tensor | None = None
+    ) -> Tensor:
         """The scheduled loss sum_k mean_i W_ik L_ik, a scalar.
 
         ``to_train=True`` (lower level) holds W constant; ``to_train=False`` (upper level) leaves it
@@ -226,9 +233,9 @@ class MonoJoint(JointSchedule):
 
     def __init__(
         self,
-        main_task,
-        input_dim,
-        feature_dim,
+        main_task: int,
+        input_dim: int,
+        feature_dim: int,
         hidden_sizes=1,
         nonlinearity=None,
         bias=True,
@@ -238,7 +245,7 @@ class MonoJoint(JointSchedule):
         init_lower=0.0,
         init_upper=1.0,
         *,
-        factors=FACTORS,
+        factors: Sequence[str] = FACTORS,
     ):
         super().__init__(main_task, input_dim)
         self.learned = checked_factors(factors)
@@ -253,7 +260,9 @@ class MonoJoint(JointSchedule):
             nn.init.uniform_(self.feature_sel.weight, -0.05, 0.05)
             nn.init.zeros_(self.feature_sel.bias)
 
-    def factors(self, features, losses, mask=None):
+    def factors(
+        self, features: Tensor, losses: Tensor, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """The three factors of the schedule: feature (B, K), loss (B, K), task (K,)."""
         feature = loss = torch.zeros_like(losses.detach())
         task = torch.ones_like(losses[0].detach())
@@ -266,7 +275,6 @@ class MonoJoint(JointSchedule):
         return F.softplus(feature), torch.sigmoid(loss), F.softplus(task)
 
     def schedule(self, features, losses, mask=None):
-        """The schedule W (B, K); differentiable in the scheduler, constant in the model."""
         feature_factor, loss_factor, task_factor = self.factors(features, losses, mask)
         return feature_factor * loss_factor * task_factor
 
@@ -297,11 +305,13 @@ class Naive_hyper(MonoHyperNet):
         super().__init__(main_task=0, input_dim=task_num)
         self.weights = nn.Embedding(data_num, task_num)
 
-    def schedule(self, sample_id):
+    def schedule(self, sample_id: Tensor) -> Tensor:
         """The schedule W (B, K) of the samples at ``sample_id`` (B,) in the training set."""
         return F.softplus(self.weights(sample_id))
 
-    def forward(self, losses, sample_id, mask=None):
+    def forward(  # type: ignore[override]  # the released signature
+        self, losses: Tensor, sample_id: Tensor, mask: Tensor | None = None
+    ) -> Tensor:
         """The scheduled loss sum_k mean_i W_ik L_ik, a scalar."""
         return weighted_mean(self.schedule(sample_id), losses, mask)
 

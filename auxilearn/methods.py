@@ -280,7 +280,7 @@ def _equal_weights(problem):
     return Identity(0, problem.tasks)
 
 
-_ALL_ALIKE = {"paper": "Caruana, Machine Learning 1997", "baseline": True}
+_ALL_ALIKE: dict[str, Any] = {"paper": "Caruana, Machine Learning 1997", "baseline": True}
 register(
     "common",
     title="Equal weights",

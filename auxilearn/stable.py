@@ -5,11 +5,12 @@
 
 import copy
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from auxilearn.bilevel import Bilevel
 from auxilearn.hypernet import (
@@ -26,7 +27,7 @@ from auxilearn.optim import adam_scale, upper_adam
 TARGET_SHARES = ("learned", "fixed", "free")
 
 # The recipe as settings of ``run.config.Config``.
-RECIPE = {
+RECIPE: dict[str, Any] = {
     "upper_optimizer": "adam",  # with betas .9 and .99, see ``optim.upper_adam``
     "upper_lr": 0.03,
     "warmup_epochs": 5,
@@ -74,7 +75,13 @@ class StableJoint(JointSchedule):
     """
 
     def __init__(
-        self, main_task, input_dim, feature_dim, *, factors=FACTORS, target_share="learned"
+        self,
+        main_task: int,
+        input_dim: int,
+        feature_dim: int,
+        *,
+        factors: Sequence[str] = FACTORS,
+        target_share: str = "learned",
     ):
         super().__init__(main_task, input_dim)
         self.learned = checked_factors(factors)
@@ -89,7 +96,9 @@ class StableJoint(JointSchedule):
         if "task" in self.learned:
             self.task_prior = nn.Parameter(torch.zeros(input_dim))
 
-    def factors(self, features, losses, mask=None):
+    def factors(
+        self, features: Tensor, losses: Tensor, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """The three factors of the schedule: feature (B, K), loss (B, K), task (K,)."""
         feature = loss = torch.zeros_like(losses.detach())
         task = torch.zeros_like(losses[0].detach())
@@ -121,7 +130,6 @@ class StableJoint(JointSchedule):
         return s / s.mean()
 
     def schedule(self, features, losses, mask=None):
-        """The schedule W (B, K); differentiable in the scheduler, constant in the model."""
         feature, loss, task = self.factors(features, losses, mask)
         weights = feature * loss
         if self.target_share != "free":
@@ -154,7 +162,8 @@ def fit_stable(
 
     Args:
         model: ``model(batch)`` returns ``TaskLosses``; in train mode, which ``validate`` may leave.
-        lower: its optimiser, Adam or AdamW (for others the response is gradient descent's).
+        lower: its optimiser, Adam or AdamW (for others the response is gradient descent's). Its
+            learning rate ends at a fifth.
         train, dev: batches, such as a DataLoader; iterated anew in every pass. ``train`` should
             hold the development samples as well.
         tasks, feature_dim: K and d of ``TaskLosses``.

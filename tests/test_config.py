@@ -682,7 +682,6 @@ def test_a_setting_changes_a_run_unless_it_is_called_ineffective(
         ("--method common --precondition adam --main_optimizer sgd", "precondition"),
         ("--method common --corrupted_rate 0.6", "corrupted_rate"),
         ("--method common --corrupted_rate 0.6 --corrupted 1", ""),
-        ("--device cpu --tf32", "tf32"),
         ("--preset released --method joint", ""),
     ],
 )

@@ -11,6 +11,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from auxilearn.trainer import Trainer
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -22,7 +23,6 @@ from auxilearn.methods import METHODS
 from auxilearn.models import TaskHeads, TaskModel, build_backbone
 from auxilearn.run.config import choose_device, parse, resolve
 from auxilearn.second_order.products import UpperLevel
-from auxilearn.trainer import Trainer
 from tests.conftest import prepare, tiny_flags
 
 BILEVEL = [name for name, method in METHODS.items() if method.bilevel]

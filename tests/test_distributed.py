@@ -12,11 +12,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from auxilearn.run.distributed import Ranks, leaving
 from torch import nn
 
 from auxilearn.hypernet import MonoJoint, MonoLinearHyperNet, Naive_hyper, StableJoint
 from auxilearn.implicit_diff import conjugate_gradient, neumann, preconditioned
-from auxilearn.run.distributed import Ranks, leaving
 from auxilearn.second_order.products import TaskLosses, UpperLevel, scheduled_loss
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
+from auxilearn.trainer import Trainer
 from torch import nn
 
 from auxilearn.baselines.gradient_cosine import GradientCosine
@@ -14,7 +15,6 @@ from auxilearn.hypernet import FACTORS, MonoJoint, Uncertainty, standardise
 from auxilearn.models import Batch, ConvNet, TaskModel
 from auxilearn.run.config import resolve
 from auxilearn.run.record import RunRecord
-from auxilearn.trainer import Trainer
 
 
 @pytest.fixture(autouse=True)

@@ -11,13 +11,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from auxilearn.trainer import train
 
 from auxilearn.errors import Interrupted, UserError
 from auxilearn.run.config import Config
 from auxilearn.run.record import read_json, write_json
 from auxilearn.tables import slurm
 from auxilearn.tables.slurm import Outcome, TrainingRun, launch
-from auxilearn.trainer import train
 from tests.conftest import TINY, Run, assert_same_run, tiny_flags
 
 SCRIPT = Path(__file__).parent / "slurm/start_slurm.sh"

@@ -8,6 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from auxilearn.trainer import Trainer, train
 
 from auxilearn.data.split import load_split
 from auxilearn.errors import UserError
@@ -23,7 +24,6 @@ from auxilearn.optim import adam_scale
 from auxilearn.run.config import from_record, resolve
 from auxilearn.run.record import RunRecord
 from auxilearn.second_order.products import scheduled_loss
-from auxilearn.trainer import Trainer, train
 from benchmarks import hypergradient_accuracy as accuracy
 from tests import reference
 from tests.conftest import Run, assert_same_run

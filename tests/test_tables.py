@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from auxilearn.trainer import train
 
 import data_preprocess
 import inspect_schedule
@@ -36,7 +37,6 @@ from auxilearn.tables.protocol import (
     tuned_as,
 )
 from auxilearn.tables.tuning import Hyperparameters, trials, write_choice
-from auxilearn.trainer import train
 from tests.conftest import Run, assert_one_error_line, assert_same_run, tiny_flags
 
 ROOT = Path(__file__).parents[1]

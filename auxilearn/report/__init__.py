@@ -1,9 +1,13 @@
-"""What a scheduler learned: the weights of samples and tasks, as a table and as a page.
+"""The report of a training run: what its task-data scheduler learned, as a page and as tables.
 
-``schedule_weights`` serves any model, scheduler and data. ``python inspect_schedule.py RUN_DIR``
-writes the report of a training run.
+``python inspect_schedule.py RUN_DIR`` writes it. ``schedule_weights``, which computes the weights
+for any model, scheduler and data, lives in ``auxilearn.weights``.
 """
 
-from auxilearn.weights import ScheduleTable, schedule_weights
 
-__all__ = ["ScheduleTable", "schedule_weights"]
+def __getattr__(name):
+    if name not in ("schedule_weights", "ScheduleTable"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from auxilearn import weights
+
+    return getattr(weights, name)

@@ -1,19 +1,21 @@
-"""The report in a few sentences, each with what to make of it: good, note or caution."""
+"""The report in a few sentences, each with a verdict: good, note or caution."""
 
 from typing import NamedTuple
 
 import numpy as np
 
-from auxilearn.report.findings import ALIKE
-from auxilearn.report.wording import readable
-from auxilearn.run.config import fine_tunes
+from auxilearn.report.names import readable
+from auxilearn.report.run import REFERENCE
+from auxilearn.run.build import FINE_TUNING
 
 EQUAL = 0.01  # areas under ROC curves that differ by less are called equal
 CHANCE = 0.05  # and within this of one half, next to chance
+DIVERGES = 1.01  # residual of a solver from which it diverges, as training reports it
+ALIKE = 1.1  # ratio of the largest and the smallest mean weight of tasks that are called alike
 
 
 class Statement(NamedTuple):
-    """verdict: good, note or caution. topic: a word or two. text: plain, a few sentences."""
+    """verdict: good, note or caution. topic: a word or two. text: a few sentences."""
 
     verdict: str
     topic: str
@@ -22,29 +24,60 @@ class Statement(NamedTuple):
 
 def statements(findings):
     """The ``Statement``s that ``findings`` support, in the order of the page."""
-    makers = (_training, _upper_level, _tasks, _roles, _samples, _wrong_labels)
-    return [made for maker in makers for made in [maker(findings)] if made is not None]
+    makers = (_training, _reference, _upper_level, _tasks, _roles, _samples, _labels)
+    return [made for maker in makers if (made := maker(findings)) is not None]
 
 
 def _training(findings):
-    epochs, summary = findings.run.rows["epoch"], findings.run.summary
+    run = findings.run
+    epochs, summary = run.rows["epoch"], run.summary
     if not epochs:
         return Statement("caution", "Training", "No epoch has been completed yet.")
-    accuracy = [row["valid_accuracy"] for row in epochs]
-    best = int(np.argmax(accuracy))
+    best = max(range(len(epochs)), key=lambda i: epochs[i]["valid_accuracy"])
     text = (
-        f"Validation accuracy went from {accuracy[0]:.1%} to {accuracy[best]:.1%}, its best, in "
-        f"epoch {epochs[best]['epoch']} of {findings.run.config.epochs}"
+        f"Validation accuracy went from {epochs[0]['valid_accuracy']:.1%} to "
+        f"{epochs[best]['valid_accuracy']:.1%}, its best, in {_when(run, epochs[best])}"
     )
-    if fine_tunes(findings.run.config):
-        text += f" and {findings.run.config.dev_epochs} of fine-tuning"
     if summary is None:
-        done = epochs[-1]["epoch"]
-        return Statement("note", "Training", f"{text}; the run is at epoch {done}, not finished.")
-    text += f"; test accuracy {summary['test_accuracy']:.1%}."
-    if best == len(accuracy) - 1 and len(accuracy) > 1:
+        text += f"; the run is not finished: it has completed {_when(run, epochs[-1])}."
+        return Statement("note", "Training", text)
+    text += f". Test accuracy {summary['test_accuracy']:.1%}."
+    if best == 0 and len(epochs) > 1:
+        return Statement("caution", "Training", f"{text} It has not risen since the first epoch.")
+    if best == len(epochs) - 1 and len(epochs) > 1:
         return Statement("note", "Training", f"{text} It was still rising: train longer.")
     return Statement("good", "Training", text)
+
+
+def _when(run, row):
+    """epoch 3 of 20 of fine-tuning."""
+    if row["phase"] == FINE_TUNING:
+        return f"epoch {row['epoch']} of {run.config.dev_epochs} of fine-tuning"
+    return f"epoch {row['epoch']} of {run.config.epochs}"
+
+
+def _reference(findings):
+    run, other = findings.run, findings.run.reference
+    if run.config.method == REFERENCE or run.summary is None:
+        return None
+    if other is None:
+        text = f"No finished run of {REFERENCE} (all weights 1) in this setting lies beside it."
+        return Statement("note", "Baseline", text)
+    ahead = run.summary["test_accuracy"] - other.test_accuracy
+    images = run.data["sets"]["test"]
+    error = sum(p * (1 - p) for p in (run.summary["test_accuracy"], other.test_accuracy)) / images
+    text = (
+        f"{REFERENCE} (all weights 1, run {other.name}) reaches {other.test_accuracy:.1%} on the "
+        f"test set: this run is {100 * abs(ahead):.1f} points {'behind' if ahead < 0 else 'ahead'}."
+    )
+    if others := [name for name in other.differs if name != "seed"]:
+        text += f" Its settings differ: {', '.join(others)}."
+    elif other.differs:
+        text += " Its seed differs."
+    if abs(ahead) < 1.96 * np.sqrt(error):
+        text += f" With {images:,} test images and one run each, that is within chance."
+        return Statement("note", "Baseline", text)
+    return Statement("good" if ahead > 0 else "caution", "Baseline", text)
 
 
 def _upper_level(findings):
@@ -54,45 +87,47 @@ def _upper_level(findings):
     part = max(1, len(rows) // 10)
     first, last = (np.mean([row["dev_loss"] for row in r]) for r in (rows[:part], rows[-part:]))
     clipped = np.mean([row["clipped"] for row in rows])
-    series = findings.run.config.solver == "neumann"
-    residual = [row["residual"] for row in rows if series and row["residual"] is not None]
+    residual = [row["residual"] for row in rows if row["products"] and row["residual"] is not None]
+    typical = np.median(residual) if residual else 0.0
+    verdict = "good" if last < first else "caution"
     text = (
         f"The development loss went from {first:.2f} to {last:.2f} in {len(rows)} upper steps; "
         f"{clipped:.0%} of the hypergradients were clipped."
     )
-    verdict = "good" if last < first else "caution"
     if clipped > 0.5:
         verdict = "caution"
-        text += " Mostly the direction alone counts: a smaller --aux_lr may be steadier."
-    if residual and np.median(residual) > 1:
+        text += " Mostly the direction alone counts: a smaller --upper_lr may be steadier."
+    if not any(row["products"] for row in rows):
+        text += " The solver uses no curvature, so it has no residual."
+    elif typical > DIVERGES:
         verdict = "caution"
         text += (
-            f" The solver's residual is {np.median(residual):.2g}: the series diverges; a smaller "
+            f" The solver's residual is {typical:.2g}: it diverges. A smaller "
             "--neumann_alpha or --solver identity is safer."
         )
-    elif residual and np.median(residual) > 0.9:
+    elif typical > 0.9:
         text += (
-            f" The solver's residual stays at {np.median(residual):.2f}: the hypergradients carry "
-            "next to no curvature, --solver identity would point the same way."
+            f" The solver's residual stays at {typical:.2f}: the hypergradients carry "
+            "almost no curvature; --solver identity would point the same way."
         )
-    return Statement(verdict, "Upper level", text)
+    return Statement(verdict, "Hypergradient", text)
 
 
 def _tasks(findings):
     tasks = findings.tasks
-    if tasks is None or len(tasks.names) < 2:
+    if tasks is None or len(tasks) < 2:
         return None
-    order = tasks.order.tolist()
+    order, weights = findings.order, tasks.mean_weight
 
     def listed(some):
-        return ", ".join(f"{readable(tasks.names[k])} ({tasks.mean[k]:.2f})" for k in some)
+        return ", ".join(f"{readable(tasks.name[k])} ({weights[k]:.2f})" for k in some)
 
     text = f"Most weight: {listed(order[:3])}."
     if len(order) > 5:
         text += f" Least: {listed(order[-3:])}."
-    text += f" The target's is {tasks.mean[0]:.2f}"
-    text += "." if tasks.share is None else f", {tasks.share[0]:.0%} of the scheduled loss."
-    if len(order) > 3 and tasks.mean[1:].max() < ALIKE * tasks.mean[1:].min():
+    share = f", {tasks.share_of_loss[0]:.0%} of the scheduled loss" if "low" in tasks else ""
+    text += f" The target task has {weights[0]:.2f}{share}."
+    if len(order) > 3 and weights[1:].max() < ALIKE * weights[1:].min():
         text += " All are within 10 % of each other: the schedule has hardly left its start."
         return Statement("caution", "Tasks", text)
     if findings.settledness is None:
@@ -104,89 +139,77 @@ def _tasks(findings):
             "it says nothing about the tasks yet."
         )
         return Statement("caution", "Tasks", text)
-    text += f" The ranking's correlation with that at half time is {half:.2f}"
-    text += ": settled." if half > 0.9 else ": still moving." if half < 0.7 else "."
+    state = "settled" if half > 0.9 else "still moving" if half < 0.7 else "mostly settled"
+    text += f" Rank correlation with half time: {half:.2f} ({state})."
     return Statement("note", "Tasks", text)
 
 
 def _roles(findings):
     """How well the weights tell the kinds of tasks apart, beside ranking tasks by their loss."""
-    if findings.role_separation is not None:
-        role, weight, loss = findings.role_separation
+    if findings.role_table:
+        role, _, _, weight, loss = findings.role_table[0]
         text = (
             f"Attributes that are {role} outweigh the others in {weight:.0%} of all pairs, and "
             f"have the lower loss in {loss:.0%} (chance 50%)."
         )
-        verdict, end = _compare(weight, loss, 0.5)
-        return Statement(verdict, "Kinds of task", f"{text} Telling them apart, {end}")
+        verdict, end = _compare(weight, loss)
+        return Statement(verdict, "Kinds of task", f"{text} At telling them apart, {end}")
     if findings.information_correlation is None or np.isnan(findings.information_correlation[0]):
         return None
     weight, loss = findings.information_correlation
     text = (
-        "The rank correlation of a task's weight with what its attribute says about the class is "
+        "The rank correlation of a task's weight with its attribute's information on the class is "
         f"{weight:.2f} (of its low loss: {loss:.2f})."
     )
     return Statement("note", "Kinds of task", text)
 
 
-def _compare(weight, loss, chance):
+def _compare(weight, loss, chance=0.5):
     """Verdict and end of a sentence on a ranking by weight beside one by loss."""
     if abs(weight - chance) < CHANCE and abs(loss - chance) < CHANCE:
         return "caution", "neither the schedule nor the plain loss is much better than chance."
     if weight < chance - EQUAL:
-        return "caution", "the schedule does worse than chance: it has them the wrong way round."
+        return "caution", "the schedule is worse than chance: it has them the wrong way round."
     if weight < loss - EQUAL:
-        return "caution", "the schedule does worse than the plain loss."
+        return "caution", "the schedule is worse than the plain loss."
     if weight < loss + EQUAL:
-        return "note", "the schedule does as well as the plain loss."
-    return "good", "the schedule does better than the plain loss."
+        return "note", "the schedule is as good as the plain loss."
+    return "good", "the schedule is better than the plain loss."
 
 
 def _samples(findings):
-    target = findings.target
-    if target is None or target.weight is None:
+    if findings.labels is None or findings.labels.weight.isna().all():
         return None
-    if not target.tells_samples_apart:
+    if not findings.weighted:
         text = "All samples have the same target weight: this schedule does not tell them apart."
         return Statement("note", "Samples", text)
-    low, high = np.quantile(target.weight, (0.05, 0.95))
+    low, high = np.quantile(findings.labels.weight, (0.05, 0.95))
     text = f"Nine in ten target weights lie between {low:.2f} and {high:.2f}"
     text += f", a factor of {high / low:.3g}." if low > 0 else "."
     if shares := findings.spread_of_samples:
         text += (
             f" {shares['loss']:.0%} of their spread comes from the loss factor, the only one that "
-            f"sees the label, {max(shares['feature'], 0):.0%} from the features."
+            "sees the label."
         )
     return Statement("note", "Samples", text)
 
 
-def _wrong_labels(findings):
-    target = findings.target
-    if target is None:
+def _labels(findings):
+    """What the list of labels is worth. It goes by ``findings.ranking``, as the list itself."""
+    labels, ranking = findings.labels, findings.ranking
+    if labels is None:
         return None
-    if not findings.truth:
-        by = findings.ranking
-        if number := int(target.suspected(by).sum()):
-            text = f"{number:,} of {len(target.place):,} labels are suspected, going by {by}. "
-        else:
-            text = f"No label stands out: the first ones by {by} are the best guess. "
-        text += "None is known to be wrong here: look at the pictures"
-        text += "." if target.weight is None else ", and compare both rankings."
-        return Statement("note", "Wrong labels", text)
-    share = target.wrong.mean()
-    loss = findings.truth["target loss, highest first"][0]
-    known = f"{target.wrong.sum():,} of {len(target.wrong):,} labels ({share:.0%}) are wrong."
-    if target.weight is None:
-        return Statement(
-            "note", "Wrong labels", f"{known} High loss finds them with area {loss:.2f}."
-        )
-    weight = findings.truth["target weight, lowest first"][0]
-    text = (
-        f"{known} Area under the ROC curve for finding them: {weight:.3f} by low target weight, "
-        f"{loss:.3f} by high loss."
-    )
-    verdict, end = _compare(weight, loss, 0.5)
-    text += f" Finding wrong labels, {end}"
-    if verdict == "caution" and loss > 0.5 + CHANCE:
-        text += " Go by the loss instead."
-    return Statement(verdict, "Wrong labels", text)
+    verdict, known = "note", ""
+    if findings.truth:
+        wrong, area = labels.wrong.sum(), {name: a for name, (a, _) in findings.truth.items()}
+        known = f"{wrong:,} of {len(labels):,} labels ({wrong / len(labels):.0%}) are wrong. "
+        areas = ", ".join(f"{a:.3f} by {name}" for name, a in area.items())
+        known += f"Area under the ROC curve for finding them: {areas}. "
+        if len(area) > 1:
+            verdict, end = _compare(*area.values())
+            known += f"At that, {end} "
+    if findings.weakness:
+        verdict, known = "caution", f"{findings.weakness} {known}"
+    elif not findings.truth:
+        known = "None is known to be wrong here. "
+    return Statement(verdict, "Wrong labels", f"{known}{ranking.reason} {ranking.verdict}")

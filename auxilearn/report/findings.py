@@ -1,307 +1,299 @@
-"""What the report says about a run, in numbers; figures, tables and page only show it."""
+"""The numbers of a report. Sentences, charts, tables and page only show them."""
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
+from scipy.stats import rankdata
+from sklearn.metrics import average_precision_score, roc_auc_score
 
 from auxilearn.report.run import Evaluation, Run
-from auxilearn.report.statistics import (
-    auroc,
-    average_precision,
-    class_information,
-    correlation,
-    family,
-    ranks,
-    spread_shares,
-    two_groups,
-)
+from auxilearn.report.statistics import class_information, correlation, spread_shares
 
-APART = 2  # separation of two groups of samples from which one is suspected
-FALLING = -0.5  # rank correlation of weight and loss from which weights are about labels
-ALIKE = 1.1  # ratio of the largest and the smallest weight up to which they say nothing
+FALLING = -0.5  # rank correlation of weight and loss from which a ranking by weight is about labels
+EQUAL = 1.1  # ratio of the largest and the smallest weight up to which weights say nothing
+WEAK = 0.6  # validation accuracy below which a model cannot tell wrong labels from hard images
+POOR = 0.5  # and the share of its training labels that a model predicts which has learned them
+EXCESS = 1.5  # contradicted labels per expected error of the model from which they are suspected
 
 
-@dataclass(frozen=True)
-class Tasks:
-    """The K tasks, the target first. Arrays are (K,), or None where they are not known.
+class Ranking(NamedTuple):
+    """The decisions on labels, made once: how they are ranked, and whether some are suspected."""
 
-    ``low`` and ``high`` are the 5 and 95 % quantiles of a task's weights over the samples,
-    ``spread`` is their standard deviation. ``information`` is what an attribute says about the
-    class, in bits (NaN for the target).
-    """
-
-    names: list[str]
-    mean: np.ndarray
-    spread: np.ndarray | None = None
-    low: np.ndarray | None = None
-    high: np.ndarray | None = None
-    factor: np.ndarray | None = None  # the schedule's task factor
-    loss: np.ndarray | None = None  # mean loss
-    share: np.ndarray | None = None  # of the scheduled loss
-    information: np.ndarray | None = None
-    roles: list[str] | None = None  # of the attributes, K - 1 words
+    by: str  # weight or loss
+    reason: str  # a sentence
+    contradicted: int  # labels for which the model predicts another class
+    expected: int  # of them, if all labels were right: the model's error rate in validation
+    suspicious: bool  # whether they are more than its errors explain
 
     @property
-    def families(self):
-        return [family(name) for name in self.names]
-
-    @property
-    def order(self):
-        """Auxiliary tasks, numbers 1 .. K - 1, from the highest mean weight to the lowest."""
-        return 1 + np.argsort(-self.mean[1:], kind="stable")
-
-    @property
-    def role_order(self):
-        """The words for roles, the one whose attributes say most about the class first."""
-        members = self.members_by_role
-        return sorted(members, key=lambda role: -np.mean(self.information[members[role]]))
-
-    @property
-    def members_by_role(self):
-        return {
-            role: np.array([k for k, word in enumerate(self.roles, start=1) if word == role])
-            for role in sorted(set(self.roles or []))
-        }
-
-
-@dataclass(frozen=True)
-class Target:
-    """The m samples that have a target label. Arrays are (m,).
-
-    ``place`` in the training set; ``weight`` is None without a schedule; ``wrong`` (given label is
-    not the data's) is None where no label was corrupted.
-    """
-
-    place: np.ndarray
-    weight: np.ndarray | None
-    loss: np.ndarray
-    label: np.ndarray
-    given: np.ndarray
-    prediction: np.ndarray
-    wrong: np.ndarray | None
-    factors: dict[str, np.ndarray] = field(default_factory=dict)  # feature, loss
-
-    @cached_property
-    def suspicion(self):
-        """{what samples are ranked by: (m,) scores, the most suspicious highest}."""
-        scores = {} if self.weight is None else {"weight": -self.weight}
-        return scores | {"loss": self.loss}
-
-    @property
-    def tells_samples_apart(self):
-        """Whether the schedule gives different samples different weights."""
-        return self.weight is not None and np.ptp(self.weight) > 1e-6 * np.abs(self.weight).max()
-
-    @property
-    def are_alike(self):
-        """Whether all target weights lie within 10 % of each other."""
-        return self.weight.max() <= ALIKE * self.weight.min()
-
-    @cached_property
-    def falls_with_loss(self):
-        """Rank correlation of target weight and target loss; NaN without either's spread."""
-        return np.nan if self.weight is None else correlation(self.weight, self.loss)
-
-    def quality(self, by):
-        """A label's quality (m,) in (0, 1]: its rank, the most suspicious lowest."""
-        return ranks(-self.suspicion[by]) / len(self.place)
-
-    @cached_property
-    def groups(self):
-        """{what samples are ranked by: (separation, chances)} of ``two_groups`` of the scores."""
-        scores = {"loss": self.loss}
-        if self.weight is not None:
-            scores["weight"] = -np.log(np.maximum(self.weight, 1e-30))
-        return {by: two_groups(score) for by, score in scores.items()}
-
-    def suspected(self, by):
-        """Which labels (m,) are suspected: the model predicts another class, and the samples fall
-        into two groups, of which this one belongs to the more suspicious. None otherwise."""
-        separation, chance = self.groups[by]
-        apart = separation > APART
-        return apart & (chance > 0.5) & (self.prediction != self.given)
-
-    def order(self, by):
-        """Samples from the most to the least suspicious; equally suspicious ones by loss."""
-        return np.lexsort((-self.loss, -self.suspicion[by]))
+    def verdict(self):
+        """A sentence on what is suspected."""
+        rest = f"its error rate on the validation set explains {self.expected:,} of them."
+        if self.suspicious:
+            return (
+                f"Suspected are the {self.contradicted:,} labels that the model contradicts; {rest}"
+            )
+        return f"None is suspected: the model contradicts {self.contradicted:,} labels, and {rest}"
 
 
 @dataclass(frozen=True)
 class Findings:
-    """All numbers of a report. Parts are None where the run or its data do not give them."""
+    """All numbers of a report. Parts are None where the run or its data do not give them.
+
+    tasks: a row per task, the target first: name, mean_weight, family and, with an evaluation,
+        spread, low and high (5 and 95 % quantiles), task_factor, role, mean_loss, share_of_loss
+        and class_information (bits; NaN for the target).
+    samples: a row per training sample: id, path, label (the data's), given_label (trained on),
+        weight, loss, prediction. Without a target label, given_label, weight and loss are missing.
+    labels: the samples that have a target label, the most suspicious first, with rank, quality
+        (1 best), suspected, and wrong (given label is not the data's) if labels were corrupted.
+    """
 
     run: Run
-    evaluation: Evaluation | None
-    tasks: Tasks | None
-    target: Target | None
-    missing: list[str] = field(default_factory=list)  # what the report lacks and why, sentences
-    rank_by: str = "auto"  # what labels are ranked by: auto, weight or loss
+    evaluation: Evaluation | None = None
+    tasks: pd.DataFrame | None = None
+    samples: pd.DataFrame | None = None
+    labels: pd.DataFrame | None = None
+    ranking: Ranking | None = None
+    missing: list[str] = field(default_factory=list)  # sentences: what the report lacks, and why
+
+    # ----------------------------------------------------------------------------------------------
+    # Tasks
+    # ----------------------------------------------------------------------------------------------
 
     @property
-    def ranking(self):
-        """What labels are ranked by: weight or loss.
+    def order(self):
+        """Numbers of the auxiliary tasks, from the highest mean weight to the lowest."""
+        weights = self.tasks.mean_weight.iloc[1:]
+        return weights.sort_values(ascending=False, kind="stable").index.to_numpy()
 
-        With ``auto``, by weight where the target weights differ and clearly fall with the loss. A
-        schedule that does not distrust what the model cannot explain is about pictures, not about
-        labels. The truth, where it is known, has no say.
-        """
-        if self.target is None or self.target.weight is None:
-            return "loss"
-        if self.rank_by != "auto":
-            return self.rank_by
-        target = self.target
-        return "loss" if target.are_alike or not target.falls_with_loss < FALLING else "weight"
-
-    @property
-    def truth(self):
-        """{ranking: (area under ROC, average precision)} of wrong labels; {} if none is known."""
-        target = self.target
-        if target is None or target.wrong is None or not 0 < target.wrong.sum() < len(target.wrong):
+    @cached_property
+    def roles(self):
+        """{role: numbers of its tasks}, the role that says most about the class first."""
+        if self.tasks is None or "role" not in self.tasks:
             return {}
-        scores = {}
-        if target.weight is not None:
-            scores["target weight, lowest first"] = -target.weight
-            for name, factor in target.factors.items():
-                scores[f"its {name} factor, lowest first"] = -factor
-        scores["target loss, highest first"] = target.loss
-        return {
-            name: (auroc(score, target.wrong), average_precision(score, target.wrong))
-            for name, score in scores.items()
-        }
+        groups = self.tasks.iloc[1:].groupby("role")
+        order = groups.class_information.mean().sort_values(ascending=False).index
+        return {role: groups.groups[role].to_numpy() for role in order}
 
-    @property
-    def role_pairs(self):
-        """[(role, other, share by weight, share by loss)]: the share of pairs in which a task of
-        the first role, which says more about the class, has the higher mean weight (the lower mean
-        loss) of the two."""
-        tasks = self.tasks
-        if tasks is None or tasks.roles is None or tasks.loss is None:
-            return []
-        members = tasks.members_by_role
-        order = tasks.role_order
-        rows = []
-        for i, role in enumerate(order):
-            for other in order[i + 1 :]:
-                both = np.append(members[role], members[other])
-                first = np.arange(len(both)) < len(members[role])
-                by_weight = auroc(tasks.mean[both], first)
-                rows.append((role, other, by_weight, auroc(-tasks.loss[both], first)))
-        return rows
+    @cached_property
+    def role_table(self):
+        """[(role, attributes, mean weight, separation by weight, by loss)] of two roles or more.
 
-    @property
-    def role_separation(self):
-        """(role, share by weight, share by loss): as in ``role_pairs``, of the role whose
-        attributes say most about the class against all others together; None without roles."""
-        if not self.role_pairs:
-            return None
+        A separation is the share of pairs, one task of the role and one of another, in which the
+        former has the higher mean weight (the lower mean loss); 0.5 is chance.
+        """
         tasks = self.tasks
-        role = tasks.role_order[0]
-        first = np.array(tasks.roles) == role
-        return role, auroc(tasks.mean[1:], first), auroc(-tasks.loss[1:], first)
+        return [
+            (
+                role,
+                len(members),
+                tasks.mean_weight[members].mean(),
+                roc_auc_score(tasks.role[1:] == role, tasks.mean_weight[1:]),
+                roc_auc_score(tasks.role[1:] == role, -tasks.mean_loss[1:]),
+            )
+            for role, members in self.roles.items()
+            if len(self.roles) > 1
+        ]
 
     @property
     def information_correlation(self):
-        """Rank correlations of the attributes' information on the class with (mean weight, low
-        loss); None where they are not known."""
-        tasks = self.tasks
-        if tasks is None or tasks.information is None or len(tasks.names) < 4:
+        """Rank correlations of the attributes' class information with (mean weight, low loss)."""
+        if self.tasks is None or "class_information" not in self.tasks or len(self.tasks) < 4:
             return None
-        information = tasks.information[1:]
-        return correlation(tasks.mean[1:], information), correlation(-tasks.loss[1:], information)
-
-    @property
-    def spread_of_samples(self):
-        """What makes target weights differ from sample to sample: {factor: share}."""
-        return spread_shares(self.target.factors) if self.target and self.target.factors else {}
-
-    @property
-    def spread_of_tasks(self):
-        """What makes the weights of auxiliary tasks differ: {factor: share}."""
-        if self.evaluation is None or not self.evaluation.table.factors or len(self.tasks.mean) < 3:
-            return {}
-        factors = self.mean_factors
-        if np.allclose(self.tasks.mean, factors["task"], rtol=1e-3):
-            factors = {"task": factors["task"]}  # the others are divided by their means
-        return spread_shares({k: v[1:] for k, v in factors.items()})
-
-    @property
-    def mean_factors(self):
-        """Geometric means over the samples of the factors, task by task: {factor: (K,)}."""
-        factors = self.evaluation.table.factors
-        return {
-            name: values
-            if values.ndim == 1
-            else np.exp(np.nanmean(np.log(np.maximum(values, 1e-30)), axis=0))
-            for name, values in factors.items()
-        }
+        tasks = self.tasks.iloc[1:]
+        return (
+            correlation(tasks.mean_weight, tasks.class_information),
+            correlation(-tasks.mean_loss, tasks.class_information),
+        )
 
     @property
     def settledness(self):
         """Rank correlations of the auxiliary tasks' mean weights at the end with (those at the
         start, those at half time); None where too little is known."""
-        # joint_stable's weights are equal at first, and say nothing.
-        rows = [row for row in self.run.schedule if np.ptp(row["mean_weight"][1:] or [0]) > 0]
-        if len(rows) < 4 or len(rows[0]["mean_weight"]) < 4:
+        # The weights of joint_stable are equal at first, and rank nothing.
+        rows = [row["mean_weight"][1:] for row in self.run.schedule]
+        rows = [weights for weights in rows if np.ptp(weights or [0]) > 0]
+        if len(rows) < 4 or len(rows[0]) < 3:
             return None
-        start, half, end = (
-            np.array(rows[i]["mean_weight"][1:]) for i in (0, len(rows) // 2, len(rows) - 1)
-        )
-        return correlation(start, end), correlation(half, end)
+        return correlation(rows[0], rows[-1]), correlation(rows[len(rows) // 2], rows[-1])
+
+    # ----------------------------------------------------------------------------------------------
+    # Labels
+    # ----------------------------------------------------------------------------------------------
+
+    @property
+    def weighted(self):
+        """Whether the schedule gives different samples different target weights."""
+        return self.labels is not None and _differ(self.labels.weight)
+
+    @cached_property
+    def truth(self):
+        """{ranking: (area under ROC, mean precision)} of wrong labels; {} if none is known."""
+        labels = self.labels
+        if labels is None or "wrong" not in labels or not 0 < labels.wrong.sum() < len(labels):
+            return {}
+        scores = {"high target loss": labels.loss}
+        if labels.weight.notna().all():
+            scores = {"low target weight": -labels.weight} | scores
+        return {
+            name: (
+                roc_auc_score(labels.wrong, score),
+                average_precision_score(labels.wrong, score),
+            )
+            for name, score in scores.items()
+        }
+
+    @cached_property
+    def weakness(self):
+        """A sentence on why the list of labels means little; None for a model that is not weak.
+
+        The truth, where it is known, has no say.
+        """
+        accuracy = self.evaluation.valid_accuracy
+        agreement = 1 - self.ranking.contradicted / len(self.labels)
+        if accuracy < WEAK:
+            return (
+                f"The model is too weak for this list: it is right on {accuracy:.0%} of the "
+                f"validation images (bound: {WEAK:.0%}) and predicts {agreement:.0%} of the labels "
+                "it was trained on."
+            )
+        if agreement < POOR:
+            return (
+                f"The model predicts only {agreement:.0%} of the labels it was trained on (bound: "
+                f"{POOR:.0%}): very many labels are wrong, or it has not learned the training set."
+            )
+        return None
+
+    # ----------------------------------------------------------------------------------------------
+    # Factors
+    # ----------------------------------------------------------------------------------------------
+
+    @cached_property
+    def spread_of_samples(self):
+        """What makes target weights differ from sample to sample: {factor: share}."""
+        if self.evaluation is None:
+            return {}
+        factors, places = self.evaluation.table.factors, self.labels.index
+        return spread_shares({k: v[places, 0] for k, v in factors.items() if v.ndim == 2})
+
+    @cached_property
+    def spread_of_tasks(self):
+        """What makes the mean weights of auxiliary tasks differ: {factor: share}."""
+        if self.evaluation is None or not self.evaluation.table.factors or len(self.tasks) < 3:
+            return {}
+        factors = dict(self.evaluation.table.factors)
+        if np.allclose(self.tasks.mean_weight, factors["task"], rtol=1e-3):
+            return spread_shares({"task": factors["task"][1:]})  # the others have mean 1
+        for name, values in factors.items():
+            if values.ndim == 2:  # the geometric mean over the samples
+                factors[name] = np.exp(np.nanmean(np.log(np.maximum(values, 1e-30)), axis=0))
+        return spread_shares({name: values[1:] for name, values in factors.items()})
 
 
-def find(run, evaluation, missing=(), rank_by="auto"):
+def find(run, evaluation=None, missing=(), rank_by="auto"):
     """The ``Findings`` of a ``Run`` and of its ``Evaluation``, or of the former alone (None)."""
     if evaluation is None:
-        return Findings(run, None, _tasks_from_history(run), None, list(missing), rank_by)
-    scheduled = run.method.bilevel
-    tasks = _tasks(evaluation) if scheduled else None
-    target = _target(run, evaluation, scheduled)
-    return Findings(run, evaluation, tasks, target, list(missing), rank_by)
+        return Findings(run, tasks=_tasks_from_history(run), missing=list(missing))
+    samples = _samples(run, evaluation)
+    labels, ranking = rank_labels(samples, evaluation.valid_accuracy, rank_by)
+    if run.corrupted_rate:
+        labels["wrong"] = labels.given_label != labels.label
+    tasks = _tasks(run, evaluation) if run.method.bilevel else None
+    return Findings(run, evaluation, tasks, samples, labels, ranking, list(missing))
 
 
 def _tasks_from_history(run):
-    """What schedule.jsonl alone tells of the tasks."""
-    if not run.schedule or run.task_names is None:
+    """The last row of schedule.jsonl as a table of tasks."""
+    if not run.schedule:
         return None
-    return Tasks(run.task_names, np.array(run.schedule[-1]["mean_weight"]))
+    families = [name.split("::")[0] for name in run.task_names]
+    weights = run.schedule[-1]["mean_weight"]
+    return pd.DataFrame({"name": run.task_names, "mean_weight": weights, "family": families})
 
 
-def _tasks(evaluation):
-    table, split = evaluation.table, evaluation.split
-    attributes = evaluation.samples.attributes.numpy()
-    names = split.attribute_names[: attributes.shape[1]]
-    roles = split.attribute_roles
+def _tasks(run, evaluation):
+    table, split, samples = evaluation.table, evaluation.split, evaluation.samples
+    names = ["target", *split.attribute_names[: samples.attributes.shape[1]]]
     low, high = np.nanquantile(table.weights, (0.05, 0.95), axis=0)
-    part = np.nanmean(table.weights * table.losses, axis=0)
-    information = class_information(attributes, evaluation.true_labels, len(split.class_names))
-    return Tasks(
-        names=["target", *names],
-        mean=np.nanmean(table.weights, axis=0),
-        spread=np.nanstd(table.weights, axis=0),
-        low=low,
-        high=high,
-        factor=table.factors.get("task"),
-        loss=np.nanmean(table.losses, axis=0),
-        share=part / max(part.sum(), 1e-30),
-        information=np.append(np.nan, information),
-        roles=None if roles is None else [roles[name] for name in names],
-    )
+    # The one place that knows that ``table.losses`` are raw: a_k turns them into scheduled ones.
+    part = np.nanmean(table.weights * table.losses, axis=0) * run.loss_factors
+    roles = split.attribute_roles
+    information = class_information(samples.attributes.numpy(), split.labels[samples.positions])
+    columns = {
+        "name": names,
+        "mean_weight": np.nanmean(table.weights, axis=0),
+        "spread": np.nanstd(table.weights, axis=0),
+        "low": low,
+        "high": high,
+        "task_factor": table.factors.get("task"),
+        "family": [name.split("::")[0] for name in names],
+        "role": roles and ["target", *(roles[name] for name in names[1:])],
+        "mean_loss": np.nanmean(table.losses, axis=0),
+        "share_of_loss": part / max(part.sum(), 1e-30),
+        "class_information": np.append(np.nan, information),
+    }
+    return pd.DataFrame({name: values for name, values in columns.items() if values is not None})
 
 
-def _target(run, evaluation, scheduled):
-    table = evaluation.table
-    loss = table.losses[:, 0]
-    place = np.flatnonzero(~np.isnan(loss))
-    label, given = evaluation.true_labels[place], evaluation.given_labels[place]
-    factors = {name: v[place, 0] for name, v in table.factors.items() if v.ndim == 2}
-    return Target(
-        place=place,
-        weight=table.weights[place, 0] if scheduled else None,
-        loss=loss[place],
-        label=label,
-        given=given,
-        prediction=table.prediction[place],
-        wrong=given != label if run.config.effective_corrupted_rate else None,
-        factors=factors if scheduled else {},
-    )
+def _samples(run, evaluation):
+    table, split = evaluation.table, evaluation.split
+    positions = evaluation.samples.positions
+    loss = table.losses[:, 0].astype(float)
+    return pd.DataFrame(
+        {
+            "id": [split.image_ids[p] for p in positions],
+            "path": [split.paths[p] for p in positions],
+            "label": split.labels[positions],
+            "given_label": pd.array(evaluation.samples.targets.numpy(), "Int64"),
+            "weight": table.weights[:, 0].astype(float) if run.method.bilevel else np.nan,
+            "loss": loss,
+            "prediction": table.prediction,
+        }
+    ).assign(given_label=lambda frame: frame.given_label.mask(np.isnan(loss)))
+
+
+def rank_labels(samples, valid_accuracy, rank_by="auto"):
+    """(labels, ranking) of ``samples``: see ``Findings``. ``rank_by``: auto, weight or loss.
+
+    With auto, by weight if target weights differ and clearly fall with the loss. A schedule that
+    does not distrust labels which the model cannot explain is about pictures, not about labels. The
+    truth, where it is known, has no say.
+
+    A label is suspected if the model predicts another class, provided that it does so clearly more
+    often than by its own errors, which validation counts.
+    """
+    labels = samples.dropna(subset="loss").astype({"given_label": int})
+    by, reason = _ranked_by(labels, rank_by)
+    score = labels.loss if by == "loss" else -labels.weight
+    another = labels.prediction != labels.given_label
+    expected = round((1 - valid_accuracy) * len(labels))
+    suspicious = bool(another.sum() > EXCESS * expected)
+    labels = labels.assign(quality=rankdata(-score) / len(labels), suspected=another & suspicious)
+    labels = labels.iloc[np.lexsort((-labels.loss, -score))]
+    labels.insert(0, "rank", np.arange(1, len(labels) + 1))
+    return labels, Ranking(by, reason, int(another.sum()), expected, suspicious)
+
+
+def _ranked_by(labels, rank_by):
+    """(weight or loss, a sentence that says why)."""
+    weight, loss = labels.weight, labels.loss
+    if weight.isna().all():
+        return "loss", "Ranked by loss: the method learns no weights of samples."
+    if rank_by != "auto":
+        return rank_by, f"Ranked by {rank_by}, as --rank_by asks."
+    if not _differ(weight):
+        return "loss", "Ranked by loss: all samples have the same target weight."
+    if weight.max() <= EQUAL * weight.min():
+        return "loss", "Ranked by loss: all target weights are within 10 % of each other."
+    falls = correlation(weight, loss)
+    if falls < FALLING:
+        return "weight", f"Ranked by weight, which falls with the loss (correlation {falls:.2f})."
+    return "loss", f"Ranked by loss: weights do not clearly fall with it (correlation {falls:.2f})."
+
+
+def _differ(weight):
+    return np.ptp(weight) > 1e-6 * weight.abs().max()

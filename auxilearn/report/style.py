@@ -1,16 +1,19 @@
-"""How the report's charts look: colours, type, scales, and the SVG that goes into a page.
+"""How charts look: colours, type, scales, and the SVG that goes into a page.
 
 Importing this module imports matplotlib.
 """
 
+import io
 import re
 
 import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-# Every colour occurs once, so that a page can put variables of its own in their places. The six of
-# the data are Okabe and Ito's, darkened until each stands out from white.
+# Every colour occurs once, so that the page can replace it by a variable. The six colours of data
+# are Okabe and Ito's, darkened until each stands out from white.
 COLOURS = {
     "ink": "#1c2127",
     "muted": "#5b6570",
@@ -25,8 +28,8 @@ COLOURS = {
 }
 SERIES = ("blue", "orange", "green", "purple", "sky", "ochre")
 MARKERS = ("o", "s", "^", "D", "v", "P")
-SIZE = (4.7, 3.0)  # inches
-POINTS = 1200  # most points of a scatter plot
+SIZE = (4.7, 3.2)  # inches
+DPI = 144  # of PNG files
 STYLE = {
     "font.size": 9,
     "text.parse_math": False,  # names may hold dollar signs
@@ -69,67 +72,58 @@ def new_axes(x_label, y_label, size=SIZE):
     return figure, axes
 
 
+def legend_below(figure, axes, columns=2):
+    """A legend of ``axes`` outside them, so that it covers no curve."""
+    handles, labels = axes.get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, labels, loc="outside lower left", ncols=columns)
+
+
 def logarithmic(axis, values, ratio=20):
-    """A logarithmic ``axis`` (of axes) where positive ``values`` span more than ``ratio``."""
+    """Make ``axis`` (of axes) logarithmic if ``values`` are positive and span more than ``ratio``.
+
+    Returns whether it is.
+    """
     values = np.asarray(values, dtype=float)
     values = values[np.isfinite(values)]
     if len(values) == 0 or values.min() <= 0 or values.max() < ratio * values.min():
-        return
+        return False
     (axis.axes.set_xscale if axis.axis_name == "x" else axis.axes.set_yscale)("log")
     decades = np.log10(values.max() / values.min())
     axis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 3 else (1,), numticks=9))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
+    return True
 
 
-def thin(x, y, points=300):
+def thin(x, y, points=200):
     """At most ``points`` points: means over stretches of a long curve."""
     x, y = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
-    if len(x) <= points:
-        return x, y
-    edges = np.linspace(0, len(x), points + 1).astype(int)
-    stretches = list(zip(edges[:-1], edges[1:], strict=True))
-    return tuple(np.array([v[a:b].mean() for a, b in stretches]) for v in (x, y))
+    stretches = np.array_split(np.arange(len(x)), min(points, len(x)))
+    return tuple(np.array([v[s].mean() for s in stretches]) for v in (x, y))
 
 
-def column(rows, *names):
-    """The steps of ``rows`` and their values of ``names``, as float arrays; None becomes NaN."""
-    keys = ("step", *names)
-    return [np.array([row.get(key) for row in rows], dtype=float) for key in keys]
-
-
-def sample(n):
-    """Places of at most ``POINTS`` of n samples, chosen at random, the same ones every time."""
-    if n <= POINTS:
-        return np.arange(n)
-    return np.sort(np.random.default_rng(0).choice(n, POINTS, replace=False))
+def printed(figure, title):
+    """(PNG, SVG) of a ``figure``: bytes and text."""
+    figure.suptitle(title, x=0.01, ha="left", fontsize=10, fontweight="bold")
+    figure.dpi = DPI
+    picture, drawing = io.BytesIO(), io.StringIO()
+    FigureCanvasAgg(figure).print_png(picture)
+    figure.set_layout_engine("none")  # the layout is computed: once is enough
+    FigureCanvasSVG(figure).print_svg(drawing, metadata={"Date": None, "Title": title})
+    return picture.getvalue(), drawing.getvalue()
 
 
 def for_page(svg, name, title):
-    """``svg`` to stand inside HTML: as wide as there is room, the page's colours, own ids."""
+    """``svg`` to stand inside HTML: as wide as its column, in the page's colours, with own ids."""
     svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r"<title>.*?</title>", "", svg)
+    svg = re.sub(r"<metadata>.*?</metadata>|<title>.*?</title>", "", svg, flags=re.DOTALL)
     for colour, code in COLOURS.items():
         svg = svg.replace(code, f"var(--{colour})")
-    # Hundredths of a point are plenty for coordinates; the texts between tags stay as they are.
+    # Hundredths of a point are enough for coordinates; text between tags stays as it is.
     svg = re.sub(r"<[^>]+>", lambda tag: re.sub(r"(\.\d\d)\d+", r"\1", tag.group()), svg)
-    svg = re.sub(r'\bid="', f'id="{name}-', svg)
-    svg = svg.replace("url(#", f"url(#{name}-").replace('href="#', f'href="#{name}-')
-    svg = re.sub(r'(<svg[^>]*?) width="[^"]*pt"', r"\1", svg, count=1)
-    svg = re.sub(r'(<svg[^>]*?) height="[^"]*pt"', r"\1", svg, count=1)
+    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\1{name}-", svg)
+    svg = re.sub(r'<svg([^>]*?) width="[^"]*pt"', r"<svg\1", svg, count=1)
+    svg = re.sub(r'<svg([^>]*?) height="[^"]*pt"', r"<svg\1", svg, count=1)
     label = f'<svg role="img" aria-label="{title}" '
     return re.sub(r">\s+<", "><", svg.replace("<svg ", label, 1))
-
-
-def curve(x, y, points=400):
-    """A curve of at most ``points`` of its points, ends included."""
-    keep = np.unique(np.linspace(0, len(x) - 1, points).round().astype(int))
-    return x[keep], y[keep]
-
-
-def unit_axes(axes):
-    axes.set_xlim(-0.01, 1.01)
-    axes.set_ylim(0, 1.02)
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(PercentFormatter(1, decimals=0))

@@ -1,34 +1,38 @@
-"""RUN_DIR/report: the page, its figures and its tables."""
+"""RUN_DIR/report: the page, its charts and its tables."""
 
+import importlib
 from pathlib import Path
 
 from auxilearn.errors import UserError, needs
-from auxilearn.report.brief import statements
-from auxilearn.report.findings import find
-from auxilearn.report.page import build_page
+from auxilearn.files import write_aside
 from auxilearn.report.run import BEST_FILE, evaluate_run, read_run
-from auxilearn.report.tables import OF_THE_SAMPLES, TABLE_FILES, write_tables
-from auxilearn.run.record import write_aside
 
 REQUIREMENTS = "requirements-report.txt"
+PACKAGES = ("jinja2", "matplotlib", "pandas", "scipy", "sklearn")
 PAGE_FILE, FIGURES, EVENTS = "index.html", "figures", "tensorboard"
 
 
 def write_report(run_dir, out=None, *, rank_by="auto", sheets=(), tensorboard=False, **places):
     """Write the report of the run in ``run_dir`` to ``out``, by default its folder ``report``.
 
-    Args: ``rank_by`` auto, weight or loss orders labels (see ``Findings.ranking``); ``sheets`` are
-    names of tasks that get a contact sheet in any case; ``tensorboard`` writes events beside the
-    page; ``places`` are as ``evaluate_run`` takes them.
+    Args: ``rank_by`` auto, weight or loss orders labels (see ``rank_labels``); ``sheets`` are names
+    of tasks that get a contact sheet in any case; ``tensorboard`` writes events beside the page;
+    ``places`` are as ``evaluate_run`` takes them.
 
     Returns (path of the page, ``Statement``s on it). Raises UserError: there is no run; or, after
-    all that can be shown has been written, the run has no schedule, or its data or checkpoint
-    cannot be used (a report with samples that is there already then stays as it is). Of a run
-    that has completed no epoch so far, its curves are shown.
+    everything that can be shown has been written, the run has no schedule, or its data or
+    checkpoint cannot be used (an earlier report with samples then stays as it was).
     """
     run = read_run(run_dir)
-    draw_charts = _charts()
-    write_events = _events() if tensorboard else None
+    for package in PACKAGES + ("tensorboard",) * tensorboard:
+        with needs(package, "the report", REQUIREMENTS):
+            importlib.import_module(package)
+    from auxilearn.report.brief import statements
+    from auxilearn.report.figures import draw_charts
+    from auxilearn.report.findings import find
+    from auxilearn.report.page import build_page
+    from auxilearn.report.tables import OF_THE_SAMPLES, TABLE_FILES, write_tables
+
     out = Path(out) if out is not None else run.directory / "report"
     evaluation, missing, error = None, [], None
     if (run.directory / BEST_FILE).exists():
@@ -42,16 +46,13 @@ def write_report(run_dir, out=None, *, rank_by="auto", sheets=(), tensorboard=Fa
     else:
         missing.append("Weights of samples, tables and pictures: no epoch is completed yet.")
     if not run.method.bilevel:
-        error = error or (
-            f"{run.directory} has no schedule to show: --method {run.config.method} "
-            f"({run.method.title}) learns none"
-        )
-        missing.append(
-            f"A schedule: method {run.config.method} ({run.method.title}) learns none. The samples "
-            "are ranked by their loss."
-        )
+        learns_none = f"method {run.config.method} ({run.method.title}) learns none"
+        error = error or f"{run.directory} has no schedule to show: --{learns_none}"
+        missing.append(f"A schedule: {learns_none}. The samples are ranked by their loss.")
     elif not run.schedule:
-        missing.append("How the schedule moved during training: schedule.jsonl has no row.")
+        missing.append(
+            "How the schedule moved during training: there has been no upper step so far."
+        )
     findings = find(run, evaluation, missing, rank_by)
     wanted = _task_numbers(findings, sheets)
     page = out / PAGE_FILE
@@ -59,7 +60,9 @@ def write_report(run_dir, out=None, *, rank_by="auto", sheets=(), tensorboard=Fa
         out.mkdir(exist_ok=True, parents=True)
         for name in (PAGE_FILE, *TABLE_FILES):  # of an earlier report, which may have had more
             (out / name).unlink(missing_ok=True)
-        if write_events:
+        if tensorboard:
+            from auxilearn.report.tensorboard import write_events
+
             write_events(run, out / EVENTS)
         charts = draw_charts(findings, out / FIGURES)
         write_tables(out, findings)
@@ -75,21 +78,9 @@ def write_report(run_dir, out=None, *, rank_by="auto", sheets=(), tensorboard=Fa
     return page, statements(findings)
 
 
-def _charts():
-    with needs("matplotlib", "the report", REQUIREMENTS):
-        from auxilearn.report.figures import draw_charts
-    return draw_charts
-
-
-def _events():
-    with needs("tensorboard", "--tensorboard", REQUIREMENTS):
-        from auxilearn.report.tensorboard import write_events
-    return write_events
-
-
 def _task_numbers(findings, names):
     """The numbers of the tasks called ``names``."""
-    known = findings.tasks.names if findings.tasks is not None else list(names)
+    known = list(findings.tasks.name) if findings.tasks is not None else list(names)
     for name in names:
         if name not in known:
             raise UserError(

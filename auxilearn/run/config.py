@@ -724,7 +724,6 @@ def ineffective(config):
         "upper_lr": method.bilevel,
         "neumann_alpha": neumann and full.neumann_terms > 0,
         "neumann_terms": neumann,
-        "tf32": full.device is None or full.device.startswith("cuda"),
     }
     return [
         name

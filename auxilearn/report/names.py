@@ -2,7 +2,9 @@
 
 
 def readable(name):
-    """An attribute's name for people: upperparts color: brown."""
+    """An attribute's or a class's name: upperparts color: brown; Black footed Albatross."""
+    number, dot, rest = name.partition(".")
+    name = rest if dot and number.isdigit() else name
     return name.removeprefix("has_").replace("::", ": ").replace("_", " ")
 
 
