@@ -2,7 +2,7 @@
 
 import os
 import sys
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager
 
 
 class UserError(Exception):
@@ -48,67 +48,31 @@ def needs(package, what, requirements):
 def run_script(main):
     """Run a script's ``main()`` and turn its errors into one line on stderr and an exit code.
 
-    ``UserError`` exits with 2, ``RunError`` with 1, Ctrl-C with 130. Where whoever read the output
-    has gone, as ``head -1`` has after a line, the script does all the same what it was asked to.
+    ``UserError`` exits with 2, ``RunError`` with 1, Ctrl-C with 130; a closed output pipe ends the
+    script with 1, without a word.
     """
-    with redirect_stdout(_output(sys.stdout)), redirect_stderr(_output(sys.stderr)):
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # the name of a file may be no text
+    try:
         try:
             main()
-        except UserError as error:
-            sys.exit(_say(error, 2))
-        except RunError as error:
-            sys.exit(_say(error, getattr(error, "code", 1)))
-        except KeyboardInterrupt:
-            sys.exit(_say("interrupted", 130))
-        except OSError as error:  # a path too long, a folder that may not be looked into
-            if error.filename is None:
-                raise
-            sys.exit(_say(f"{os.fsdecode(error.filename)}: {error.strerror}", 2))
         finally:
-            for stream in (sys.stdout, sys.stderr):
-                if stream is not None:
-                    stream.flush()
-
-
-def _output(stream):
-    if stream is None:
-        return None
-    # A path may be no text, a terminal may not know a character: neither is worth a run.
-    stream.reconfigure(errors="backslashreplace")
-    return _OutputOfScript(stream)
-
-
-class _OutputOfScript:
-    """A text stream that goes on into nothing when its reader has gone."""
-
-    def __init__(self, stream):
-        self._stream = stream
-
-    def __getattr__(self, name):
-        return getattr(self._stream, name)
-
-    def write(self, text):
-        with self._going_on():
-            self._stream.write(text)
-        return len(text)
-
-    def flush(self):
-        with self._going_on():
-            self._stream.flush()
-
-    @contextmanager
-    def _going_on(self):
-        try:
-            yield
-        except BrokenPipeError:
-            nothing = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nothing, self._stream.fileno())  # what is still buffered goes there too
-            os.close(nothing)
+            sys.stdout.flush()
+    except UserError as error:
+        sys.exit(_say(error, 2))
+    except RunError as error:
+        sys.exit(_say(error, getattr(error, "code", 1)))
+    except KeyboardInterrupt:
+        sys.exit(_say("interrupted", 130))
+    except BrokenPipeError:  # as ``head -1`` leaves one
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is buffered
+        sys.exit(1)
+    except OSError as error:  # a path too long, a folder that may not be looked into
+        if error.filename is None:
+            raise
+        sys.exit(_say(f"{os.fsdecode(error.filename)}: {error.strerror}", 2))
 
 
 def _say(message, code):
-    line = " ".join(str(message).split())
-    if not line.isprintable():  # what a file says may move a terminal's cursor
-        line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
-    print(f"error: {line}", file=sys.stderr, flush=True)
+    print(f"error: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
     return code

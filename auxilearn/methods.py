@@ -42,7 +42,10 @@ class Problem(NamedTuple):
 
 
 class Option(NamedTuple):
-    """A method's own setting. A default that is a tuple takes several values, comma-separated."""
+    """A method's own setting; its kind is that of the default (None: a word).
+
+    A default that is a tuple takes several values, comma-separated.
+    """
 
     default: Any
     help: str = ""
@@ -54,7 +57,7 @@ class Option(NamedTuple):
             kind = type(self.default[0]) if self.default else str
             value = tuple(self._one(word, kind) for word in text.split(","))
         else:
-            value = self._one(text, type(self.default))
+            value = self._one(text, str if self.default is None else type(self.default))
         for one in value if isinstance(value, tuple) else (value,):
             if self.choices and one not in self.choices:
                 raise ValueError(f"choose from {', '.join(map(str, self.choices))}")

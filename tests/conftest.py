@@ -6,12 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 
+import train_bilevel
+from auxilearn import methods
 from auxilearn.data import cub
 from auxilearn.data.split import write_split
 from auxilearn.errors import run_script
+from auxilearn.methods import METHODS
+from auxilearn.models import BACKBONES
 from auxilearn.run.config import Config
 from tests.cub_shape import write_cub_shape
-from train_bilevel import train
 
 # Tiny tensors: a second thread costs more than it brings, and far more on a busy machine.
 torch.set_num_threads(1)
@@ -138,10 +141,37 @@ def tiny_run(tiny_config):
 
     def run(**changes):
         config = tiny_config(**changes)
-        summary = train(config)
+        summary = train_bilevel.train(config)
         return Run(Path(config.record_dir) / config.setting / summary["exp_name"])
 
     return run
+
+
+@pytest.fixture
+def plugin(tmp_path, monkeypatch):
+    """``plugin(text)``: the path of a file of this text, for --plugin.
+
+    What an earlier text registered is forgotten, as in a new process; so it is after the test.
+    """
+    before = [(table, dict(table)) for table in (METHODS, BACKBONES)]
+    path = tmp_path / "plugin.py"
+
+    def write(text):
+        monkeypatch.setattr(methods, "_loaded", set())
+        for table, entries in before:
+            table.clear()
+            table.update(entries)
+        path.write_text(text)
+        return path
+
+    yield write
+    write("")
+
+
+@pytest.fixture
+def log_every(monkeypatch):
+    """``log_every(n)``: from then on runs write the row of a step after every ``n`` steps."""
+    return lambda steps: monkeypatch.setattr(train_bilevel, "LOG_EVERY", steps)
 
 
 @pytest.fixture

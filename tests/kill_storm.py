@@ -28,6 +28,7 @@ from auxilearn.data import cub
 from auxilearn.data.split import write_split
 from auxilearn.methods import METHODS
 from auxilearn.run.config import Config, flags_of
+from auxilearn.run.record import LOCK_FILE
 from tests.cub_shape import write_cub_shape
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,18 +47,17 @@ def config(folder, method, workers, epochs):
         record_dir=str(folder / "undisturbed"),
         exp_name="run",
         backbone="convnet",
-        in_dim=8,
+        feature_dim=8,
         image_size=16,
         train_batch_size=4,
-        aux_batch_size=2,
+        dev_batch_size=2,
         hyperstep=2,
         warmup_epochs=0,
         epochs=epochs,
         dev_epochs=epochs // 4,
-        log_every=1,
         save_every=1,
         num_workers=workers,
-        cache="auto" if workers else "off",
+        cache_dir=None if workers else "none",
         device="cpu",
         threads=1,
     )
@@ -114,7 +114,7 @@ def storm(folder, method, kills, workers=0, epochs=60, seed=0, margin=MARGIN):
         where[phase] += 1
         print(f"kill {number:3} of {kills}: {phase}, step {step} of {steps}", flush=True)
     subprocess.run(_command(killed), env=ENVIRONMENT, check=True, stdout=subprocess.DEVNULL)
-    left = [f"{path.name} is left over" for path in one.glob(".*")]
+    left = [f"{path.name} is left over" for path in one.glob(".*") if path.name != LOCK_FILE]
     return where, differences(one, other) + left
 
 
@@ -153,8 +153,8 @@ def _trains(run, began):
 def _found(run, began, config, steps):
     """(step, what the process was doing) when it was killed, from what it left on disk.
 
-    Every step leaves a row before its upper step, the upper step and the evaluation a row after
-    them, and then comes the checkpoint.
+    An upper step follows every second step, an evaluation every epoch; each leaves a row when it is
+    done, and then comes the checkpoint.
     """
     saved = _checkpoint(run)
     if not _trains(run, began):
@@ -167,14 +167,16 @@ def _found(run, began, config, steps):
     if saved == steps:
         return saved, "after the last step: the test"
     step = saved + 1
-    if not later:
-        return step, "fine-tuning step" if step > main_steps else "lower step"
     kinds = {row["kind"] for row in later}
-    if "upper" not in kinds and step <= main_steps and step % config.hyperstep == 0:
-        return step, "upper step"
-    if "epoch" not in kinds and (step % 4 == 0 if step <= main_steps else step % 2 == 0):
-        return step, "evaluation"
-    return step, "between a step and its checkpoint"
+    if step > main_steps:
+        doing, ends_epoch = "fine-tuning step", step % 2 == 0
+    else:
+        doing, ends_epoch = "lower step", step % 4 == 0
+        if step % config.hyperstep == 0:
+            doing = "evaluation" if "upper" in kinds and ends_epoch else "lower or upper step"
+    if "epoch" in kinds or ("upper" in kinds and not ends_epoch):
+        doing = "between a step and its checkpoint"
+    return step, doing
 
 
 # --------------------------------------------------------------------------------------------------
@@ -206,13 +208,13 @@ def differences(run, other):
             continue
         found += [
             f"best.pt: {part}, {name}"
-            for name, tensor in ours[part].items()
-            if not torch.equal(tensor, theirs[part][name])
+            for name, value in ours[part].items()
+            if not _equal(value, theirs[part][name])
         ]
     ours, theirs = (_last_state(r) for r in (run, other))
     found += [
         f"the last checkpoint: {part}"
-        for part in ("step", "model", "lower_optimizer", "scheduler", "upper_optimizer", "random")
+        for part in ("step", "model", "scheduler", "lower", "upper", "fine_tuning", "random")
         if not _equal(ours[part], theirs[part])
     ]
     return found

@@ -4,22 +4,21 @@ Also the views that training takes of the images, which must not depend on the c
 """
 
 import errno
-import json
 import os
 import pickle
 import re
 import shutil
-import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from auxilearn.trainer import train
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -32,13 +31,13 @@ from auxilearn.data.dataset import (
     EndlessBatches,
     OrderedBatches,
     Stream,
+    load_resized,
     random_view,
     resized_shape,
     sample_set,
 )
 from auxilearn.data.split import load_split, write_split
 from auxilearn.errors import UserError
-from auxilearn.run.config import Config, parse
 from tests.cub_shape import write_cub_shape
 
 IMAGE_SIZE = 28  # resized to 32
@@ -95,8 +94,7 @@ def test_pixels_are_those_of_decoding(split, directory, workers):
     assert images.load(3).shape == (3, 32, 960)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("augment", [True, False])
+@pytest.mark.parametrize(("augment", "workers"), [(True, 2), (False, 0)])
 def test_batches_do_not_depend_on_cache_and_workers(split, directory, augment, workers):
     samples = sample_set(split, "full_train", 4)
     cached = open_cache(split, IMAGE_SIZE, directory, 0)
@@ -114,50 +112,6 @@ def test_batches_do_not_depend_on_cache_and_workers(split, directory, augment, w
         assert torch.equal(one.labels, other.labels)
         assert one.images.is_contiguous(memory_format=torch.channels_last)
         assert other.images.is_contiguous(memory_format=torch.channels_last)
-
-
-def test_a_run_does_not_depend_on_the_cache(split, tmp_path):
-    def run(cache, workers):
-        config = Config(
-            split_dir=str(tmp_path / "split"),
-            record_dir=str(tmp_path / "record"),
-            exp_name=f"cache_{cache}_{workers}",
-            cache=cache,
-            num_workers=workers,
-            backbone="convnet",
-            in_dim=8,
-            image_size=IMAGE_SIZE,
-            epochs=2,
-            train_batch_size=4,
-            aux_batch_size=3,
-            hyperstep=2,
-            device="cpu",
-        )
-        summary = train(config)
-        record = tmp_path / "record" / "full" / config.exp_name
-        rows = [json.loads(line) for line in (record / "metrics.jsonl").read_text().splitlines()]
-        best = torch.load(record / "best.pt", weights_only=True)
-        recorded = json.loads((record / "config.json").read_text())
-        untimed = [{k: v for k, v in row.items() if "seconds" not in k} for row in rows]
-        return summary["test_accuracy"], untimed, best, recorded
-
-    accuracy, rows, best, recorded = run("off", 0)
-    assert not (tmp_path / "split" / "cache").exists()
-    assert rows
-    for workers in (0, 2):
-        other_accuracy, other_rows, other_best, other_recorded = run("on", workers)
-        assert (accuracy, rows) == (other_accuracy, other_rows)
-        for part in ("model", "scheduler"):
-            for name, value in best[part].items():
-                assert torch.equal(value, other_best[part][name])
-        differing = {
-            name
-            for name, value in recorded["config"].items()
-            if value != other_recorded["config"][name]
-        }
-        assert differing <= {"cache", "num_workers", "exp_name"}
-        assert recorded["data"] == other_recorded["data"]
-    assert (tmp_path / "split" / "cache").is_dir()
 
 
 def test_only_images_of_the_sets_are_kept(split, directory):
@@ -271,16 +225,15 @@ def test_a_worker_that_is_not_forked_maps_the_file_itself(split, directory):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("mode", ["on", "auto"])
-def test_an_unreadable_image_is_named_and_nothing_is_left(split, directory, mode, workers):
+def test_an_unreadable_image_is_named_and_nothing_is_left(split, directory, workers):
     path = split.image_path(17)
     content = path.read_bytes()
     path.write_bytes(content[: len(content) * 2 // 3])  # its header is still fine
     with pytest.raises(UserError, match=re.escape(f"{path}: not a readable image")):
-        open_images(split, IMAGE_SIZE, mode, directory, workers)
+        open_images(split, IMAGE_SIZE, directory, workers)
     assert cache_files(directory) == {}
     path.write_bytes(content)
-    assert_same_images(open_images(split, IMAGE_SIZE, mode, directory, workers), split)
+    assert_same_images(open_images(split, IMAGE_SIZE, directory, workers), split)
 
 
 def test_a_missing_image_is_named(split, directory):
@@ -323,27 +276,21 @@ def read_only_file_system(directory, monkeypatch):
     return directory, r"no image cache can be written to .* \(Read-only file system\)"
 
 
-def no_locks(directory, monkeypatch):
-    def flock(*_):
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
-
-    monkeypatch.setattr(cache.fcntl, "flock", flock)
-    return directory, r"file system without locks \(No locks available\)"
-
-
 @pytest.mark.parametrize(
-    "obstacle",
-    [no_disk_space, full_disk, no_folder, read_only_folder, read_only_file_system, no_locks],
+    "obstacle", [no_disk_space, full_disk, no_folder, read_only_folder, read_only_file_system]
 )
 def test_without_a_place_for_it(split, directory, monkeypatch, capsys, obstacle):
     place, message = obstacle(directory, monkeypatch)
-    with pytest.raises(UserError, match=f"{message}.*--cache_dir.*--cache off"):
-        open_images(split, IMAGE_SIZE, "on", place, 0)
-    images = open_images(split, IMAGE_SIZE, "auto", place, 0)
+    images = open_images(split, IMAGE_SIZE, place, 0)
     assert isinstance(images, DecodedImages)
-    assert re.search(f"^warning: .*{message}.*--cache off", capsys.readouterr().err)
+    assert re.search(f"^warning: .*{message}.*--cache_dir none", capsys.readouterr().err)
     assert not directory.is_dir() or cache_files(directory) == {}
-    assert isinstance(open_images(split, IMAGE_SIZE, "off", place, 0), DecodedImages)
+
+
+def test_without_a_cache(split, directory, capsys):
+    assert isinstance(open_images(split, IMAGE_SIZE, "none", 0), DecodedImages)
+    assert isinstance(open_images(split, IMAGE_SIZE, directory, 0, build=False), DecodedImages)
+    assert not directory.exists() and capsys.readouterr() == ("", "")
 
 
 def test_a_complete_cache_in_a_read_only_folder_is_used(split, directory, monkeypatch):
@@ -352,96 +299,76 @@ def test_a_complete_cache_in_a_read_only_folder_is_used(split, directory, monkey
     assert_same_images(open_cache(split, IMAGE_SIZE, directory, 0), split)
 
 
-def test_flags():
-    config = parse([])
-    assert (config.cache, config.cache_dir) == ("auto", None)
-    config = parse(["--cache", "off", "--cache_dir", "/fast/disk"])
-    assert (config.cache, config.cache_dir) == ("off", "/fast/disk")
-    with pytest.raises(SystemExit):
-        parse(["--cache", "sometimes"])
-
-
 # --------------------------------------------------------------------------------------------------
 # Several builders, killed builders
 # --------------------------------------------------------------------------------------------------
 
-BUILDER = """
-import signal, sys, time
-from pathlib import Path
-from auxilearn.data import cache, cub
-from auxilearn.data.split import load_split, write_split
 
-split_dir, directory, gate, workers = sys.argv[1:]
+def test_of_two_builders_at_once_one_builds_and_the_other_waits(
+    split, directory, monkeypatch, capsys
+):
+    decode, decoded, gate = cache.load_resized, [], threading.Event()
+
+    def slow(*args):
+        decoded.append(args)
+        assert gate.wait(60)
+        return decode(*args)
+
+    def build():
+        return open_cache(split, IMAGE_SIZE, directory, 0)
+
+    def wait_for(what):
+        deadline = time.monotonic() + 60
+        while not what():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+    monkeypatch.setattr(cache, "load_resized", slow)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(build)
+        wait_for(lambda: decoded)
+        second = pool.submit(build)
+        wait_for(lambda: "waiting for another process" in capsys.readouterr().out)
+        gate.set()
+    assert len(decoded) == 40
+    for builder in (first, second):
+        assert_same_images(builder.result(), split)
+    assert len(cache_files(directory)) == 1
+
+
+def test_an_interrupted_builder_leaves_nothing(split, directory, monkeypatch):
+    def interrupt(path, side):
+        if path == split.image_path(30):
+            raise KeyboardInterrupt
+        return load_resized(path, side)
+
+    monkeypatch.setattr(cache, "load_resized", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        open_cache(split, IMAGE_SIZE, directory, 0)
+    assert cache_files(directory) == {}
+
+
+BUILDER = """
+import sys, time
+from auxilearn.data import cache
+from auxilearn.data.split import load_split
+
 decode = cache.load_resized
 def slow(*args):
-    deadline = time.monotonic() + 0.5
-    while time.monotonic() < deadline and not Path(gate).exists():
-        time.sleep(0.01)
+    time.sleep(0.2)
     return decode(*args)
 cache.load_resized = slow
-signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever the tests were started from
-images = cache.open_cache(load_split(split_dir), 28, directory, int(workers))
-print("checksum", int(images.pixels.sum()))
+cache.open_cache(load_split(sys.argv[1]), 28, sys.argv[2], 2)
 """
 
 
-@pytest.fixture
-def start_builder(split, tmp_path, directory):
-    """Starts processes that build the cache, half a second an image until ``gate`` exists."""
-    started = []
-
-    def start(workers=0):
-        arguments = [tmp_path / "split", directory, tmp_path / "gate", workers]
-        process = subprocess.Popen(
-            [sys.executable, "-c", BUILDER, *map(str, arguments)],
-            cwd=Path(__file__).parent.parent,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-        started.append(process)
-        return process
-
-    yield start
-    for process in started:
-        process.kill()
-        process.wait()
-        process.stdout.close()
-        process.stderr.close()
-
-
-def wait_for_partial(directory, process):
-    """Until the index and at least one image are written."""
+def test_what_a_killed_builder_leaves_is_no_cache_and_goes(split, directory, tmp_path):
+    command = [sys.executable, "-c", BUILDER, tmp_path / "split", directory]
+    process = subprocess.Popen(command, cwd=Path(__file__).parent.parent)
     deadline = time.monotonic() + 60
     while not any(path.stat().st_size > 4000 for path in directory.glob(".images-*")):
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < deadline
+        assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
-
-
-def test_of_two_builders_at_once_one_builds_and_the_other_waits(
-    split, directory, tmp_path, start_builder
-):
-    first = start_builder()
-    assert "writing 40 images" in first.stdout.readline()
-    second = start_builder()
-    assert "waiting for another process" in second.stdout.readline()
-    (tmp_path / "gate").touch()
-    outputs = [process.communicate(timeout=120) for process in (first, second)]
-    assert [first.returncode, second.returncode] == [0, 0], outputs
-    assert outputs[0][0] == outputs[1][0]
-    assert outputs[0][0].startswith("checksum")
-    assert len(cache_files(directory)) == 1
-    assert_same_images(open_cache(split, IMAGE_SIZE, directory, 0), split)
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_what_a_killed_builder_leaves_is_no_cache_and_goes(
-    split, directory, start_builder, workers
-):
-    process = start_builder(workers)
-    wait_for_partial(directory, process)
     process.kill()
     process.wait(timeout=60)
     (leftover,) = cache_files(directory)
@@ -449,16 +376,6 @@ def test_what_a_killed_builder_leaves_is_no_cache_and_goes(
     images = open_cache(split, IMAGE_SIZE, directory, 0)  # once orphaned workers have ended
     assert_same_images(images, split)
     assert list(cache_files(directory)) == [images.path.name]
-
-
-def test_an_interrupted_builder_leaves_nothing(directory, start_builder):
-    process = start_builder(workers=2)
-    wait_for_partial(directory, process)
-    os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode != 0
-    assert errors.count("Traceback") == 1, errors
-    assert cache_files(directory) == {}
 
 
 # --------------------------------------------------------------------------------------------------

@@ -1,9 +1,7 @@
-"""Fetching from a server that misbehaves, and unpacking archives that do."""
+"""Fetching from a server that misbehaves, and unpacking what came."""
 
-import gzip
 import hashlib
 import io
-import lzma
 import re
 import tarfile
 import threading
@@ -176,96 +174,32 @@ def test_a_full_disk_is_seen_before_the_download(server, tmp_path, monkeypatch):
 # --- unpacking ---------------------------------------------------------------------------------
 
 
-def member(name, kind=tarfile.REGTYPE, link="", data=b""):
+def member(name, data=b""):
     info = tarfile.TarInfo(name)
-    info.type, info.linkname, info.size, info.mode = kind, link, len(data), 0o644
+    info.size, info.mode = len(data), 0o644
     return info, io.BytesIO(data)
 
 
 IMAGES = member("CUB_200_2011/images.txt", data=b"1 a.jpg\n")
 
 
-def write_archive(path, *members, mode="w:gz"):
-    with tarfile.open(path, mode) as tar:
+def write_archive(path, *members):
+    with tarfile.open(path, "w:gz") as tar:
         for info, data in members:
             data.seek(0)
             tar.addfile(info, data)
     return path
 
 
-HOSTILE = {
-    "parent": (member("CUB_200_2011/../../evil", data=b"x"), "would be written outside"),
-    "dots alone": (member("../evil", data=b"x"), "would be written outside"),
-    "absolute": (member("/tmp/evil_absolute", data=b"x"), "would be written outside"),
-    "windows": (member("C:\\evil", data=b"x"), "would be written outside"),
-    "symlink out": (member("CUB_200_2011/a", tarfile.SYMTYPE, "../../evil"), "links outside"),
-    "symlink root": (member("CUB_200_2011/a", tarfile.SYMTYPE, "/etc/passwd"), "links outside"),
-    "hard link out": (member("CUB_200_2011/a", tarfile.LNKTYPE, "../evil"), "links outside"),
-    "hard link root": (member("CUB_200_2011/a", tarfile.LNKTYPE, "/etc/passwd"), "links outside"),
-    "hard link to nothing": (
-        member("CUB_200_2011/a", tarfile.LNKTYPE, "none"),
-        "damaged or unsafe",
-    ),
-    "device": (member("CUB_200_2011/a", tarfile.CHRTYPE), "is a device"),
-    "block device": (member("CUB_200_2011/a", tarfile.BLKTYPE), "is a device"),
-    "pipe": (member("CUB_200_2011/a", tarfile.FIFOTYPE), "is a device or pipe"),
-}
-
-
-@pytest.mark.parametrize("case", HOSTILE)
-@pytest.mark.parametrize("filtered", [True, False])
-def test_hostile_members_are_refused(tmp_path, monkeypatch, case, filtered):
-    """With Python's own filter and, as on older versions, without."""
-    if not filtered:
-        monkeypatch.delattr(tarfile, "data_filter", raising=False)
-    bad, message = HOSTILE[case]
-    inner = tmp_path / "inner"
-    inner.mkdir()
-    archive = write_archive(inner / "CUB_200_2011.tgz", IMAGES, bad)
-    with pytest.raises(UserError, match=message):
-        download.unpack(archive, inner, False)
-    assert names(inner) == ["CUB_200_2011.tgz"] and names(tmp_path) == ["inner"]
-
-
-def test_links_inside_are_unpacked(tmp_path):
-    archive = write_archive(
-        tmp_path / "a.tgz",
-        IMAGES,
-        member("CUB_200_2011/soft", tarfile.SYMTYPE, "images.txt"),
-        member("CUB_200_2011/hard", tarfile.LNKTYPE, "CUB_200_2011/images.txt"),
-    )
-    root = download.unpack(archive, tmp_path, False)
-    for name in ("soft", "hard"):
-        assert (root / name).read_bytes() == b"1 a.jpg\n"
-
-
 def test_damaged_or_foreign_archives(tmp_path):
     archive = write_archive(tmp_path / "a.tgz", IMAGES, member("CUB_200_2011/b", data=PAYLOAD))
     data = archive.read_bytes()
-    broken = bytearray(data)
-    broken[len(data) // 2] ^= 255
-    for content in (data[: len(data) // 2], bytes(broken), b"no archive", b""):
+    for content in (data[: len(data) // 2], b"no archive", b""):
         archive.write_bytes(content)
         with pytest.raises(UserError, match=r"a\.tgz"):
             download.unpack(archive, tmp_path, False)
     write_archive(archive, member("other/images.txt"))
     with pytest.raises(UserError, match=r"has no CUB_200_2011/images\.txt"):
-        download.unpack(archive, tmp_path, False)
-    assert names(tmp_path) == ["a.tgz"]
-
-
-@pytest.mark.parametrize("place", ["member", "header", "tail"])
-@pytest.mark.parametrize("packed", ["gz", "xz"])
-def test_an_archive_that_inflates_is_refused(tmp_path, place, packed):
-    zeros = bytes(20 << 20)
-    bomb = member("CUB_200_2011/b", data=zeros if place == "member" else b"")
-    if place == "header":
-        bomb[0].pax_headers = {"comment": zeros.decode()}
-    archive = write_archive(tmp_path / "a.tgz", IMAGES, bomb, mode=f"w:{packed}")
-    if place == "tail":
-        compress = {"gz": gzip.compress, "xz": lzma.compress}[packed]
-        archive.write_bytes(archive.read_bytes() + compress(zeros))
-    with pytest.raises(UserError, match=r"a\.tgz is damaged or unsafe .*more than 100 times"):
         download.unpack(archive, tmp_path, False)
     assert names(tmp_path) == ["a.tgz"]
 

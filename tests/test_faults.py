@@ -15,22 +15,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from auxilearn.trainer import Trainer
 from PIL import Image
 from torch.utils.data import get_worker_info
 
 import data_preprocess
 import train_bilevel
-from auxilearn import trainer as trainer_module
 from auxilearn.data import cache as cache_module
 from auxilearn.data import cub
-from auxilearn.data.cache import open_cache
 from auxilearn.data.dataset import load_resized
 from auxilearn.data.split import load_split, write_split
-from auxilearn.errors import RunError, UserError
+from auxilearn.errors import Interrupted, RunError, UserError
+from auxilearn.files import locked
 from auxilearn.implicit_diff import neumann, stable_alpha
-from auxilearn.run import record as record_module
 from auxilearn.run.history import ScheduleHistory
+from auxilearn.run.state import State
 from tests.conftest import (
     Run,
     assert_one_error_line,
@@ -40,7 +38,7 @@ from tests.conftest import (
 )
 
 ROOT = Path(__file__).resolve().parent.parent
-FLAGS = {"method": "joint", "epochs": 3, "exp_name": "run"}  # 3 steps an epoch
+FLAGS = {"method": "joint", "exp_name": "run"}  # 2 epochs of 3 steps
 FULL = os.strerror(errno.ENOSPC)
 
 
@@ -83,15 +81,15 @@ def checkpoints(run):
 
 
 def at_step(monkeypatch, number, action):
-    """Before lower step ``number`` of a run, ``action(trainer)`` is done."""
-    original = Trainer._lower_step
+    """Before lower step ``number`` of a run, ``action(its record)`` is done."""
+    original = train_bilevel.lower_step
 
-    def step(self, now, *args):
+    def step(run, state, now, *args):
         if now == number:
-            action(self)
-        return original(self, now, *args)
+            action(state.record)
+        return original(run, state, now, *args)
 
-    monkeypatch.setattr(Trainer, "_lower_step", step)
+    monkeypatch.setattr(train_bilevel, "lower_step", step)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -101,8 +99,8 @@ def at_step(monkeypatch, number, action):
 
 @pytest.mark.parametrize("file", ["_metrics", "_log"])
 def test_disk_full_while_writing_lines(attempt, monkeypatch, file):
-    def fill(trainer):  # the device that refuses every byte, as a full disk does
-        setattr(trainer.record, file, open("/dev/full", "w"))  # noqa: SIM115
+    def fill(record):  # the device that refuses every byte, as a full disk does
+        setattr(record, file, open("/dev/full", "w"))  # noqa: SIM115
 
     with monkeypatch.context() as patch:
         at_step(patch, 5, fill)
@@ -123,7 +121,7 @@ def test_disk_full_while_writing_the_schedule(attempt, monkeypatch):
     assert_goes_on(attempt)
 
 
-@pytest.mark.parametrize("call", range(2, 9, 2))
+@pytest.mark.parametrize("call", [2, 4, 6])
 def test_disk_full_while_syncing_checkpoints(attempt, monkeypatch, call):
     """config.json, best.pt, checkpoints and summary are all synced: each time another one fails."""
     original, calls = os.fsync, itertools.count(1)
@@ -132,7 +130,7 @@ def test_disk_full_while_syncing_checkpoints(attempt, monkeypatch, call):
         code, err, run = attempt("faulty")
     assert code == 1
     assert_one_error_line(err, FULL, "--resume 1")
-    assert not [path for path in run.directory.iterdir() if path.name.startswith(".")]
+    assert [path.name for path in run.directory.glob(".*")] == [".lock"]
     for path in run.directory.glob("*.pt"):
         torch.load(path, weights_only=True)
     assert_goes_on(attempt)
@@ -148,14 +146,21 @@ def test_disk_full_at_the_start(attempt, monkeypatch):
 
 
 def test_disk_full_while_building_the_cache(attempt, monkeypatch, own_split):
+    """The run goes on without it, with a warning."""
+    original = os.fsync
+
+    def fsync(number):
+        if "cache" in os.readlink(f"/proc/self/fd/{number}"):
+            no_space()
+        original(number)
+
     with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", no_space)
-        code, err, run = attempt("faulty", cache="on")
-    assert code == 2
-    assert_one_error_line(err, "cache", FULL, "--cache off")
-    assert not run.directory.exists()
+        patch.setattr(os, "fsync", fsync)
+        code, err, run = attempt("faulty", cache_dir=own_split / "cache")
+    assert code == 0
+    assert re.fullmatch(rf"warning: the image cache cannot be .*\({FULL}\).*\n", err)
     assert [path.name for path in (own_split / "cache").iterdir()] == [".lock"]
-    assert_goes_on(attempt, cache="on")
+    assert_same_run(run, attempt("undisturbed")[2])
 
 
 def test_disk_full_while_preprocessing(own_split, command, monkeypatch):
@@ -182,15 +187,15 @@ def test_a_metrics_file_that_lost_rows_is_not_continued(attempt, capfd):
 
 
 def test_a_damaged_best_checkpoint_gives_no_accuracy(attempt, monkeypatch):
-    def damage(self, seconds):
+    def damage(self, fine_tuning=False):
         path = self.record.directory / "best.pt"
         content = bytearray(path.read_bytes())
         content[len(content) // 2] ^= 1
         path.write_bytes(content)
-        return original(self, seconds)
+        return original(self, fine_tuning)
 
-    original = Trainer._finish
-    monkeypatch.setattr(Trainer, "_finish", damage)
+    original = State.load_best
+    monkeypatch.setattr(State, "load_best", damage)
     code, err, run = attempt("faulty")
     assert code == 1
     assert_one_error_line(err, run.directory / "best.pt", "--overwrite 1")
@@ -216,16 +221,16 @@ def test_a_killed_worker(attempt, monkeypatch):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_an_image_that_becomes_unreadable_in_epoch_3(attempt, monkeypatch, own_split, workers):
+def test_an_image_that_becomes_unreadable_in_epoch_2(attempt, monkeypatch, own_split, workers):
     split = load_split(own_split)
     path = split.image_path(split.indices["valid"][0])
     content = path.read_bytes()
     with monkeypatch.context() as patch:
-        at_step(patch, 9, lambda _: path.write_bytes(b"?" * len(content)))
+        at_step(patch, 5, lambda _: path.write_bytes(b"?" * len(content)))
         code, err, run = attempt("faulty", method="common", num_workers=workers)
     assert code == 2
     assert_one_error_line(err, path, "not a readable image")
-    assert checkpoints(run) == [4, 8]
+    assert checkpoints(run) == [4]
     path.write_bytes(content)
     assert_goes_on(attempt, method="common", num_workers=workers)
 
@@ -235,14 +240,12 @@ def test_a_clock_that_goes_backwards(attempt, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(time, "time", lambda: float(next(ticks)))
         with monkeypatch.context() as full:
-            at_step(full, 8, no_space)
+            at_step(full, 5, no_space)
             code, _, run = attempt("faulty")
         assert code == 1
-        for age, path in enumerate(sorted(run.directory.glob("step-*.pt"))):
-            os.utime(path, (1e9 - age, 1e9 - age))  # the newer, the older by its date
         code, err, _ = attempt("faulty", resume=1)
     assert (code, err) == (0, "")
-    assert "continuing after step 6" in (run.directory / "log.txt").read_text()
+    assert "continuing after step 3" in (run.directory / "log.txt").read_text()
     assert_same_run(run, attempt("undisturbed")[2])
 
 
@@ -250,7 +253,7 @@ def test_nothing_is_written_into_the_data_root(attempt, own_split):
     """Its folder is the same afterwards."""
     data = own_split.parent / "data"
     before = sorted((p, p.stat().st_mtime_ns) for p in data.rglob("*"))
-    code, _, _ = attempt("run", cache="on")
+    code, _, _ = attempt("run", cache_dir=own_split / "cache")
     assert code == 0
     assert sorted((p, p.stat().st_mtime_ns) for p in data.rglob("*")) == before
 
@@ -261,7 +264,7 @@ def test_a_killed_worker_that_builds_the_cache(attempt, monkeypatch, own_split):
             os.kill(os.getpid(), signal.SIGKILL)
         return load_resized(path, side)
 
-    flags = {"method": "common", "cache": "on", "num_workers": 2}
+    flags = {"method": "common", "cache_dir": own_split / "cache", "num_workers": 2}
     with monkeypatch.context() as patch:
         patch.setattr(cache_module, "load_resized", die)
         code, err, run = attempt("faulty", **flags)
@@ -299,87 +302,72 @@ def with_read_only(folder, *words):
     return result.returncode, result.stderr
 
 
-def test_a_read_only_data_root(tmp_path, own_split):
+def test_read_only_data_and_split(tmp_path, own_split):
+    """Training warns that it cannot keep a cache beside the split, and trains."""
+    places = {"split_dir": own_split, "record_dir": tmp_path / "record", "cache_dir": "none"}
+    flags = tiny_flags(**{**FLAGS, **places})
+    flags[flags.index("--cache_dir") : flags.index("--cache_dir") + 2] = []
+    code, err = with_read_only(own_split, "train_bilevel.py", *flags)
+    assert code == 0
+    assert re.fullmatch(rf"warning: .*{own_split}.*Read-only.*--cache_dir none\n", err)
     data = own_split.parent / "data"
-    places = {"split_dir": own_split, "record_dir": tmp_path / "record"}
-    flags = tiny_flags(**{**FLAGS, "cache": "on"}, **places)
-    assert with_read_only(data, "train_bilevel.py", *flags) == (0, "")
     flags = ["--data_root", data, "--out_dir", tmp_path / "other"]
     assert with_read_only(data, "data_preprocess.py", *flags) == (0, "")
 
 
-@pytest.mark.parametrize("cache", ["auto", "on"])
-def test_a_read_only_split(tmp_path, own_split, cache):
-    places = {"split_dir": own_split, "record_dir": tmp_path / "record"}
-    flags = tiny_flags(**{**FLAGS, "cache": cache}, **places)
-    code, err = with_read_only(own_split, "train_bilevel.py", *flags)
-    if cache == "on":
-        assert code == 2
-        assert_one_error_line(err, own_split, "Read-only", "--cache_dir", "--cache off")
-        return
-    assert code == 0
-    assert err.startswith("warning: ")
-    assert err.count("\n") == 1
-    assert all(part in err for part in ("Read-only", "--cache_dir", "--cache off"))
+def test_read_only_places_for_results(tmp_path, own_split, monkeypatch, attempt, command):
+    def refuse(*_, **__):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
-
-def test_read_only_places_for_results(tmp_path, own_split):
-    (tmp_path / "record").mkdir()
-    flags = tiny_flags(**FLAGS, split_dir=own_split, record_dir=tmp_path / "record")
-    code, err = with_read_only(tmp_path / "record", "train_bilevel.py", *flags)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "mkdir", refuse)
+        code, err, _ = attempt("record")
     assert code == 2
     assert_one_error_line(err, tmp_path / "record", "Read-only")
     flags = ["--data_root", own_split.parent / "data", "--out_dir", own_split]
-    assert with_read_only(own_split, "data_preprocess.py", *flags) == (0, "")  # nothing to change
-    code, err = with_read_only(own_split, "data_preprocess.py", *flags, "--split_seed", 9)
+    monkeypatch.setattr("tempfile.mkdtemp", refuse)
+    assert command(data_preprocess.main, *flags)[::2] == (0, "")  # there is nothing to change
+    code, _, err = command(data_preprocess.main, *flags, "--split_seed", 9)
     assert code == 2
     assert_one_error_line(err, own_split, "Read-only", "--out_dir")
 
 
 # --------------------------------------------------------------------------------------------------
-# Output that nobody reads any more
+# Output
 # --------------------------------------------------------------------------------------------------
 
 
-def with_reader_gone(lines, script, *flags, stderr=subprocess.PIPE):
-    """(exit code, stderr) of a script whose stdout is closed after ``lines`` lines were read."""
+def test_a_closed_output_pipe_is_no_traceback():
+    """As ``| head -1`` leaves one."""
+    program = "from auxilearn.errors import run_script; run_script(lambda: print('x'))"
     process = subprocess.Popen(
-        [sys.executable, ROOT / script, *map(str, flags)],
-        env=ENVIRONMENT,
+        [sys.executable, "-c", program],
+        cwd=ROOT,
         stdout=subprocess.PIPE,
-        stderr=stderr,
+        stderr=subprocess.PIPE,
         text=True,
     )
+    process.stdout.close()
     with process:
-        for _ in range(lines):
-            assert process.stdout.readline()
-        process.stdout.close()
-        said = process.stderr.read() if process.stderr else ""
-    return process.returncode, said
+        assert process.stderr.read() == ""
+    assert process.returncode == 1
 
 
-@pytest.mark.parametrize("stderr", [subprocess.PIPE, subprocess.STDOUT])
-def test_a_run_whose_output_nobody_reads_any_more_goes_on(tmp_path, tiny_split, stderr):
-    flags = {**FLAGS, "split_dir": tiny_split}
-    code, said = with_reader_gone(
-        1, "train_bilevel.py", *tiny_flags(**flags, record_dir=tmp_path / "one"), stderr=stderr
-    )
-    assert (code, said) == (0, "")
-    run = tmp_path / "one/full/run"
-    assert "test accuracy" in (run / "log.txt").read_text()
-    assert (run / "summary.json").exists()
+def test_exit_codes_and_lines_of_scripts(command):
+    def raising(error):
+        def main():
+            raise error
 
+        return main
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        ("train_bilevel.py", "--help"),
-        ("inspect_schedule.py", "--help"),
-        ("reproduce_tables.py", "table2", "--dry_run", "--dataset", "mini"),
-    ],
-)
-def test_short_output_that_nobody_reads_is_no_error(words):
-    assert with_reader_gone(0, *words) == (0, "")
+    assert command(raising(UserError("no\n  such"))) == (2, "", "error: no such\n")
+    assert command(raising(RunError("no"))) == (1, "", "error: no\n")
+    assert command(raising(Interrupted("stopped", 143))) == (143, "", "error: stopped\n")
+    assert command(raising(KeyboardInterrupt())) == (130, "", "error: interrupted\n")
+    code, _, err = command(lambda: Path("x" * 5000).stat())
+    assert (code, err) == (2, f"error: {'x' * 5000}: File name too long\n")
+    with pytest.raises(ZeroDivisionError):  # a defect shows where it is
+        command(lambda: 1 / 0)
 
 
 def test_a_folder_whose_name_is_no_text(attempt):
@@ -389,46 +377,28 @@ def test_a_folder_whose_name_is_no_text(attempt):
     assert "recording in" in (run.directory / "log.txt").read_text()
 
 
-def test_an_error_is_said_though_nobody_reads_the_output(tmp_path):
-    code, said = with_reader_gone(0, "data_preprocess.py", "--data_root", tmp_path / "none")
-    assert code == 2
-    assert_one_error_line(said, tmp_path / "none")
-
-
 # --------------------------------------------------------------------------------------------------
 # Two at once
 # --------------------------------------------------------------------------------------------------
 
-HOLDER = """
-import sys
-from auxilearn.run.record import RunRecord
-record = RunRecord(sys.argv[1], {"config": {}, "data": {"fingerprint": ""}})
-record.save_checkpoint(1, {})
-print("held", flush=True)
-sys.stdin.read()
-"""
 
+def test_two_runs_under_one_name(attempt, monkeypatch):
+    monkeypatch.setattr("auxilearn.run.record.LOCK_PATIENCE", 0.1)
+    assert attempt("faulty")[0] == 0
+    directory = attempt("faulty")[2].directory
 
-@pytest.mark.parametrize("flag", [{}, {"resume": 1}, {"overwrite": 1}])
-def test_two_runs_under_one_name(attempt, tmp_path, flag):
-    directory = tmp_path / "faulty/full/run"
-    holder = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, directory],
-        cwd=ROOT,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    with holder:
-        assert holder.stdout.readline() == "held\n"
-        before = sorted((p, p.stat().st_mtime_ns) for p in directory.iterdir())
-        code, err, _ = attempt("faulty", **flag)
-        assert code == 2
-        assert_one_error_line(err, directory, "--exp_name")
-        assert ("another process" in err) == bool(flag)
-        assert sorted((p, p.stat().st_mtime_ns) for p in directory.iterdir()) == before
-        holder.stdin.close()
-    assert attempt("faulty", overwrite=1)[0] == 0  # the lock went with its holder
+    def content():
+        paths = (path for path in directory.iterdir() if path.name != ".lock")
+        return sorted((path, path.stat().st_mtime_ns) for path in paths)
+
+    before = content()
+    with locked(directory / ".lock"):
+        for flag in ({}, {"resume": 1}, {"overwrite": 1}):
+            code, err, _ = attempt("faulty", **flag)
+            assert code == 2
+            assert_one_error_line(err, directory, "another process" if flag else "--exp_name")
+            assert content() == before
+    assert attempt("faulty", overwrite=1)[0] == 0
 
 
 def test_two_preprocessing_runs_at_once(own_split, tmp_path):
@@ -443,7 +413,7 @@ def test_two_preprocessing_runs_at_once(own_split, tmp_path):
         "import sys\nfrom auxilearn.data import cub\n"
         "from auxilearn.data.split import load_split, write_split\n"
         "annotations = cub.read_annotations(sys.argv[1])\n"
-        "for _ in range(20):\n    for seed in sys.argv[3:]:\n"
+        "for _ in range(10):\n    for seed in sys.argv[3:]:\n"
         "        write_split(sys.argv[2], annotations, split_seed=int(seed))\n"
         "        load_split(sys.argv[2])\n"
     )
@@ -495,35 +465,17 @@ def test_no_alpha_is_stable_along_negative_curvature():
     assert stable_alpha(0.1, solution.growth) is None
 
 
-@pytest.mark.parametrize("scale", [("released", 1.0), ("alpha", 0.5)])
-def test_identity_in_place_of_a_diverging_series(scale):
-    name, factor = scale
-    v = [torch.tensor([1.0, 2.0])]
-    solver = neumann(0.5, 3, name, on_divergence="identity")
-    assert torch.equal(solver(lambda u: [10 * u[0]], v).vector[0], factor * v[0])
-    converging = solver(lambda u: [u[0]], v).vector[0]
-    assert torch.equal(converging, neumann(0.5, 3, name)(lambda u: [u[0]], v).vector[0])
-
-
-@pytest.mark.parametrize("policy", ["warn", "identity"])
-def test_a_diverging_series_is_reported_once(tiny_run, policy, capfd):
-    flags = {"method": "joint", "neumann_alpha": 50.0, "neumann_terms": 3, "epochs": 3}
-    run = tiny_run(on_divergence=policy, **flags)
+def test_a_diverging_series_is_reported_once(tiny_run, capfd):
+    run = tiny_run(method="joint", neumann_alpha=50.0, neumann_terms=3, epochs=3)
     rows = run.rows_of("upper")
     assert sum(row["diverging"] for row in rows) > 1
     assert all(row["residual"] > 1 for row in rows if row["diverging"])
     assert all(row["stable_alpha"] is None for row in rows if not row["diverging"])
     log = (run.directory / "log.txt").read_text()
     (line,) = re.findall("warning: .*diverges.*", log)
-    assert f"--on_divergence {policy}" in line
+    assert "at alpha 50" in line
+    assert "no alpha is stable" in line or "the largest stable --neumann_alpha is about" in line
     assert line in capfd.readouterr().out
-
-
-def test_a_series_that_overflows_is_reported_as_such(tiny_run):
-    run = tiny_run(method="joint", neumann_alpha=1e25, neumann_terms=3, on_nonfinite="skip")
-    (line,) = re.findall("warning: .*diverges.*", (run.directory / "log.txt").read_text())
-    assert "its terms overflow, try a far smaller --neumann_alpha" in line
-    assert all(row["stable_alpha"] is None for row in run.rows_of("upper"))
 
 
 def test_a_calm_series_is_not_reported(tiny_run):
@@ -537,56 +489,29 @@ def test_a_calm_series_is_not_reported(tiny_run):
     [([-30.0] * 5, "collapsed to zero"), ([5.0, -30, -30, -30, -30], "collapsed to task 0")],
 )
 def test_a_collapsed_schedule_is_reported_once(tiny_run, monkeypatch, task_relation, message):
-    original = Trainer._build_models
+    original = train_bilevel.build
 
-    def build(self):
-        original(self)
+    def build(*args):
+        run = original(*args)
         with torch.no_grad():
-            self.scheduler.task_prior.copy_(
-                torch.tensor(task_relation).reshape(self.scheduler.task_prior.shape)
-            )
+            prior = run.bilevel.scheduler.task_prior
+            prior.copy_(torch.tensor(task_relation).reshape(prior.shape))
+        return run
 
-    monkeypatch.setattr(trainer_module.Trainer, "_build_models", build)
-    run = tiny_run(method="joint", aux_lr=1e-9)
+    monkeypatch.setattr(train_bilevel, "build", build)
+    run = tiny_run(method="joint", upper_lr=1e-9)
     log = (run.directory / "log.txt").read_text()
     assert len(re.findall("warning: .*collapsed", log)) == 1
     assert message in log
 
 
-@pytest.mark.parametrize("policy", ["stop", "skip"])
-def test_a_hypergradient_that_is_not_finite(tiny_run, policy):
-    flags = {"method": "joint", "neumann_alpha": 1e20, "neumann_terms": 3}
-    if policy == "stop":
-        with pytest.raises(RunError, match="hypergradient is not finite.*--on_nonfinite skip"):
-            tiny_run(on_nonfinite=policy, **flags)
-        return
-    run = tiny_run(on_nonfinite=policy, **flags)
-    assert run.summary["skipped_upper_steps"] == len(run.rows_of("upper")) == 3
-
-
 # --------------------------------------------------------------------------------------------------
-# Images that are traps
+# Images
 # --------------------------------------------------------------------------------------------------
-
-
-def test_decompression_bombs_are_refused(tmp_path, monkeypatch, own_split):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
-    for size in ((150, 100), (1000, 1000), (400, 1)):  # the last one would grow when resized
-        path = tmp_path / "bomb.png"
-        Image.new("L", size).save(path)
-        with pytest.raises(UserError, match=f"{path}: not a readable image"):
-            load_resized(path, 32)
-    split = load_split(own_split)
-    Image.new("L", (400, 1)).save(split.image_path(0), "PNG")
-    with pytest.raises(UserError, match="too long and thin"):
-        open_cache(split, 28, tmp_path / "cache", 0)
-    Image.new("L", (150, 100)).save(split.image_path(0), "PNG")
-    with pytest.raises(UserError, match="1 of .* images cannot be decoded"):
-        cub.check_images(cub.read_annotations(own_split.parent / "data"), progress=False)
 
 
 @pytest.mark.parametrize("kind", ["EPS", "16 bits"])
-def test_images_that_are_programs_or_would_lose_their_pixels(tmp_path, own_split, kind):
+def test_images_that_are_programs_or_would_lose_their_pixels(own_split, kind):
     """Pillow hands EPS to Ghostscript, and makes white of all 16-bit values above 255."""
     split = load_split(own_split)
     path = split.image_path(0)
@@ -602,45 +527,3 @@ def test_images_that_are_programs_or_would_lose_their_pixels(tmp_path, own_split
         load_resized(path, 32)
     with pytest.raises(UserError, match="1 of .* images cannot be decoded"):
         cub.check_images(cub.read_annotations(own_split.parent / "data"), progress=False)
-
-
-@pytest.mark.parametrize("level", ["image", "folder"])
-def test_image_links_that_leave_the_folder_are_refused(tmp_path, own_split, level):
-    data = own_split.parent / "data"
-    split = load_split(own_split)
-    path = split.image_path(0) if level == "image" else split.image_path(0).parent
-    path.rename(tmp_path / "elsewhere")
-    path.symlink_to(tmp_path / "elsewhere")
-    for read in (lambda: cub.read_annotations(data), lambda: load_split(own_split)):
-        with pytest.raises(UserError, match="a link that leaves images/"):
-            read()
-
-
-def test_the_images_folder_itself_may_be_a_link(tmp_path, own_split):
-    images = own_split.parent / "data" / "images"
-    images.rename(tmp_path / "elsewhere")
-    images.symlink_to(tmp_path / "elsewhere")
-    load_split(own_split)
-
-
-# --------------------------------------------------------------------------------------------------
-# A file that only looks right
-# --------------------------------------------------------------------------------------------------
-
-
-def test_a_checkpoint_with_code_is_refused_in_one_line(attempt, tmp_path):
-    class Evil:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / "executed"),)
-
-    run = attempt("faulty")[2]
-    (run.directory / "summary.json").unlink()
-    content = record_module._saved({"state": Evil(), "sizes": {}})
-    path = run.directory / f"step-00000099.{record_module._hash(content)}.pt"
-    path.write_bytes(content)
-    code, err, _ = attempt("faulty", resume=1)
-    assert code == 2
-    assert_one_error_line(err, path, "read safely")
-    assert not (tmp_path / "executed").exists()
-    path.unlink()
-    assert_goes_on(attempt)

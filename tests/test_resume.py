@@ -3,52 +3,35 @@
 import io
 import os
 import signal
+from pathlib import Path
 
 import pytest
 import torch
-from auxilearn.run.signals import EXIT_CODES, StopRequest
-from auxilearn.trainer import train
 
-from auxilearn import trainer as trainer_module
+import auxilearn.bilevel
+import train_bilevel
 from auxilearn.errors import Interrupted, UserError
 from auxilearn.methods import METHODS
 from auxilearn.run import record as record_module
-from auxilearn.run.config import Config
+from auxilearn.run.processes import EXIT_CODES, StopRequest
+from auxilearn.run.progress import Progress
 from auxilearn.run.record import RunRecord
+from auxilearn.run.state import State
 from tests import kill_storm
+from tests.conftest import Run, assert_one_error_line, tiny_flags
 
 
-@pytest.fixture(scope="module")
-def split_dir(tmp_path_factory):
-    from auxilearn.data import cub
-    from auxilearn.data.split import write_split
-    from tests.cub_shape import write_cub_shape
+@pytest.fixture
+def run(tiny_config, tmp_path):
+    """``run(folder, **changes)``: the folder of the run called "run" that it trains in there."""
 
-    folder = tmp_path_factory.mktemp("resume")
-    root = write_cub_shape(folder / "data", classes=3, train_per_class=6, test_per_class=4)
-    write_split(folder / "split", cub.read_annotations(root))
-    return folder / "split"
+    def train(folder, **changes):
+        settings = {"exp_name": "run", "dev_epochs": 2, "record_dir": str(tmp_path / folder)}
+        config = tiny_config(**settings, **changes)
+        train_bilevel.train(config)
+        return Path(config.record_dir) / config.setting / "run"
 
-
-def config(split_dir, record_dir, **changes):
-    settings = {
-        "split_dir": str(split_dir),
-        "record_dir": str(record_dir),
-        "exp_name": "run",
-        "backbone": "convnet",
-        "in_dim": 8,
-        "image_size": 16,
-        "train_batch_size": 4,
-        "aux_batch_size": 2,
-        "hyperstep": 2,
-        "warmup_epochs": 0,
-        "dev_epochs": 2,
-        "epochs": 3,
-        "log_every": 3,
-        "num_workers": 0,
-        "cache": "off",
-    }
-    return Config(**(settings | changes))
+    return train
 
 
 def assert_same_run(run, other):
@@ -74,40 +57,39 @@ def kill_at(monkeypatch, owner, name, call):
 
 @pytest.mark.parametrize(
     ("method", "save_every", "optimizer"),
-    [(m, save_every, "adam") for m in METHODS for save_every in (0, 1)]
-    + [("joint_stable", 1, "sgd")],
+    [
+        *((method, 1, "adam") for method in METHODS),
+        ("joint", 0, "adam"),
+        ("joint_stable", 0, "sgd"),
+    ],
 )
-def test_killed_and_resumed_equals_undisturbed(
-    split_dir, tmp_path, monkeypatch, method, save_every, optimizer
-):
+def test_killed_and_resumed_equals_undisturbed(run, monkeypatch, method, save_every, optimizer):
     changes = {"method": method, "save_every": save_every, "labeled_per_class": 2}
     changes["main_optimizer"] = optimizer
-    train(config(split_dir, tmp_path / "undisturbed", **changes))
+    undisturbed = run("undisturbed", **changes)
     deaths = [
-        (trainer_module.Trainer, "_lower_step", 5),
-        (trainer_module.Trainer, "_finish_epoch", 1),
-        (os, "replace", 3),  # inside the writing of a checkpoint
-        (trainer_module.Trainer, "_finish", 1),
+        (train_bilevel, "lower_step", 5),
+        (train_bilevel, "validate", 1),
+        (os, "replace", 2),  # inside the writing of a checkpoint
+        (State, "finish", 1),
     ]
     if METHODS[method].bilevel:
-        deaths.insert(1, (trainer_module, "apply_hypergradient", 1))
+        deaths.insert(1, (auxilearn.bilevel, "apply_hypergradient", 1))
+    if METHODS[method].fine_tuned:
+        deaths[-1:-1] = [(Progress, "start_fine_tuning", 1), (train_bilevel, "lower_step", 2)]
     for death in deaths:
         with monkeypatch.context() as patch:
             kill_at(patch, *death)
             with pytest.raises(Killed):
-                train(config(split_dir, tmp_path / "killed", resume=True, **changes))
-    train(config(split_dir, tmp_path / "killed", resume=True, **changes))
-    assert_same_run(tmp_path / "killed/semi/run", tmp_path / "undisturbed/semi/run")
+                run("killed", resume=True, **changes)
+    assert_same_run(run("killed", resume=True, **changes), undisturbed)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_kill_storm(tmp_path, workers):
+def test_kill_storm(tmp_path):
     """Real SIGKILLs at random moments of a real process."""
     kill_storm.prepare(tmp_path)
-    where, found = kill_storm.storm(
-        tmp_path, "joint", 3, workers, epochs=20, seed=workers, margin=60
-    )
-    assert sum(where.values()) == 3
+    where, found = kill_storm.storm(tmp_path, "joint", 2, workers=1, epochs=6, margin=16)
+    assert sum(where.values()) == 2
     assert not found
 
 
@@ -117,10 +99,8 @@ def with_another_weight(content):
     return record_module._saved(checkpoint)
 
 
-def test_the_comparison_after_a_kill_storm_sees_every_difference(split_dir, tmp_path):
-    for name in ("one", "other"):
-        train(config(split_dir, tmp_path / name))
-    one, other = (tmp_path / name / "full/run" for name in ("one", "other"))
+def test_the_comparison_after_a_kill_storm_sees_every_difference(run):
+    one, other = run("one", method="joint"), run("other", method="joint")
     assert kill_storm.differences(one, other) == []
     for name, changed, part in [
         ("metrics.jsonl", lambda c: c.replace(b'"step": 2,', b'"step": 3,'), "metrics.jsonl: "),
@@ -140,23 +120,21 @@ def test_the_comparison_after_a_kill_storm_sees_every_difference(split_dir, tmp_
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 143)]
 )
-def test_a_signal_ends_after_the_step_with_a_checkpoint(
-    split_dir, tmp_path, monkeypatch, number, code
-):
-    original = trainer_module.Trainer._lower_step
+def test_a_signal_ends_after_the_step_with_a_checkpoint(run, tmp_path, monkeypatch, number, code):
+    original = train_bilevel.lower_step
 
-    def signalled(self, step, *args):
-        if step == 3:
+    def signalled(run, state, step, *args):
+        if step == 2:
             os.kill(os.getpid(), number)
-        original(self, step, *args)
+        original(run, state, step, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer_module.Trainer, "_lower_step", signalled)
-        with pytest.raises(Interrupted, match="stopped after step 3 of 12.*--resume 1") as caught:
-            train(config(split_dir, tmp_path))
+        patch.setattr(train_bilevel, "lower_step", signalled)
+        with pytest.raises(Interrupted, match="stopped after step 2 of 6.*--resume 1") as caught:
+            run("record")
     assert caught.value.code == code
-    (checkpoint,) = (tmp_path / "full/run").glob("step-*.pt")
-    assert checkpoint.name.startswith("step-00000003.")
+    (checkpoint,) = (tmp_path / "record/full/run").glob("step-*.pt")
+    assert checkpoint.name.startswith("step-00000002.")
     assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
 
 
@@ -177,35 +155,29 @@ def test_handlers_are_put_back_though_that_of_another_signal_raises(monkeypatch)
     assert {number: signal.getsignal(number) for number in EXIT_CODES} == before
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_used(split_dir, tmp_path, capsys):
-    flags = {"save_every": 1, "max_steps": 6}
-    train(config(split_dir, tmp_path / "undisturbed", **flags))
-    train(config(split_dir, tmp_path / "damaged", **flags))
-    run = tmp_path / "damaged/full/run"
-    older, newer = sorted(run.glob("step-*.pt"))
+def test_a_damaged_checkpoint_is_named_and_the_one_before_used(run, capsys):
+    undisturbed, damaged = run("undisturbed", save_every=1), run("damaged", save_every=1)
+    older, newer = sorted(damaged.glob("step-*.pt"))
     content = bytearray(newer.read_bytes())
     content[len(content) // 2] ^= 1
     newer.write_bytes(content)
-    (run / "summary.json").unlink()
+    (damaged / "summary.json").unlink()
     capsys.readouterr()
-    train(config(split_dir, tmp_path / "damaged", resume=True, **flags))
+    run("damaged", resume=True, save_every=1)
     output = capsys.readouterr()
     assert f"{newer} is damaged" in output.err
     assert "continuing after step 5" in output.out
-    assert_same_run(run, tmp_path / "undisturbed/full/run")
+    assert_same_run(damaged, undisturbed)
 
 
-def test_all_checkpoints_damaged_starts_over(split_dir, tmp_path):
-    flags = {"max_steps": 6}
-    train(config(split_dir, tmp_path / "undisturbed", **flags))
-    train(config(split_dir, tmp_path / "damaged", **flags))
-    run = tmp_path / "damaged/full/run"
-    for path in run.glob("step-*.pt"):
+def test_all_checkpoints_damaged_starts_over(run):
+    undisturbed, damaged = run("undisturbed"), run("damaged")
+    for path in damaged.glob("step-*.pt"):
         path.write_bytes(b"")
-    (run / "summary.json").unlink()
-    train(config(split_dir, tmp_path / "damaged", resume=True, **flags))
-    assert len(list(run.glob("step-*.pt"))) == 2
-    assert_same_run(run, tmp_path / "undisturbed/full/run")
+    (damaged / "summary.json").unlink()
+    run("damaged", resume=True)
+    assert len(list(damaged.glob("step-*.pt"))) == 2
+    assert_same_run(damaged, undisturbed)
 
 
 def test_a_checkpoint_that_is_not_used_takes_no_place_of_a_good_one(tmp_path):
@@ -224,58 +196,142 @@ def test_a_checkpoint_that_is_not_used_takes_no_place_of_a_good_one(tmp_path):
     record.close()
 
 
-def test_two_checkpoints_are_kept(split_dir, tmp_path):
-    train(config(split_dir, tmp_path, save_every=1))
-    names = sorted(p.name.split(".")[0] for p in (tmp_path / "full/run").glob("step-*.pt"))
-    assert names == ["step-00000011", "step-00000012"]
+def test_two_checkpoints_are_kept(run):
+    names = sorted(path.name.split(".")[0] for path in run("run", save_every=1).glob("step-*.pt"))
+    assert names == ["step-00000005", "step-00000006"]
 
 
-def test_another_configuration_is_refused_with_the_differences(split_dir, tmp_path):
-    train(config(split_dir, tmp_path))
-    before = sorted((p, p.stat().st_mtime_ns) for p in (tmp_path / "full/run").iterdir())
-    with pytest.raises(UserError, match="main_lr was 0.0001 and is 0.1; .*hyperstep was 2 and"):
-        train(config(split_dir, tmp_path, resume=True, main_lr=0.1, hyperstep=3))
-    assert before == sorted((p, p.stat().st_mtime_ns) for p in (tmp_path / "full/run").iterdir())
+def test_another_configuration_is_refused_with_the_differences(run):
+    folder = run("run", method="task")
+    before = sorted((p, p.stat().st_mtime_ns) for p in folder.iterdir())
+    changes = {"main_lr": 0.1, "hyperstep": 3, "options": {"hidden_sizes": (3, 4)}}
+    with pytest.raises(
+        UserError,
+        match=r"main_lr was 0.0001 and is 0.1; .*hyperstep was 2 and is 3; .*options was {'hidden",
+    ):
+        run("run", method="task", resume=True, **changes)
+    assert before == sorted((p, p.stat().st_mtime_ns) for p in folder.iterdir())
 
 
-def test_a_finished_run_is_not_trained_again(split_dir, tmp_path, capsys):
-    summary = train(config(split_dir, tmp_path))
+def test_what_no_result_depends_on_may_change(run, tmp_path):
+    one = run("one", save_every=1)
+    (one / "summary.json").unlink()
+    run("one", resume=True, save_every=2, cache_dir=str(tmp_path / "cache"), num_workers=1)
+    assert_same_run(one, run("other"))
+
+
+def test_a_finished_run_is_not_trained_again(run, capsys):
+    folder = run("run")
+    before = Run(folder).summary
     capsys.readouterr()
-    assert train(config(split_dir, tmp_path, resume=True)) == summary
-    assert capsys.readouterr().out.splitlines()[-1] == (
-        f"test accuracy: {summary['test_accuracy']:.4f}"
-    )
+    run("run", resume=True)
+    assert Run(folder).summary == before
+    assert capsys.readouterr().out.splitlines() == [
+        f"{folder} was finished before",
+        f"test accuracy: {before['test_accuracy']:.4f}",
+    ]
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"exp_name": None, "resume": True}, "--resume 1 needs the --exp_name"),
-        ({"overwrite": True, "resume": True}, "choose one"),
-        ({"save_every": -1}, "--save_every must be at least 0"),
-    ],
-)
-def test_bad_settings(split_dir, tmp_path, changes, message):
-    with pytest.raises(UserError, match=message):
-        train(config(split_dir, tmp_path, **changes))
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_checkpoint_never_executes_code(split_dir, tmp_path):
+def test_a_checkpoint_never_executes_code(run, tmp_path):
     """A pickle that would run a command is refused, although its checksum is right."""
-    train(config(split_dir, tmp_path, max_steps=2))
-    run = tmp_path / "full/run"
+    folder = run("run", max_steps=2)
 
     class Evil:
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "executed"),)
 
-    record = RunRecord.__new__(RunRecord)
-    record.directory = run
-    for path in run.glob("step-*.pt"):
-        path.unlink()
-    record.save_checkpoint(9, Evil())
-    (run / "summary.json").unlink()
+    content = record_module._saved({"state": Evil(), "sizes": {}})
+    (folder / f"step-00000009.{record_module._hash(content)}.pt").write_bytes(content)
+    (folder / "summary.json").unlink()
     with pytest.raises(Exception, match="(?i)weights.only"):
-        train(config(split_dir, tmp_path, max_steps=2, resume=True))
+        run("run", max_steps=2, resume=True)
     assert not (tmp_path / "executed").exists()
+
+
+# --------------------------------------------------------------------------------------------------
+# A method of one's own
+# --------------------------------------------------------------------------------------------------
+
+PLUGIN = """
+import torch
+from auxilearn import HyperNet, register
+
+class Drift(HyperNet):
+    # A weight per task, moved by what the development images look like.
+
+    needs_dev = True
+
+    def __init__(self, tasks, rate):
+        super().__init__(0, tasks)
+        self.logits = torch.nn.Parameter(torch.zeros(tasks))
+        self.rate, self.seen, self.batches = rate, 0.0, []
+
+    def before_lower_step(self, model, batch, dev_batches, average):
+        own = torch.stack([dev.images.float().mean() for dev in dev_batches]).mean()
+        (own,) = average([own], dev_batches)
+        self.seen += self.rate * (own.item() / 255 - self.seen)
+        self.batches = [len(dev.images) for dev in dev_batches]
+
+    def scheduled_loss(self, losses, seen):
+        return (losses * torch.nn.functional.softplus(self.logits + self.seen)).mean(0).sum()
+
+    def get_extra_state(self):
+        return {"seen": self.seen, "batches": self.batches}
+
+    def set_extra_state(self, state):
+        self.seen, self.batches = state["seen"], state["batches"]
+
+@register("drift", title="Drift", learned="upper", defaults={"upper_lr": 0.1})
+def build(problem, rate=0.5):
+    return Drift(problem.tasks, rate)
+"""
+
+
+def test_a_method_of_one_s_own(plugin, tiny_split, tmp_path, command, monkeypatch):
+    """From the command line: it trains, looks at development batches, and resumes exactly."""
+    path = plugin(PLUGIN)
+
+    def run(folder, *flags):
+        places = {"split_dir": tiny_split, "record_dir": tmp_path / folder, "method": "drift"}
+        flags = [*tiny_flags(**places), *flags, "--plugin", path, "--option", "rate=0.25"]
+        flags += ["--exp_name", "run", "--save_every", 1, "--n_meta_loss_accum", 2]
+        return command(train_bilevel.main, *flags)
+
+    assert run("undisturbed")[::2] == (0, "")
+    undisturbed = Run(tmp_path / "undisturbed/full/run")
+    assert undisturbed.read("config.json")["config"]["options"] == {"rate": 0.25}
+    assert undisturbed.summary["method"] == "drift"
+    assert len(undisturbed.rows_of("upper")) == 3
+    assert undisturbed.checkpoint["scheduler"]["logits"].abs().min() > 0
+    state = undisturbed.checkpoint["scheduler"]["_extra_state"]
+    assert state["seen"] > 0 and len(state["batches"]) == 2
+
+    for death in [(train_bilevel, "lower_step", 3), (train_bilevel, "upper_step", 1)]:
+        with monkeypatch.context() as patch:
+            kill_at(patch, *death)
+            with pytest.raises(Killed):
+                run("killed", "--resume")
+    killed = tmp_path / "killed/full/run"
+    with monkeypatch.context() as patch:
+        kill_at(patch, train_bilevel, "lower_step", 2)
+        with pytest.raises(Killed):
+            run("killed", "--resume")
+    plugin(PLUGIN + "# another\n")
+    code, _, err = run("killed", "--resume")
+    assert code == 2
+    assert_one_error_line(err, killed, "the content of --plugin has changed")
+    plugin(PLUGIN)
+    code, out, err = run("killed", "--resume")
+    assert (code, err) == (0, "")
+    assert "continuing after step" in out
+    assert_same_run(killed, undisturbed.directory)
+
+
+def test_a_scheduler_gets_the_development_batches_that_it_needs(plugin, tiny_run, tiny_split):
+    path = plugin(PLUGIN.replace('learned="upper"', "learned=None"))
+    with pytest.raises(UserError, match="method"):
+        tiny_run(method="drift")
+    train_bilevel.parse(["--plugin", str(path)])
+    run = tiny_run(method="drift", dev_batch_size=3, epochs=1, n_meta_loss_accum=2)
+    assert run.checkpoint["scheduler"]["_extra_state"]["batches"] == [3, 1]  # of 4 images
+    assert run.rows_of("upper") == []

@@ -8,14 +8,15 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from auxilearn.trainer import Trainer
 
 import train_bilevel
 from auxilearn.data.dataset import corrupt, training_set
 from auxilearn.data.split import load_split
 from auxilearn.errors import UserError
 from auxilearn.methods import METHODS
+from auxilearn.run.build import build
 from auxilearn.run.config import resolve
+from auxilearn.run.record import description
 from tests.conftest import assert_one_error_line, assert_same_run, tiny_flags
 
 
@@ -24,9 +25,10 @@ def split(tiny_split):
     return load_split(tiny_split)
 
 
-def trainer_of(config):
+def built(config):
+    """The ``Run`` of a configuration, ready to train."""
     split = load_split(config.split_dir)
-    return Trainer(resolve(config, split), split)
+    return build(resolve(config, split), split)
 
 
 def positions_of(split, samples, chosen):
@@ -70,14 +72,13 @@ def test_the_choice_is_random_within_a_class(split):
 
 
 def test_the_mask_is_on_the_target_column_alone(tiny_config):
-    trainer = trainer_of(tiny_config(labeled_per_class=2, train_batch_size=16))
-    batch = next(iter(trainer.lower_batches))
+    run = built(tiny_config(labeled_per_class=2, train_batch_size=16))
+    batch, ((upper,), (dev,)) = next(run.lower_batches(0)), next(run.upper_batches(0))
     assert batch.mask[:, 1:].all()
-    assert torch.equal(batch.mask[:, 0], trainer.train_set.labeled[batch.sample_id])
+    assert torch.equal(batch.mask[:, 0], run.train_set.labeled[batch.sample_id])
     assert batch.mask[:, 0].sum() == 8
-    assert torch.equal(next(iter(trainer.upper_batches)).mask.sum(dim=0), batch.mask.sum(dim=0))
-    for stream in (trainer.dev_batches, trainer.valid_batches):
-        assert next(iter(stream)).mask is None
+    assert torch.equal(upper.mask.sum(dim=0), batch.mask.sum(dim=0))
+    assert dev.mask is None and next(iter(run.evaluation_batches("valid"))).mask is None
 
 
 def copy_with_labels(tiny_split, folder, labels):
@@ -117,10 +118,11 @@ def exchanged_masked_labels(split, same_choice):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_masked_labels_influence_nothing(method, split, tiny_split, tiny_run, tmp_path):
+def test_masked_labels_influence_nothing(method, split, tiny_split, tiny_run, tmp_path, log_every):
+    log_every(1)
     labels = exchanged_masked_labels(split, same_choice=True)
     edited = copy_with_labels(tiny_split, tmp_path / "edited", labels)
-    settings = {"method": method, **ONE_LABEL, "aux_lr": 0.1, "log_every": 1}
+    settings = {"method": method, **ONE_LABEL, "upper_lr": 0.1}
     one = tiny_run(**settings)
     other = tiny_run(**settings, split_dir=str(edited))
     assert one.directory.parent.name == "semi"
@@ -157,15 +159,17 @@ def test_more_labels_than_a_class_has_names_the_class(tiny_split, tmp_path, comm
 
 
 @pytest.mark.parametrize("method", ["joint", "common"])
-def test_batches_without_any_label_train_the_auxiliary_tasks(method, tiny_run):
-    run = tiny_run(method=method, labeled_per_class=1, train_batch_size=1, log_every=1, hyperstep=3)
+def test_batches_without_any_label_train_the_auxiliary_tasks(method, tiny_run, log_every):
+    log_every(1)
+    run = tiny_run(method=method, labeled_per_class=1, train_batch_size=1, hyperstep=3)
     assert all(np.isfinite(row["loss"]) and row["loss"] > 0 for row in run.rows_of("step"))
     assert all(torch.isfinite(t).all() for t in run.checkpoint["model"].values())
 
 
-def test_the_reported_target_loss_is_of_labelled_images_alone(tiny_run):
+def test_the_reported_target_loss_is_of_labelled_images_alone(tiny_run, log_every):
     """Four of twenty images have a label, one image a step: a step without one counts for none."""
-    settings = {"method": "common", "train_batch_size": 1, "main_lr": 1e-9, "log_every": 16}
+    log_every(16)
+    settings = {"method": "common", "train_batch_size": 1, "main_lr": 1e-9}
     rows = tiny_run(**settings, labeled_per_class=1).rows_of("step")[1:]
     assert all(1.0 < row["target_loss"] < 2.0 for row in rows), rows  # log(4) = 1.39
 
@@ -231,7 +235,7 @@ def test_the_labels_are_the_same_for_every_method_and_follow_the_seed(split):
 
 
 def test_labels_are_drawn_once_for_all_epochs_and_both_levels(tiny_config, split):
-    trainer = trainer_of(tiny_config(corrupted=True, corrupted_rate=0.6, train_batch_size=5))
+    run = built(tiny_config(corrupted=True, corrupted_rate=0.6, train_batch_size=5))
 
     def labels(stream, batches):
         seen = {}
@@ -240,15 +244,18 @@ def test_labels_are_drawn_once_for_all_epochs_and_both_levels(tiny_config, split
                 assert seen.setdefault(place, row) == row
         return seen
 
-    lower = labels(trainer.lower_batches, 12)  # three passes of 16 images
-    assert lower == labels(trainer.upper_batches, 12)
+    def of_upper_level(which):
+        return (pair[which][0] for pair in run.upper_batches(0))
+
+    lower = labels(run.lower_batches(0), 12)  # three passes of 16 images
+    assert lower == labels(of_upper_level(0), 12)
     assert len(lower) == 16
     train = split.indices["rest_train"]
     wrong = sum(lower[place][0] != split.labels[position] for place, position in enumerate(train))
     assert 0 < wrong < 16
     for place, position in enumerate(train):
         assert lower[place][1:] == split.attributes[position].tolist()
-    for name, stream in (("dev", trainer.dev_batches), ("valid", trainer.valid_batches)):
+    for name, stream in (("dev", of_upper_level(1)), ("valid", run.evaluation_batches("valid"))):
         positions = split.indices[name]
         for place, row in labels(stream, 2).items():
             assert row[0] == split.labels[positions[place]]
@@ -291,19 +298,19 @@ def test_both_settings_at_once_are_refused(tiny_split, tmp_path, command):
 def test_the_development_set_is_held_out_of_the_lower_level(
     method, hold_out_dev, tiny_config, split
 ):
-    trainer = trainer_of(tiny_config(method=method, train_batch_size=20, hold_out_dev=hold_out_dev))
+    run = built(tiny_config(method=method, train_batch_size=20, hold_out_dev=hold_out_dev))
     by_default = method in ("joint", "naive", "task", "linear")
     name = "rest_train" if hold_out_dev or (hold_out_dev is None and by_default) else "full_train"
-    batch = next(iter(trainer.lower_batches))
+    batch = next(run.lower_batches(0))
     expected = split.indices[name]
-    assert sorted(trainer.train_set.positions[batch.sample_id].tolist()) == sorted(expected)
-    assert trainer.description()["data"]["trained_on"] == name
+    assert sorted(run.train_set.positions[batch.sample_id].tolist()) == sorted(expected)
+    assert description(run)["data"]["trained_on"] == name
 
 
 def test_task_num_takes_the_target_and_the_first_attributes(tiny_config, split):
-    trainer = trainer_of(tiny_config(method="common", task_num=3, train_batch_size=20))
-    batch = next(iter(trainer.lower_batches))
-    positions = trainer.train_set.positions[batch.sample_id]
+    run = built(tiny_config(method="common", task_num=3, train_batch_size=20))
+    batch = next(run.lower_batches(0))
+    positions = run.train_set.positions[batch.sample_id]
     assert batch.labels.shape == (20, 3)
     assert batch.labels[:, 0].tolist() == split.labels[positions].tolist()
     assert batch.labels[:, 1:].tolist() == split.attributes[positions, :2].tolist()

@@ -9,6 +9,7 @@ import dataclasses
 import glob
 import math
 import os
+import textwrap
 from dataclasses import dataclass
 
 import torch
@@ -477,10 +478,18 @@ def _help(field):
 def _methods_help():
     lines = ["methods (--method NAME, with --option NAME=VALUE for their own settings):"]
     for name, method in METHODS.items():
-        lines.append(f"  {name:<14}{method.title}: {method.about}" if method.about else f"  {name}")
+        about = f"{method.title}: {method.about}" if method.about else method.title
+        lines += _indented(f"  {name:<13} ", about)
         for option, spec in method.options.items():
-            lines.append(f"  {'':<14}--option {option}={_option_text(spec.default)}  {spec.help}")
+            flag = f"--option {option}={_option_text(spec.default)}  "
+            lines += _indented(" " * 16 + flag, spec.help)
     return "\n".join(lines)
+
+
+def _indented(start, text):
+    """The lines of ``start`` and ``text``, at most 100 wide."""
+    indent = " " * 16 if len(start) <= 16 else " " * 20
+    return textwrap.wrap(start + text, 100, subsequent_indent=indent, break_on_hyphens=False)
 
 
 def _switch(text):

@@ -202,7 +202,7 @@ def machine_faults(config):
                 f"a process that loads images died ({first_line}), perhaps for want of memory; "
                 f"--num_workers sets their number; {advice}"
             ) from None
-        if not isinstance(error, OSError):
+        if not isinstance(error, OSError) or isinstance(error, BrokenPipeError):
             raise
         place = error.filename or f"the run's folder in {config.record_dir}"
         raise RunError(f"{place}: {error.strerror or first_line}; {advice}") from None

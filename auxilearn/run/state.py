@@ -23,8 +23,6 @@ class State:
         self.run, self.record = run, record
         self.progress = Progress(run, record)
         self.history = None
-        if run.plan.bilevel and run.ranks.first:
-            self.history = ScheduleHistory.of_run(record.directory, run)
         self.best = {}
         self._start = time.perf_counter()
 
@@ -48,6 +46,8 @@ class State:
         """Put back the last checkpoint, if there is one. Returns the number of steps done."""
         run = self.run
         state = self.record.load_checkpoint() if run.config.resume else None
+        if run.plan.bilevel and run.ranks.first:  # after what was appended is cut back
+            self.history = ScheduleHistory.of_run(self.record.directory, run)
         state = run.ranks.from_first(state)
         if state is None:
             return 0
