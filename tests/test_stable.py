@@ -1,18 +1,15 @@
 """joint_stable: its schedule by loops, its hypergradient by double backward, what it predicts."""
 
 import argparse
-import dataclasses
-import json
 import math
 
 import numpy as np
 import pytest
 import torch
-from auxilearn.trainer import Trainer, train
 
+import train_bilevel
 from auxilearn.data.split import load_split
-from auxilearn.errors import UserError
-from auxilearn.hypernet import Identity, StableJoint
+from auxilearn.hypernet import Identity, TaskLosses, scheduled_loss
 from auxilearn.implicit_diff import (
     conjugate_gradient,
     exact,
@@ -21,9 +18,10 @@ from auxilearn.implicit_diff import (
     preconditioned,
 )
 from auxilearn.optim import adam_scale
-from auxilearn.run.config import from_record, resolve
-from auxilearn.run.record import RunRecord
-from auxilearn.second_order.products import scheduled_loss
+from auxilearn.run.build import build
+from auxilearn.run.config import resolve
+from auxilearn.run.record import open_record
+from auxilearn.stable import StableJoint
 from benchmarks import hypergradient_accuracy as accuracy
 from tests import reference
 from tests.conftest import Run, assert_same_run
@@ -123,8 +121,9 @@ def test_formula(masked, target_share):
 def test_it_starts_with_equal_weights(masked, target_share):
     net, (features, losses) = StableJoint(0, K, D, target_share=target_share), batch()
     mask = some_mask() if masked else None
-    equal = Identity(0, K).scheduled_loss(losses, mask=mask)
-    assert torch.equal(net.scheduled_loss(losses, features, mask=mask), equal)
+    outputs = TaskLosses(losses, features, mask=mask)
+    equal = scheduled_loss(Identity(0, K), outputs)
+    assert torch.equal(scheduled_loss(net, outputs), equal)
     assert sum(p.numel() for p in net.parameters()) == K * (D + 2)
 
 
@@ -217,7 +216,9 @@ def test_masked_losses_and_equal_samples_are_no_numbers_to_it():
     mask = some_mask()
     junk = torch.where(mask, losses, torch.nan)
     values = [
-        torch.autograd.grad(net.scheduled_loss(x, features, mask=mask), list(net.parameters()))
+        torch.autograd.grad(
+            scheduled_loss(net, TaskLosses(x, features, mask=mask)), list(net.parameters())
+        )
         for x in (losses, junk)
     ]
     assert all(torch.equal(one, other) for one, other in zip(*values, strict=True))
@@ -274,43 +275,42 @@ def test_adam_scale_is_what_adam_divides_by():
     assert torch.equal(ones, torch.ones(2))
 
 
-def stable_trainer(tiny_config, **changes):
+def stable_run(tiny_config, **changes):
     config = tiny_config(method="joint_stable", **changes)
     split = load_split(config.split_dir, config.data_root)
-    return Trainer(resolve(config, split), split)
+    return build(resolve(config, split), split)
 
 
-def test_the_trainer_s_hypergradient_against_double_backward(tiny_config, tmp_path):
+def test_the_hypergradient_of_a_run_against_double_backward(tiny_config):
     """- d/dphi <g, D^-1 v>, D as Adam has it, after two lower steps."""
-    trainer = stable_trainer(tiny_config, max_steps=2, hyperstep=100, dev_epochs=0)
-    trainer.model.double()
-    trainer.scheduler.double()
-    record = RunRecord(tmp_path / "run", trainer.description())
-    trainer.fit(record)
-    record.close()
-    trainer.model.train()
-    for parameter in trainer.scheduler.parameters():
+    run = stable_run(tiny_config, aux_weight=0.3)
+    bilevel = run.bilevel
+    model, net = bilevel.model.double(), bilevel.scheduler.double()
+    theta = list(model.parameters())
+    batches = run.lower_batches(0)
+    for _ in range(2):
+        bilevel.lower_step(next(batches))
+    for parameter in net.parameters():
         torch.nn.init.normal_(parameter)
-    train, dev = next(iter(trainer.upper_batches)), next(iter(trainer.dev_batches))
-    found, solution, _ = trainer.upper_level.hypergradient([train], [dev])
+    (train, *_), (dev, *_) = next(run.upper_batches(0))
+    found, solution, _ = bilevel.hypergradient([train], [dev])
     assert solution.products == 0
 
     beta = 0.999
     scale = []
-    for parameter in trainer.theta:
-        state = trainer.lower_optimizer.state[parameter]
+    for parameter in theta:
+        state = bilevel.lower.state[parameter]
         scale.append((state["exp_avg_sq"] / (1 - beta ** int(state["step"]))).sqrt() + 1e-8)
     v = torch.autograd.grad(
-        trainer.model(dev).losses[:, 0].mean(),
-        trainer.theta,
-        materialize_grads=True,
-        allow_unused=True,
+        model(dev).losses[:, 0].mean(), theta, materialize_grads=True, allow_unused=True
     )
-    g = torch.autograd.grad(
-        scheduled_loss(trainer.scheduler, trainer.model(train)), trainer.theta, create_graph=True
-    )
+    outputs = model(train)
+    schedule = net.schedule(outputs.features, outputs.losses)
+    factors = torch.tensor([1.0] + [0.3] * (schedule.shape[1] - 1))
+    loss = (schedule * factors * outputs.losses).mean(dim=0).sum()
+    g = torch.autograd.grad(loss, theta, create_graph=True)
     inner = sum((a * b / d).sum() for a, b, d in zip(g, v, scale, strict=True))
-    expected = torch.autograd.grad(-inner, trainer.phi)
+    expected = torch.autograd.grad(-inner, list(net.parameters()))
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9 * other.abs().max().item())
 
@@ -356,11 +356,11 @@ def test_adam_above_moves_every_task_by_its_rate(tiny_run, target_share):
     """Some up and some down, for their mean is held; the target only where its share may move."""
     run = tiny_run(
         method="joint_stable",
-        aux_lr=0.25,
+        upper_lr=0.25,
         max_steps=2,
-        auxw_decay=0,
+        upper_decay=0.0,
         dev_epochs=0,
-        target_share=target_share,
+        options={"target_share": target_share},
     )
     task = run.checkpoint["scheduler"]["task_prior"]
     moved = task[1:] if target_share == "fixed" else task
@@ -373,60 +373,31 @@ def test_a_killed_run_goes_on_after_its_warm_up(tiny_config, tmp_path, monkeypat
     """At the point where the upper steps have begun, but fewer than without a warm-up."""
     changes = {"warmup_epochs": 1, "epochs": 3, "dev_epochs": 2, "hyperstep": 2, "save_every": 1}
     fresh = {**changes, "exp_name": "fresh", "method": "joint_stable"}
-    train(tiny_config(**fresh))
+    train_bilevel.train(tiny_config(**fresh))
     stopped = {**changes, "exp_name": "stopped", "method": "joint_stable", "resume": True}
-    original = Trainer._lower_step
+    original = train_bilevel.lower_step
     for dies_at in (2, 7, 10):
 
-        def dying(self, step, *args, dies_at=dies_at):
+        def dying(run, state, step, *args, dies_at=dies_at):
             if step == dies_at:
                 raise KeyboardInterrupt
-            return original(self, step, *args)
+            return original(run, state, step, *args)
 
-        monkeypatch.setattr(Trainer, "_lower_step", dying)
+        monkeypatch.setattr(train_bilevel, "lower_step", dying)
         with pytest.raises(KeyboardInterrupt):
-            train(tiny_config(**stopped))
-    monkeypatch.setattr(Trainer, "_lower_step", original)
-    train(tiny_config(**stopped))
+            train_bilevel.train(tiny_config(**stopped))
+    monkeypatch.setattr(train_bilevel, "lower_step", original)
+    train_bilevel.train(tiny_config(**stopped))
     folder = tmp_path / "record" / "full"
     assert_same_run(Run(folder / "fresh"), Run(folder / "stopped"))
 
 
-def test_fine_tuning_starts_with_the_schedule_of_the_best_checkpoint(tiny_config, tmp_path):
-    trainer = stable_trainer(tiny_config, epochs=3, aux_lr=0.3, dev_epochs=1)
-    record = RunRecord(tmp_path / "run", trainer.description())
-    trainer.fit(record)
+def test_fine_tuning_starts_with_the_schedule_of_the_best_checkpoint(tiny_config):
+    run = stable_run(tiny_config, epochs=3, upper_lr=0.3, dev_epochs=1)
+    record = open_record(run)
+    train_bilevel.fit(run, record)
     record.close()
-    start = torch.load(tmp_path / "run" / "fine_tuning_start.pt", weights_only=True)
-    for name, value in trainer.scheduler.state_dict().items():
+    start = torch.load(record.directory / "fine_tuning_start.pt", weights_only=True)
+    for name, value in run.bilevel.scheduler.state_dict().items():
         assert torch.equal(value, start["scheduler"][name])
     assert start["step"] in (4, 8, 12)
-
-
-def test_a_run_recorded_before_a_setting_existed_goes_on(tiny_config, tmp_path):
-    """A setting that its config.json lacks had the default's effect."""
-    config = tiny_config(method="joint", exp_name="old", max_steps=3, epochs=2)
-    train(config)
-    path = tmp_path / "record" / "full" / "old" / "config.json"
-    recorded = json.loads(path.read_text())
-    for name in ("precondition", "upper_optimizer", "warmup_epochs", "target_share", "tensorboard"):
-        del recorded["config"][name]
-    path.write_text(json.dumps(recorded))
-    train(dataclasses.replace(config, resume=True))
-    with pytest.raises(UserError, match="precondition was 'none' and is 'adam'"):
-        train(dataclasses.replace(config, resume=True, precondition="adam"))
-
-
-def test_a_run_of_an_earlier_form_is_refused(tiny_config, tmp_path):
-    """It held something else, which its record does not say in today's terms."""
-    config = tiny_config(method="joint_stable", exp_name="old", max_steps=3, epochs=2)
-    train(config)
-    path = tmp_path / "record" / "full" / "old" / "config.json"
-    recorded = json.loads(path.read_text())
-    del recorded["config"]["target_share"]
-    recorded["config"]["fixed_scale"] = True
-    path.write_text(json.dumps(recorded))
-    with pytest.raises(UserError, match="target_share was 'none' and is 'learned'"):
-        train(dataclasses.replace(config, resume=True))
-    with pytest.raises(UserError, match="is of an earlier form"):
-        from_record(recorded["config"])
