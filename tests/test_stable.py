@@ -1,6 +1,7 @@
 """joint_stable: its schedule by loops, its hypergradient by double backward, what it predicts."""
 
 import argparse
+import copy
 import math
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 import train_bilevel
+from auxilearn import bilevel
 from auxilearn.data.split import load_split
 from auxilearn.hypernet import Identity, TaskLosses, scheduled_loss
 from auxilearn.implicit_diff import (
@@ -21,9 +23,9 @@ from auxilearn.optim import adam_scale
 from auxilearn.run.build import build
 from auxilearn.run.config import resolve
 from auxilearn.run.record import open_record
-from auxilearn.stable import StableJoint
+from auxilearn.stable import StableJoint, fit_stable
 from benchmarks import hypergradient_accuracy as accuracy
-from tests import reference
+from tests import reference, small
 from tests.conftest import Run, assert_same_run
 
 B, K, D = 7, 4, 5
@@ -284,22 +286,22 @@ def stable_run(tiny_config, **changes):
 def test_the_hypergradient_of_a_run_against_double_backward(tiny_config):
     """- d/dphi <g, D^-1 v>, D as Adam has it, after two lower steps."""
     run = stable_run(tiny_config, aux_weight=0.3)
-    bilevel = run.bilevel
-    model, net = bilevel.model.double(), bilevel.scheduler.double()
+    levels = run.bilevel
+    model, net = levels.model.double(), levels.scheduler.double()
     theta = list(model.parameters())
     batches = run.lower_batches(0)
     for _ in range(2):
-        bilevel.lower_step(next(batches))
+        levels.lower_step(next(batches))
     for parameter in net.parameters():
         torch.nn.init.normal_(parameter)
     (train, *_), (dev, *_) = next(run.upper_batches(0))
-    found, solution, _ = bilevel.hypergradient([train], [dev])
+    found, solution, _ = levels.hypergradient([train], [dev])
     assert solution.products == 0
 
     beta = 0.999
     scale = []
     for parameter in theta:
-        state = bilevel.lower.state[parameter]
+        state = levels.lower.state[parameter]
         scale.append((state["exp_avg_sq"] / (1 - beta ** int(state["step"]))).sqrt() + 1e-8)
     v = torch.autograd.grad(
         model(dev).losses[:, 0].mean(), theta, materialize_grads=True, allow_unused=True
@@ -401,3 +403,161 @@ def test_fine_tuning_starts_with_the_schedule_of_the_best_checkpoint(tiny_config
     for name, value in run.bilevel.scheduler.state_dict().items():
         assert torch.equal(value, start["scheduler"][name])
     assert start["step"] in (4, 8, 12)
+
+
+# ------------------------------------------------------------------ the recipe as one function
+
+
+def fit_by_hand(model, train, dev, *, lr, epochs, fine_tuning_epochs, values, aux_weight):
+    """The recipe from its docstring, with plain autograd. Returns the scheduler's parameters.
+
+    ``values``: what validation says after every pass, or None.
+    """
+    theta = list(model.parameters())
+    phi = {
+        "feature_sel.weight": torch.zeros(small.K, small.D, requires_grad=True),
+        "loss_w": torch.zeros(small.K, requires_grad=True),
+        "task_prior": torch.zeros(small.K, requires_grad=True),
+    }
+    lower = torch.optim.Adam(theta, lr=lr, weight_decay=1e-2)
+    upper = torch.optim.AdamW(phi.values(), lr=0.03, betas=(0.9, 0.99), weight_decay=1e-5)
+    warmup = min(5, epochs // 2)
+    step = upper_steps = 0
+    best, passes = (-math.inf, None), iter(values or ())
+
+    def consider(best):
+        if values is None:
+            return best
+        value = next(passes)
+        return (value, copy.deepcopy(model.state_dict())) if value > best[0] else best
+
+    def lower_step(loss):
+        gradients = torch.autograd.grad(loss, theta)
+        for parameter, gradient in zip(theta, gradients, strict=True):
+            parameter.grad = gradient
+
+    for epoch in range(epochs):
+        for one in train:
+            lower_step(small.by_hand("joint_stable", phi, model(one), aux_weight))
+            lower.step()
+            step += 1
+            if step % 5 or epoch < warmup:
+                continue
+            statistics = copy.deepcopy(model.state_dict())
+            taken = [train[(4 * upper_steps + j) % len(train)] for j in range(4)]
+            losses = [small.by_hand("joint_stable", phi, model(t), aux_weight) for t in taken]
+            dev_loss = model(dev[upper_steps % len(dev)]).losses[:, 0].mean()
+            upper_steps += 1
+            g = torch.autograd.grad(sum(losses) / 4, theta, create_graph=True)
+            v = torch.autograd.grad(dev_loss, theta)
+            inner = 0.0
+            for gradient, direction, parameter in zip(g, v, theta, strict=True):
+                state = lower.state[parameter]
+                second = state["exp_avg_sq"] / (1 - 0.999**step)
+                inner = inner + (gradient * direction / (second.sqrt() + 1e-8)).sum()
+            slopes = torch.autograd.grad(inner, list(phi.values()))
+            for parameter, slope in zip(phi.values(), slopes, strict=True):
+                parameter.grad = -slope
+            upper.step()
+            model.load_state_dict(statistics)
+        best = consider(best)
+    if best[1]:
+        model.load_state_dict(best[1])
+    fresh = torch.optim.Adam(theta, lr=lr / 5, weight_decay=1e-2)
+    for _ in range(fine_tuning_epochs):
+        for one in dev:
+            lower_step(model(one).losses[:, 0].mean())
+            fresh.step()
+        best = consider(best)
+    if best[1]:
+        model.load_state_dict(best[1])
+    return {name: parameter.detach() for name, parameter in phi.items()}, upper_steps
+
+
+@pytest.mark.parametrize(
+    ("epochs", "values", "upper_steps"),
+    [
+        (6, None, 4),  # 7 steps a pass: after steps 25, 30, 35, 40; 22 is the first after warm-up
+        (6, [0.1, 0.2, 0.3, 0.5, 0.4, 0.3, 0.4, 0.6, 0.6], 4),  # best in fine-tuning, the earlier
+        (6, [0.1, 0.2, 0.3, 0.7, 0.4, 0.3, 0.4, 0.6, 0.7], 4),  # best in training
+        (12, None, 9),  # a warm-up of 5 passes
+        (1, None, 1),  # no warm-up
+    ],
+)
+def test_fit_stable_is_the_recipe_step_for_step(epochs, values, upper_steps):
+    model = small.Net()
+    hand = copy.deepcopy(model)
+    train, dev = [small.batch(6) for _ in range(7)], [small.batch(5) for _ in range(2)]
+    lower = torch.optim.Adam(model.parameters(), lr=0.01, weight_decay=1e-2)
+    left = iter(values or ())
+
+    def validate():
+        model.eval()  # as validation does
+        return next(left)
+
+    learned = fit_stable(
+        model,
+        lower,
+        train,
+        dev,
+        tasks=small.K,
+        feature_dim=small.D,
+        epochs=epochs,
+        fine_tuning_epochs=3,
+        validate=validate if values else None,
+        aux_weight=0.4,
+    )
+    expected, steps = fit_by_hand(
+        hand,
+        train,
+        dev,
+        lr=0.01,
+        epochs=epochs,
+        fine_tuning_epochs=3,
+        values=values,
+        aux_weight=0.4,
+    )
+    assert steps == upper_steps
+    assert next(left, None) is None  # after every pass of both kinds
+    torch.testing.assert_close(learned.state_dict(), expected, rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(model.state_dict(), hand.state_dict(), rtol=1e-8, atol=1e-10)
+    assert all(p.abs().max() > 0.01 for p in expected.values())
+    assert model.training
+
+
+def test_fit_stable_under_sgd_responds_as_gradient_descent_does(monkeypatch):
+    """No Adam below: - d/dphi <g, v>, the identity solver's."""
+    model = small.Net()
+    train, dev = [small.batch(6)], [small.batch(5)]
+    taken = []
+    apply = bilevel.apply_hypergradient
+
+    def watched(upper, phi, gradient, max_norm):
+        taken.append((copy.deepcopy(model), [p.detach().clone() for p in phi], gradient, max_norm))
+        return apply(upper, phi, gradient, max_norm)
+
+    monkeypatch.setattr(bilevel, "apply_hypergradient", watched)
+    fit_stable(
+        model,
+        torch.optim.SGD(model.parameters(), lr=0.05),
+        train,
+        dev,
+        tasks=small.K,
+        feature_dim=small.D,
+        epochs=10,
+        fine_tuning_epochs=0,
+    )
+    ((then, _, found, max_norm),) = taken  # after the tenth lower step
+    assert not max_norm
+    phi = dict(StableJoint(0, small.K, small.D).named_parameters())
+    loss = small.by_hand("joint_stable", phi, then(train[0]))
+    expected = small.double_backward(
+        [loss],
+        [then(dev[0]).losses[:, 0].mean()],
+        list(then.parameters()),
+        list(phi.values()),
+        0,
+        0,
+    )
+    for name, one, other in zip(phi, found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12, msg=name)
