@@ -12,9 +12,10 @@ from torch.nn.utils.parametrizations import weight_norm
 from auxilearn.baselines.combiners import MonoLinearHyperNet, MonoNonlinearHyperNet
 from auxilearn.bilevel import Bilevel
 from auxilearn.hypernet import MonoJoint, Naive_hyper, TaskLosses, scheduled_loss
-from auxilearn.implicit_diff import conjugate_gradient, exact, identity, neumann
+from auxilearn.implicit_diff import identity, neumann
 from auxilearn.models import Batch, TaskModel
 from auxilearn.second_order.products import Derivatives, DoubleBackwardOperators, FastOperators
+from auxilearn.solvers import conjugate_gradient, exact
 from auxilearn.stable import StableJoint
 
 SAMPLES, TASKS, WIDTH = 12, 4, 6

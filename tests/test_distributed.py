@@ -17,8 +17,9 @@ from torch import nn
 from auxilearn.baselines.combiners import MonoLinearHyperNet
 from auxilearn.bilevel import Bilevel
 from auxilearn.hypernet import MonoJoint, Naive_hyper, TaskLosses
-from auxilearn.implicit_diff import conjugate_gradient, neumann, preconditioned
+from auxilearn.implicit_diff import neumann, preconditioned
 from auxilearn.run.processes import Ranks, leaving
+from auxilearn.solvers import conjugate_gradient
 from auxilearn.stable import StableJoint
 
 ROOT = Path(__file__).resolve().parent.parent

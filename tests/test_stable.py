@@ -12,17 +12,12 @@ import train_bilevel
 from auxilearn import bilevel
 from auxilearn.data.split import load_split
 from auxilearn.hypernet import Identity, TaskLosses, scheduled_loss
-from auxilearn.implicit_diff import (
-    conjugate_gradient,
-    exact,
-    identity,
-    neumann,
-    preconditioned,
-)
+from auxilearn.implicit_diff import identity, neumann, preconditioned
 from auxilearn.optim import adam_scale
 from auxilearn.run.build import build
 from auxilearn.run.config import resolve
 from auxilearn.run.record import open_record
+from auxilearn.solvers import conjugate_gradient, exact
 from auxilearn.stable import StableJoint, fit_stable
 from benchmarks import hypergradient_accuracy as accuracy
 from tests import reference, small
