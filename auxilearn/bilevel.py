@@ -137,6 +137,7 @@ class Bilevel:
         A hypergradient that is not finite is not stepped along. Raises ValueError: there is no
         upper optimiser.
         """
+        self._check_mode()
         if self.upper is None:
             raise ValueError("Bilevel was built without an upper optimiser: give one as upper=")
         gradient, solution, dev_loss = self.hypergradient(train_batches, dev_batches)

@@ -16,6 +16,7 @@ method's own settings: ``--option temperature=0.5``.
 import hashlib
 import importlib.util
 import inspect
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,7 +43,7 @@ class Problem(NamedTuple):
 
 
 class Option(NamedTuple):
-    """A method's own setting; its kind is that of the default (None: a word).
+    """A method's own setting, of its default's type (None: text).
 
     A default that is a tuple takes several values, comma-separated.
     """
@@ -127,7 +128,7 @@ def register(
             as keyword arguments (default: the builder's keyword arguments with their defaults).
         learned: "upper", "lower" or None, see ``Method``; so are the further ``properties``.
 
-    Raises ValueError: the name is taken, or a property is unknown or out of range.
+    Raises ValueError: the name is taken or is no word, or ``learned`` is something else.
     """
     if name in METHODS:
         raise ValueError(f"there is a method {name!r} already: choose another name")
@@ -168,6 +169,7 @@ def load_plugin(path) -> str:
         if spec is None:
             raise UserError(f"--plugin {path}: expected a Python file, NAME.py")
         module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # where dataclasses and pickle look for it
         try:
             spec.loader.exec_module(module)
         except Exception as error:
@@ -185,7 +187,7 @@ def _line_in(error, path):
     lines = []
     trace = error.__traceback__
     while trace:
-        if trace.tb_frame.f_code.co_filename == str(path):
+        if trace.tb_frame.f_code.co_filename == str(path.absolute()):
             lines.append(trace.tb_lineno)
         trace = trace.tb_next
     return f", line {lines[-1]}" if lines else ""

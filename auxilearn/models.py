@@ -240,8 +240,8 @@ def load_file(path):
 def _load_backbone(backbone, path, name):
     state = load_file(path)
     if isinstance(state, dict) and isinstance(state.get("model"), dict):  # our own checkpoint
-        prefix = "backbone."
-        state = {k[len(prefix) :]: v for k, v in state["model"].items() if k.startswith(prefix)}
+        prefix, state = "backbone.", state["model"]
+        state = {k[len(prefix) :]: v for k, v in state.items() if str(k).startswith(prefix)}
     if not isinstance(state, dict) or not all(isinstance(k, str) for k in state):
         raise UserError(f"{path}: expected a state dict, that is, tensors by name")
     state = _without_classifier(state)

@@ -1,7 +1,8 @@
 """Section 7 of the specification: what the released code gets wrong does not come back.
 
-Each test is named after its row. Row 5, the tables, and the resuming of row 9 are not built yet.
-That accumulation (row 11) takes no memory is tested in tests/test_upper_level.py.
+Each test is named after its row. Row 5, the tables, is tested in tests/test_tables.py; the resuming
+of row 9 in tests/test_resume.py; that accumulation (row 11) takes no memory in
+tests/test_bilevel.py.
 """
 
 import itertools
@@ -11,26 +12,26 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from auxilearn.trainer import Trainer
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_bilevel
+from auxilearn.bilevel import Bilevel
 from auxilearn.data import cub
 from auxilearn.data.split import load_split, write_split
 from auxilearn.errors import UserError
 from auxilearn.methods import METHODS
 from auxilearn.models import TaskHeads, TaskModel, build_backbone
+from auxilearn.run.build import build
 from auxilearn.run.config import choose_device, parse, resolve
-from auxilearn.second_order.products import UpperLevel
 from tests.conftest import prepare, tiny_flags
 
 BILEVEL = [name for name, method in METHODS.items() if method.bilevel]
 
 
-def trainer_of(config):
+def built(config):
     split = load_split(config.split_dir, config.data_root)
-    return Trainer(resolve(config, split), split)
+    return build(resolve(config, split), split)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -38,13 +39,18 @@ def trainer_of(config):
 # --------------------------------------------------------------------------------------------------
 
 
-def development_classes(trainer, batches):
-    return [batch.labels[:, 0].tolist() for batch in itertools.islice(trainer.dev_batches, batches)]
+def development_batches(run, steps):
+    """The development batch of every upper step."""
+    return [dev for _, (dev,) in itertools.islice(run.upper_batches(0), steps)]
+
+
+def development_classes(run, steps):
+    return [batch.labels[:, 0].tolist() for batch in development_batches(run, steps)]
 
 
 def test_row_1_development_batches_reach_every_class_in_a_fresh_order_every_pass(tiny_config):
-    trainer = trainer_of(tiny_config(aux_batch_size=2))  # of four development images, one a class
-    batches = development_classes(trainer, 20)
+    run = built(tiny_config(dev_batch_size=2))  # of four development images, one a class
+    batches = development_classes(run, 20)
     passes = [batches[i] + batches[i + 1] for i in range(0, 20, 2)]
     for classes in passes:
         assert sorted(classes) == [0, 1, 2, 3]
@@ -53,28 +59,28 @@ def test_row_1_development_batches_reach_every_class_in_a_fresh_order_every_pass
 
 def test_row_1_upper_steps_of_a_run_see_every_class(tiny_run, monkeypatch):
     seen = []
-    compute = UpperLevel.hypergradient
+    compute = Bilevel.hypergradient
 
     def watched(self, train_batches, dev_batches):
         seen.extend(batch.labels[:, 0].tolist() for batch in dev_batches)
         return compute(self, train_batches, dev_batches)
 
-    monkeypatch.setattr(UpperLevel, "hypergradient", watched)
-    tiny_run(method="linear", hyperstep=1, aux_batch_size=1)
+    monkeypatch.setattr(Bilevel, "hypergradient", watched)
+    tiny_run(method="linear", hyperstep=1, dev_batch_size=1)
     assert len(seen) == 6
     assert {label for labels in seen[:4] for label in labels} == {0, 1, 2, 3}
 
 
 def test_row_1_the_released_behaviour_is_there_on_request(tiny_config, tiny_split):
     split = load_split(tiny_split)
-    trainer = trainer_of(tiny_config(aux_batch_size=2, dev_batches="first"))
+    run = built(tiny_config(dev_batch_size=2, dev_batches="first"))
     first = split.labels[split.indices["dev"][:2]].tolist()
-    assert development_classes(trainer, 6) == [first] * 6
+    assert development_classes(run, 6) == [first] * 6
 
 
 def test_row_1_development_images_are_not_augmented(tiny_config):
-    trainer = trainer_of(tiny_config(aux_batch_size=4))
-    one, other = itertools.islice(trainer.dev_batches, 2)
+    run = built(tiny_config(dev_batch_size=4))
+    one, other = development_batches(run, 2)
     assert torch.equal(one.images[one.sample_id.argsort()], other.images[other.sample_id.argsort()])
 
 
@@ -92,10 +98,10 @@ def test_row_2_the_checkpoint_of_every_method_is_the_one_that_is_tested(
     tasks = run.read("config.json")["config"]["task_num"]
     model = TaskModel(build_backbone("convnet", 8), 8, [4] + [2] * (tasks - 1))
     model.load_state_dict(checkpoint["model"])
-    trainer = trainer_of(tiny_config(method=method))
-    trainer.scheduler.load_state_dict(checkpoint["scheduler"])
+    again = built(tiny_config(method=method))
+    again.bilevel.scheduler.load_state_dict(checkpoint["scheduler"])
     split = load_split(tiny_split)
-    images = [trainer.images.load(position) for position in split.indices["test"]]
+    images = [again.images.load(position) for position in split.indices["test"]]
     hits = 0
     with torch.no_grad():
         model.eval()
@@ -133,7 +139,7 @@ def test_row_3_a_switch_takes_nothing_else(name, text, capsys):
 
 
 def test_row_3_batch_sizes_are_whole_numbers(capsys):
-    size = parse(["--aux_batch_size", "50"]).aux_batch_size
+    size = parse(["--aux_batch_size", "50"]).dev_batch_size
     assert (type(size), size) == (int, 50)
     with pytest.raises(SystemExit):
         parse(["--aux_batch_size", "50.0"])
@@ -147,9 +153,9 @@ def test_row_3_pretrain_false_really_starts_from_random_weights(tiny_config, mon
     monkeypatch.setattr("auxilearn.models._load_imagenet_weights", download)
     settings = {"backbone": "resnet18", "image_size": 33}
     given = parse(["--backbone_pretrain", "False"]).backbone_pretrain
-    trainer_of(tiny_config(**settings, backbone_pretrain=given))
+    built(tiny_config(**settings, backbone_pretrain=given))
     with pytest.raises(AssertionError, match="ImageNet"):
-        trainer_of(tiny_config(**settings))  # the default is to start from them
+        built(tiny_config(**settings))  # the default is to start from them
 
 
 # --------------------------------------------------------------------------------------------------
@@ -307,7 +313,7 @@ def test_row_9_settings_do_not_share_a_folder(tiny_run):
 @pytest.mark.parametrize("method", METHODS)
 def test_row_10_a_batch_of_one_sample_is_defined(method, labeled_per_class, tiny_run):
     size = 5 if METHODS[method].bilevel else 19  # of 16 or 20
-    settings = {"train_batch_size": size, "hyperstep": 1, "epochs": 1, "log_every": 1}
+    settings = {"train_batch_size": size, "hyperstep": 1, "epochs": 1}
     run = tiny_run(method=method, labeled_per_class=labeled_per_class, **settings)
     for row in run.rows:  # reading them refuses NaN
         assert all(np.isfinite(v) for v in row.values() if isinstance(v, float))
@@ -320,15 +326,15 @@ def test_row_10_a_batch_of_one_sample_is_defined(method, labeled_per_class, tiny
     [
         ({"train_batch_size": 5}, "--train_batch_size"),
         ({"train_batch_size": 1}, "--train_batch_size"),
-        ({"aux_batch_size": 3}, "--aux_batch_size"),
+        ({"dev_batch_size": 3}, "--dev_batch_size"),
         ({"method": "common", "train_batch_size": 19}, "--train_batch_size"),
     ],
 )
 def test_row_10_where_batch_norm_cannot_train_on_one_it_is_refused(settings, flag, tiny_config):
     """At 8 pixels a channel of one image has a single value left."""
     with pytest.raises(UserError, match=flag):
-        trainer_of(tiny_config(image_size=8, **{"train_batch_size": 4, **settings}))
-    trainer_of(tiny_config(image_size=8, train_batch_size=4, aux_batch_size=4))
+        built(tiny_config(image_size=8, **{"train_batch_size": 4, **settings}))
+    built(tiny_config(image_size=8, train_batch_size=4, dev_batch_size=4))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -341,12 +347,12 @@ def test_row_11_every_method_takes_the_mean_over_the_training_batches(
     method, tiny_config, monkeypatch
 ):
     settings = {"method": method, "solver": "identity", "n_meta_train_loss_accum": 3}
-    trainer = trainer_of(tiny_config(**settings))
-    trainer.model.double().train()
-    trainer.scheduler.double()
-    compute = trainer.upper_level.hypergradient
-    batches = list(itertools.islice(trainer.upper_batches, 3))
-    dev = list(itertools.islice(trainer.dev_batches, 1))
+    run = built(tiny_config(**settings))
+    run.bilevel.model.double()
+    run.bilevel.scheduler.double()
+    compute = run.bilevel.hypergradient
+    batches, dev = next(run.upper_batches(0))
+    assert (len(batches), len(dev)) == (3, 1)
     singles = [compute([batch], dev)[0] for batch in batches]
     together = compute(batches, dev)[0]
     for all_three, *each in zip(together, *singles, strict=True):
@@ -360,15 +366,15 @@ def test_row_11_every_upper_step_gets_the_stated_number_of_new_batches(
     method, train_count, dev_count, tiny_run, monkeypatch
 ):
     taken = []
-    compute = UpperLevel.hypergradient
+    compute = Bilevel.hypergradient
 
     def watched(self, train_batches, dev_batches):
         taken.append(([b.sample_id for b in train_batches], [b.sample_id for b in dev_batches]))
         return compute(self, train_batches, dev_batches)
 
-    monkeypatch.setattr(UpperLevel, "hypergradient", watched)
+    monkeypatch.setattr(Bilevel, "hypergradient", watched)
     counts = {"n_meta_train_loss_accum": train_count, "n_meta_loss_accum": dev_count}
-    tiny_run(method=method, train_batch_size=4, aux_batch_size=2, max_steps=4, **counts)
+    tiny_run(method=method, train_batch_size=4, dev_batch_size=2, max_steps=4, **counts)
     assert [(len(ours), len(dev)) for ours, dev in taken] == [(train_count, dev_count)] * 2
     in_order = torch.cat([sample_id for ours, _ in taken for sample_id in ours]).tolist()
     assert len(set(in_order[:16])) == min(16, len(in_order))  # a pass repeats nothing

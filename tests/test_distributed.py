@@ -12,12 +12,15 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from auxilearn.run.distributed import Ranks, leaving
 from torch import nn
 
-from auxilearn.hypernet import MonoJoint, MonoLinearHyperNet, Naive_hyper, StableJoint
-from auxilearn.implicit_diff import conjugate_gradient, neumann, preconditioned
-from auxilearn.second_order.products import TaskLosses, UpperLevel, scheduled_loss
+from auxilearn.baselines.combiners import MonoLinearHyperNet
+from auxilearn.bilevel import Bilevel
+from auxilearn.hypernet import MonoJoint, Naive_hyper, TaskLosses
+from auxilearn.implicit_diff import neumann, preconditioned
+from auxilearn.run.processes import Ranks, leaving
+from auxilearn.solvers import conjugate_gradient
+from auxilearn.stable import StableJoint
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLES, TASKS = 10, 3
@@ -57,46 +60,52 @@ def shard(batch, rank, size):
     return tuple(t[rank::size] for t in batch)
 
 
-def one_step(method, reduction, ranks):
-    """Lower gradient and hypergradient, as a flat vector each."""
+def one_step(method, solver, ranks):
+    """Lower gradient and hypergradient as flat vectors, development loss, lower gradient's norm."""
     model, scheduler, train, dev = problem(method)
     train, dev = (shard(b, ranks.rank, ranks.size) for b in (train, dev))
     theta = list(model.parameters())
-    scheduled_loss(scheduler, model(train)).backward(inputs=theta)
-    ranks.average_gradients(theta, len(train[2]))
 
     def average(tensors, batches):
         return ranks.average(tensors, sum(len(b[2]) for b in batches))
 
-    solver = neumann(0.05, 3)
-    if reduction == "cg":
+    solve = neumann(0.05, 3)
+    if solver == "cg":
         scale = [1.0 + p.detach().abs() for p in theta]
-        solver = preconditioned(conjugate_gradient(1.0, 20), lambda: scale)
-    exact = average if reduction != "final" else None
-    upper = UpperLevel(model, scheduler, solver, average=exact)
-    hypergrads, _, dev_loss = upper.hypergradient([train], [dev])
-    if reduction == "final":
-        hypergrads = average(hypergrads, [train])
-    flat = torch.cat([h.flatten() for h in hypergrads])
-    return torch.cat([p.grad.flatten() for p in theta]), flat, dev_loss
+        solve = preconditioned(conjugate_gradient(1.0, 20), lambda: scale)
+    bilevel = Bilevel(
+        model, scheduler, torch.optim.SGD(theta, 0.1), solver=solve, aux_weight=0.5, average=average
+    )
+    hypergrads, _, dev_loss = bilevel.hypergradient([train], [dev])
+    norm = bilevel.lower_step(train).gradient_norm.item()
+    gradient = torch.cat([p.grad.flatten() for p in theta])
+    return gradient, torch.cat([h.flatten() for h in hypergrads]), dev_loss, norm
 
 
-def worker(rank, method, reduction, folder):
+CASES = [("naive", "neumann"), ("linear", "cg"), ("joint", "neumann"), ("joint_stable", "neumann")]
+
+
+def worker(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     with leaving():
-        result = one_step(method, reduction, Ranks(rank, 2))
-        torch.save(result, f"{folder}/{rank}.pt")
+        results = {case: one_step(*case, Ranks(rank, 2)) for case in CASES}
+        torch.save(results, f"{folder}/{rank}.pt")
     os._exit(0)  # PyTorch's threads may abort the interpreter as it ends, see ``leaving``
 
 
-def two_processes(method, reduction, folder):
-    mp.spawn(worker, (method, reduction, str(folder)), nprocs=2)
-    results = [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
-    torch.set_default_dtype(torch.float64)
-    for ours, theirs in zip(results[0][:2], results[1][:2], strict=True):
-        assert torch.equal(ours, theirs)  # every rank takes the same step
-    return results[0]
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    """{case: (gradient, hypergradient, development loss)} of two processes that share a batch."""
+    folder = tmp_path_factory.mktemp("ranks")
+    mp.spawn(worker, (str(folder),), nprocs=2)
+    first, second = (torch.load(folder / f"{rank}.pt") for rank in (0, 1))
+    for case in CASES:
+        for ours, theirs in zip(first[case][:2], second[case][:2], strict=True):
+            assert torch.equal(ours, theirs)  # every rank takes the same step
+        gradient, *_, norm = first[case]
+        assert norm == pytest.approx(gradient.norm().item(), rel=1e-12)
+    return {case: first[case][:3] for case in CASES}
 
 
 @pytest.fixture(autouse=True)
@@ -109,42 +118,28 @@ def error(found, expected):
     return ((found - expected).norm() / expected.norm()).item()
 
 
-@pytest.mark.parametrize(("method", "reduction"), [("naive", "exact"), ("linear", "cg")])
-def test_two_processes_equal_the_full_batch(method, reduction, tmp_path):
-    gradient, hypergradient, dev_loss = two_processes(method, reduction, tmp_path)
-    alone = one_step(method, reduction, Ranks())
+@pytest.mark.parametrize("case", CASES[:2], ids=lambda case: case[0])
+def test_two_processes_equal_the_full_batch(case, two_processes):
+    gradient, hypergradient, dev_loss = two_processes[case]
+    alone = one_step(*case, Ranks())
     assert error(gradient, alone[0]) < 1e-12
     assert error(hypergradient, alone[1]) < 1e-10
     assert dev_loss == pytest.approx(alone[2], rel=1e-12)
 
 
-def test_final_reduction_averages_what_each_rank_finds_alone(tmp_path):
-    gradient, hypergradient, _ = two_processes("naive", "final", tmp_path)
-    alone = one_step("naive", "exact", Ranks())
-    assert error(gradient, alone[0]) < 1e-12
-    expected = []
-    for rank in (0, 1):
-        model, scheduler, train, dev = problem("naive")
-        upper = UpperLevel(model, scheduler, neumann(0.05, 3))
-        found, *_ = upper.hypergradient([shard(train, rank, 2)], [shard(dev, rank, 2)])
-        expected.append(torch.cat([h.flatten() for h in found]))
-    assert error(hypergradient, (expected[0] + expected[1]) / 2) < 1e-12
-    assert error(hypergradient, alone[1]) > 1e-6  # not the global one
-
-
-def test_standardised_losses_are_each_ranks_own(tmp_path):
+def test_standardised_losses_are_each_ranks_own(two_processes):
     """Where batch statistics do not allow equality: joint's loss factor sees its shard alone."""
-    gradient, hypergradient, _ = two_processes("joint", "exact", tmp_path)
-    alone = one_step("joint", "exact", Ranks())
+    gradient, hypergradient, _ = two_processes["joint", "neumann"]
+    alone = one_step("joint", "neumann", Ranks())
     assert 1e-6 < error(gradient, alone[0]) < 0.1
     assert 1e-6 < error(hypergradient, alone[1]) < 0.5
 
 
-def test_the_stable_form_starts_as_one_and_learns_from_each_ranks_batch(tmp_path):
+def test_the_stable_form_starts_as_one_and_learns_from_each_ranks_batch(two_processes):
     """All its weights are 1 at first, so what sees samples one by one is that of the whole batch:
     the lower gradient and the task prior's hypergradient. Loss and feature factor see the shard."""
-    gradient, hypergradient, _ = two_processes("joint_stable", "exact", tmp_path)
-    alone = one_step("joint_stable", "exact", Ranks())
+    gradient, hypergradient, _ = two_processes["joint_stable", "neumann"]
+    alone = one_step("joint_stable", "neumann", Ranks())
     assert error(gradient, alone[0]) < 1e-12
     pieces = (h.split([TASKS, TASKS, TASKS * 6]) for h in (hypergradient, alone[1]))
     of_loss_w, of_task_prior, of_features = map(error, *pieces)
@@ -161,18 +156,9 @@ def torchrun(split_dir, record_dir, *flags):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     command += [str(ROOT / "train_bilevel.py"), "--split_dir", str(split_dir)]
     command += ["--record_dir", str(record_dir), "--backbone", "convnet", "--image_size", "16"]
-    command += [
-        "--in_dim",
-        "8",
-        "--train_batch_size",
-        "4",
-        "--hyperstep",
-        "2",
-        "--num_workers",
-        "0",
-    ]
+    command += ["--feature_dim", "8", "--train_batch_size", "4", "--hyperstep", "2"]
     return subprocess.Popen(
-        [*command, "--device", "cpu", "--cache", "off", *flags],
+        [*command, "--num_workers", "0", "--device", "cpu", "--cache_dir", "none", *flags],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -192,9 +178,8 @@ def split_dir(tmp_path_factory):
     return folder / "split"
 
 
-@pytest.mark.parametrize("reduction", ["exact", "final"])
-def test_torchrun_trains_and_one_rank_writes(split_dir, tmp_path, reduction):
-    process = torchrun(split_dir, tmp_path, "--epochs", "2", "--reduction", reduction)
+def test_torchrun_trains_and_one_rank_writes(split_dir, tmp_path):
+    process = torchrun(split_dir, tmp_path, "--epochs", "2")
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     (run,) = (tmp_path / "full").iterdir()

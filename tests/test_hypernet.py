@@ -499,8 +499,7 @@ def mean_of_column(values):
 
 
 def linear_loops(net, losses, main_task, skip):
-    weight, bias = effective(net.linear), bias_of(net.linear)
-    rows = reference.affine_loops(weight, bias, losses.numpy())
+    rows = reference.affine_loops(effective(net.linear), None, losses.numpy())
     value = mean_of_column([row[0] for row in rows])
     return value + (mean_of_column(losses[:, main_task]) if skip else 0.0)
 
@@ -571,11 +570,18 @@ def test_linear_clamp(clamp_bias, normalised):
     before = {name: value.detach().clone() for name, value in net.named_parameters()}
     net.clamp()
     for name, value in net.named_parameters():
-        bounded = clamp_bias or "bias" not in name
-        expected = before[name].clamp(min=0) if bounded else before[name]
-        assert torch.equal(value.detach(), expected), name
+        assert torch.equal(value.detach(), before[name].clamp(min=0)), name
     if normalised:
         assert (net.linear.weight_g >= 0).all() and (net.linear.weight_v >= 0).all()
+
+
+@pytest.mark.parametrize("kind", [LinearHyperNet, MonoLinearHyperNet])
+@pytest.mark.parametrize("normalised", [True, False])
+def test_linear_has_no_bias(kind, normalised):
+    net = kind(0, K, weight_normalization=normalised)
+    names = {"linear.weight_g", "linear.weight_v"} if normalised else {"linear.weight"}
+    assert set(net.state_dict()) == names
+    assert net.linear.bias is None
 
 
 def test_linear_clamp_acts_on_the_next_value():
@@ -748,10 +754,16 @@ def test_the_linear_combiner_s_weights_are_its_weights():
         assert int(((numbers - 0.75).abs() < 1e-6).sum()) == K
 
 
-def test_every_monotone_combiner_can_be_clamped():
-    for net in one_of_each():
-        if isinstance(net, MonoHyperNet):
-            net.clamp()
+def test_every_scheduler_can_be_clamped_and_only_the_monotone_ones_change():
+    for net in [*one_of_each(), Naive_hyper(B, K)]:
+        net = randomised(net)
+        before = {name: value.clone() for name, value in net.state_dict().items()}
+        net.clamp()
+        moved = any(not torch.equal(before[n], v) for n, v in net.state_dict().items())
+        assert moved == isinstance(net, (MonoLinearHyperNet, MonoNonlinearHyperNet))
+
+
+def test_the_monotone_combiners_are_of_the_family():
     assert issubclass(MonoLinearHyperNet, MonoHyperNet)
     assert issubclass(MonoNonlinearHyperNet, MonoHyperNet)
     assert issubclass(MonoHyperNet, HyperNet)

@@ -1,4 +1,4 @@
-"""The baselines' numbers: uncertainty weights, gradient cosines, ablated schedules, fine-tuning."""
+"""The baselines' numbers, ablated schedules, fine-tuning, and methods of one's own."""
 
 import math
 import re
@@ -6,15 +6,18 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from auxilearn.trainer import Trainer
 from torch import nn
 
+import train_bilevel
 from auxilearn.baselines.gradient_cosine import GradientCosine
+from auxilearn.baselines.uncertainty import Uncertainty
 from auxilearn.data.split import load_split
-from auxilearn.hypernet import FACTORS, MonoJoint, Uncertainty, standardise
+from auxilearn.hypernet import FACTORS, MonoJoint, TaskLosses, scheduled_loss, standardise
 from auxilearn.models import Batch, ConvNet, TaskModel
+from auxilearn.run.build import build
 from auxilearn.run.config import resolve
-from auxilearn.run.record import RunRecord
+from auxilearn.run.record import open_record
+from auxilearn.second_order.products import ModelFunction
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +40,9 @@ def test_uncertainty_is_the_papers_sum():
     scheduler.log_variance.data = s
     losses = torch.rand(5, 3)
     expected = sum(math.exp(-s[k]) * losses[:, k].mean().item() + s[k].item() / 2 for k in range(3))
-    assert scheduler.scheduled_loss(losses).item() == pytest.approx(expected, rel=1e-12)
+    assert scheduled_loss(scheduler, TaskLosses(losses)).item() == pytest.approx(
+        expected, rel=1e-12
+    )
 
 
 def test_uncertainty_is_least_where_the_variance_is_twice_the_loss():
@@ -62,15 +67,17 @@ def test_uncertainty_learns_nothing_from_a_task_without_losses():
 
 def test_uncertainty_is_trained_with_the_model_and_does_not_decay(tiny_config):
     torch.set_default_dtype(torch.float32)
-    trainer = trainer_of(tiny_config(method="uncertainty", main_lr=0.1, w_decay=0.5))
-    shrunk, kept = trainer.lower_optimizer.param_groups
+    config = tiny_config(method="uncertainty", main_lr=0.1, w_decay=0.5, max_steps=1)
+    run = built(config)
+    bilevel = run.bilevel
+    shrunk, kept = bilevel.lower.param_groups
     assert (shrunk["weight_decay"], kept["weight_decay"]) == (0.5, 0.0)
-    assert [p is trainer.scheduler.log_variance for p in kept["params"]] == [True]
-    means = trainer.model(next(iter(trainer.lower_batches))).losses.mean(dim=0)
-    fit(trainer, tiny_config().record_dir, steps=1)
+    assert [p is bilevel.scheduler.log_variance for p in kept["params"]] == [True]
+    means = bilevel.model(next(run.lower_batches(0))).losses.mean(dim=0)
+    fit(run)
     # Adam's first step is the learning rate against the gradient's sign, of 1 / 2 - mean loss.
     expected = 0.1 * torch.sign(means - 0.5)
-    torch.testing.assert_close(trainer.scheduler.log_variance.data, expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(bilevel.scheduler.log_variance.data, expected, rtol=0, atol=1e-4)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -109,6 +116,12 @@ def no_average(tensors, _):
     return tensors
 
 
+def take(scheduler, model, batch):
+    """The weights for a lower step on ``batch``."""
+    scheduler.before_lower_step(model, batch, None, no_average)
+    return scheduler.weights
+
+
 @pytest.mark.parametrize("masked", (False, True))
 def test_the_cosines_are_those_of_separate_backward_passes(masked):
     model, batch = cosine_problem(masked)
@@ -117,19 +130,17 @@ def test_the_cosines_are_those_of_separate_backward_passes(masked):
     assert 0 < (cosines < 0).sum() < len(COUNTS) - 1  # both kinds occur
 
     weighted = GradientCosine(0, len(COUNTS), weighted=True)
-    weighted.before_lower_step(model, batch, no_average)
-    torch.testing.assert_close(weighted.weights, cosines.clamp(min=0), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(
+        take(weighted, model, batch), cosines.clamp(min=0), rtol=1e-10, atol=1e-12
+    )
 
     plain = GradientCosine(0, len(COUNTS))
-    plain.before_lower_step(model, batch, no_average)
-    assert plain.weights.tolist() == (cosines >= 0).double().tolist()
+    assert take(plain, model, batch).tolist() == (cosines >= 0).double().tolist()
 
 
 def test_the_products_are_exact_in_forward_mode():
     model, batch = cosine_problem()
     gradients = task_gradients(model, batch)
-    from auxilearn.second_order.products import ModelFunction
-
     scheduler = GradientCosine(0, len(COUNTS))
     function = ModelFunction(model, keep=scheduler.shared)
     products = scheduler._forward_products(function, batch, no_average)
@@ -145,7 +156,7 @@ def test_the_model_and_its_random_numbers_stay_as_they_are():
     torch.set_rng_state(state)
     for weighted in (False, True):
         scheduler = GradientCosine(0, len(COUNTS), weighted=weighted)
-        scheduler.before_lower_step(model, batch, no_average)
+        take(scheduler, model, batch)
         assert torch.equal(torch.get_rng_state(), state)
         assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items())
     cosines = F.cosine_similarity(gradients, gradients[:1])
@@ -158,8 +169,7 @@ def test_a_batch_without_target_labels():
     batch.mask[:, 0] = False
     for weighted, expected in ((False, 1.0), (True, 0.0)):
         scheduler = GradientCosine(0, len(COUNTS), weighted=weighted)
-        scheduler.before_lower_step(model, batch, no_average)
-        assert scheduler.weights.tolist() == [1.0] + [expected] * (len(COUNTS) - 1)
+        assert take(scheduler, model, batch).tolist() == [1.0] + [expected] * (len(COUNTS) - 1)
 
 
 class NoForwardMode(torch.autograd.Function):
@@ -183,8 +193,7 @@ def test_without_forward_mode_it_takes_a_pass_per_task_and_warns_once(recwarn):
     model.backbone = nn.Sequential(*model.backbone, Doubling())
     signs = task_gradients(model, batch) @ task_gradients(model, batch)[0] >= 0
     for _ in range(2):
-        scheduler.before_lower_step(model, batch, no_average)
-        assert scheduler.weights.tolist() == signs.double().tolist()
+        assert take(scheduler, model, batch).tolist() == signs.double().tolist()
     assert len([w for w in recwarn if "no forward-mode derivative" in str(w.message)]) == 1
 
 
@@ -193,7 +202,7 @@ def test_the_weights_weigh_the_means():
     scheduler.weights.copy_(torch.tensor([1.0, 0.0, 0.5]))
     losses = torch.rand(4, 3)
     expected = losses[:, 0].mean() + 0.5 * losses[:, 2].mean()
-    torch.testing.assert_close(scheduler.scheduled_loss(losses), expected)
+    torch.testing.assert_close(scheduled_loss(scheduler, TaskLosses(losses)), expected)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -242,46 +251,43 @@ def test_all_factors_are_the_default():
 # --------------------------------------------------------------------------------------------------
 
 
-def trainer_of(config):
+def built(config):
     split = load_split(config.split_dir, config.data_root)
-    return Trainer(resolve(config, split), split)
+    return build(resolve(config, split), split)
 
 
-def fit(trainer, directory, steps=None):
-    if steps is not None:
-        trainer.total_steps = trainer.main_steps = steps
-    record = RunRecord(f"{directory}/one", trainer.description())
+def fit(run):
+    record = open_record(run)
     try:
-        return trainer.fit(record)
+        return train_bilevel.fit(run, record)
     finally:
         record.close()
 
 
 def test_fine_tuning_is_adam_on_the_target_loss_of_the_development_set(tiny_config):
     torch.set_default_dtype(torch.float32)
-    settings = {"method": "common_dev", "epochs": 1, "dev_epochs": 2, "dev_lr": 0.01}
-    trainer = trainer_of(tiny_config(**settings, aux_batch_size=4))
-    steps = []
-    step_of = trainer._lower_step
+    settings = {"method": "common_dev", "epochs": 1, "dev_epochs": 2, "main_lr": 1e-4}
+    run = built(tiny_config(**settings, dev_batch_size=4))
+    (group,) = run.fine_tuning.lower.param_groups
+    assert group["lr"] == pytest.approx(1e-4 / 5)
+    group["lr"] = 0.01  # a step that can be told from none
+    steps, step_of = [], run.fine_tuning.lower_step
 
-    def watched(step, batch, window):
-        if step > trainer.main_steps:
-            steps.append((batch, {k: v.clone() for k, v in trainer.model.state_dict().items()}))
-        step_of(step, batch, window)
+    def watched(batch, dev_batches=None):
+        steps.append((batch, {k: v.clone() for k, v in run.bilevel.model.state_dict().items()}))
+        return step_of(batch, dev_batches)
 
-    trainer._lower_step = watched
-    fit(trainer, tiny_config().record_dir)
+    run.fine_tuning.lower_step = watched
+    fit(run)
     assert len(steps) == 2  # two passes over a development set of four images in batches of four
 
     # From the best checkpoint of training, the first step again by hand.
     batch, start = steps[0]
-    model = trainer_of(tiny_config(**settings, aux_batch_size=4)).model
+    model = built(tiny_config(**settings, dev_batch_size=4)).bilevel.model
     model.load_state_dict(start)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01, weight_decay=5e-4)
     logits = model.train().heads.target_logits(model.features(batch.images))
     F.cross_entropy(logits, batch.labels[:, 0]).backward()
-    for p in model.parameters():
-        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
     optimizer.step()
     gradients = {name: p.grad + 5e-4 * start[name] for name, p in model.named_parameters()}
     for name, value in steps[1][1].items():
@@ -291,60 +297,71 @@ def test_fine_tuning_is_adam_on_the_target_loss_of_the_development_set(tiny_conf
             assert rounding.sum() < 10
             mine, value = mine[~rounding], value[~rounding]
         torch.testing.assert_close(mine, value, rtol=1e-4, atol=1e-5)
-    clean = trainer.split.labels[trainer.split.indices["dev"]]
+    clean = run.split.labels[run.split.indices["dev"]]
     assert sorted(batch.labels[:, 0].tolist()) == sorted(clean.tolist())
 
 
-def test_fine_tuning_starts_at_the_best_checkpoint(tiny_run):
-    run = tiny_run(method="common_dev", epochs=3, dev_epochs=2, dev_lr=1e-30, w_decay=0.0)
-    plain = tiny_run(method="common", epochs=3, w_decay=0.0)
-    assert run.rows_of("epoch")[:3] and len(run.rows_of("epoch")) == 5
-    for one, other in zip(run.rows_of("epoch"), plain.rows_of("epoch"), strict=False):
-        assert one["valid_accuracy"] == other["valid_accuracy"]
-    assert run.summary["test_accuracy"] == plain.summary["test_accuracy"] or (
-        run.summary["best_epoch"] > 3  # batch norm's statistics have moved all the same
-    )
+def test_fine_tuning_starts_at_the_best_checkpoint(tiny_config):
+    """And what it starts from is kept: the best of training may be overwritten in fine-tuning."""
+    torch.set_default_dtype(torch.float32)
+    run = built(tiny_config(method="common_dev", epochs=3, dev_epochs=2, exp_name="one"))
+    starts, step_of = [], run.fine_tuning.lower_step
+
+    def watched(batch, dev_batches=None):
+        starts.append({k: v.clone() for k, v in run.bilevel.model.state_dict().items()})
+        return step_of(batch, dev_batches)
+
+    run.fine_tuning.lower_step = watched
+    record = open_record(run)
+    train_bilevel.fit(run, record)
+    record.close()
+    kept = torch.load(record.directory / "fine_tuning_start.pt", weights_only=True)
+    assert kept["phase"] == "training"
+    for name, value in kept["model"].items():
+        assert torch.equal(starts[0][name], value), name
 
 
 def test_killed_while_fine_tuning_it_goes_on_to_the_same_numbers(tiny_config, tmp_path):
     """The best checkpoint has been overwritten since the checkpoint that the run goes on from."""
     torch.set_default_dtype(torch.float32)
     settings = {"method": "common_dev", "epochs": 1, "main_lr": 1e-6, "save_every": 4, "seed": 1}
-    settings |= {"dev_lr": 0.02, "dev_epochs": 20, "exp_name": "one", "resume": True}
+    settings |= {"dev_epochs": 20, "exp_name": "one", "resume": True}
 
-    def trainer_and_record(name):
-        config = tiny_config(**settings, record_dir=str(tmp_path / name))
-        trainer = trainer_of(config)
-        return trainer, RunRecord(tmp_path / name, trainer.description(), resume=True)
+    def run_and_record(name):
+        run = built(tiny_config(**settings, record_dir=str(tmp_path / name)))
+        for group in run.fine_tuning.lower.param_groups:
+            group["lr"] = 0.02  # fine-tuning is to find something better than training did
+        return run, open_record(run)
 
-    trainer, record = trainer_and_record("undisturbed")
-    expected = trainer.fit(record)
+    run, record = run_and_record("undisturbed")
+    expected = train_bilevel.fit(run, record)
     record.close()
-    assert expected["best_epoch"] > 1
+    assert expected["best_phase"] == "fine-tuning"
 
     class Killed(Exception):
         pass
 
-    trainer, record = trainer_and_record("killed")
+    run, record = run_and_record("killed")
     save = record.save_best
 
     def save_and_die(checkpoint):
         result = save(checkpoint)
-        if checkpoint["epoch"] > 1:
+        if checkpoint["phase"] == "fine-tuning":
             raise Killed
         return result
 
     record.save_best = save_and_die
     with pytest.raises(Killed):
-        trainer.fit(record)
+        train_bilevel.fit(run, record)
     record.close()
-    trainer, record = trainer_and_record("killed")
+    run, record = run_and_record("killed")
     # The last checkpoint is that of the last step before fine-tuning.
-    assert record.load_checkpoint()["step"] == trainer.main_steps
-    actual = trainer.fit(record)
+    assert record.load_checkpoint()["step"] == run.plan.main_steps
+    actual = train_bilevel.fit(run, record)
     record.close()
-    for name in ("test_accuracy", "valid_accuracy", "best_epoch"):
+    for name in ("test_accuracy", "valid_accuracy", "best_epoch", "best_step"):
         assert actual[name] == expected[name]
-    rows = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("undisturbed", "killed")]
+    folders = [tmp_path / name / "full" / "one" for name in ("undisturbed", "killed")]
+    rows = [(folder / "metrics.jsonl").read_text() for folder in folders]
     timeless = [re.sub(r'"\w+_seconds": [^,}]+', "", text) for text in rows]
     assert timeless[0] == timeless[1]

@@ -68,18 +68,6 @@ def test_logits_of_the_target_are_its_columns(class_counts):
     torch.testing.assert_close(heads.target_logits(features), expected)
 
 
-@pytest.mark.parametrize("aux_weight", [0.0, 0.25, 1.0, 3.0])
-def test_aux_weight_scales_every_loss_but_the_targets(aux_weight):
-    class_counts = [2, 5, 2, 3]  # the target is neither the widest task nor the first of its width
-    torch.manual_seed(0)
-    plain = TaskHeads(7, class_counts).double()
-    scaled = TaskHeads(7, class_counts, aux_weight=aux_weight).double()
-    scaled.load_state_dict(plain.state_dict())
-    features, labels = torch.randn(4, 7, dtype=torch.float64), labels_of(class_counts, 4)
-    factors = torch.tensor([1, aux_weight, aux_weight, aux_weight])
-    torch.testing.assert_close(scaled(features, labels), plain(features, labels) * factors)
-
-
 def test_images_are_normalised_as_imagenets_are():
     backbone = torch.nn.Flatten()
     model = TaskModel(backbone, 12, [3])
@@ -99,6 +87,7 @@ def test_the_model_hands_on_what_a_scheduler_may_need():
     assert outputs.losses.shape == (2, 2)
     assert outputs.sample_id.tolist() == [7, 9]
     assert torch.equal(outputs.mask, mask)
+    assert torch.equal(outputs.labels, batch.labels)
     torch.testing.assert_close(outputs.features, model.features(images))
     torch.testing.assert_close(model.predict(images), model.heads.target_logits(outputs.features))
 
@@ -293,8 +282,8 @@ def test_weights_of_another_architecture_are_refused(resnet_state, tmp_path):
     path = save({"model": convnet.state_dict()}, tmp_path / "best.pt")
     assert "--backbone resnet18" in refused(path)
     message = refused(path, "convnet", 9)
-    assert "(8, " in message
-    assert "(9, " in message
+    assert "[8, " in message
+    assert "[9, " in message
 
 
 # --------------------------------------------------------------------------------------------------

@@ -1,31 +1,26 @@
 """joint_stable: its schedule by loops, its hypergradient by double backward, what it predicts."""
 
 import argparse
-import dataclasses
-import json
+import copy
 import math
 
 import numpy as np
 import pytest
 import torch
-from auxilearn.trainer import Trainer, train
 
+import train_bilevel
+from auxilearn import bilevel
 from auxilearn.data.split import load_split
-from auxilearn.errors import UserError
-from auxilearn.hypernet import Identity, StableJoint
-from auxilearn.implicit_diff import (
-    conjugate_gradient,
-    exact,
-    identity,
-    neumann,
-    preconditioned,
-)
+from auxilearn.hypernet import Identity, TaskLosses, scheduled_loss
+from auxilearn.implicit_diff import identity, neumann, preconditioned
 from auxilearn.optim import adam_scale
-from auxilearn.run.config import from_record, resolve
-from auxilearn.run.record import RunRecord
-from auxilearn.second_order.products import scheduled_loss
+from auxilearn.run.build import build
+from auxilearn.run.config import resolve
+from auxilearn.run.record import open_record
+from auxilearn.solvers import conjugate_gradient, exact
+from auxilearn.stable import StableJoint, fit_stable
 from benchmarks import hypergradient_accuracy as accuracy
-from tests import reference
+from tests import reference, small
 from tests.conftest import Run, assert_same_run
 
 B, K, D = 7, 4, 5
@@ -123,8 +118,9 @@ def test_formula(masked, target_share):
 def test_it_starts_with_equal_weights(masked, target_share):
     net, (features, losses) = StableJoint(0, K, D, target_share=target_share), batch()
     mask = some_mask() if masked else None
-    equal = Identity(0, K).scheduled_loss(losses, mask=mask)
-    assert torch.equal(net.scheduled_loss(losses, features, mask=mask), equal)
+    outputs = TaskLosses(losses, features, mask=mask)
+    equal = scheduled_loss(Identity(0, K), outputs)
+    assert torch.equal(scheduled_loss(net, outputs), equal)
     assert sum(p.numel() for p in net.parameters()) == K * (D + 2)
 
 
@@ -217,7 +213,9 @@ def test_masked_losses_and_equal_samples_are_no_numbers_to_it():
     mask = some_mask()
     junk = torch.where(mask, losses, torch.nan)
     values = [
-        torch.autograd.grad(net.scheduled_loss(x, features, mask=mask), list(net.parameters()))
+        torch.autograd.grad(
+            scheduled_loss(net, TaskLosses(x, features, mask=mask)), list(net.parameters())
+        )
         for x in (losses, junk)
     ]
     assert all(torch.equal(one, other) for one, other in zip(*values, strict=True))
@@ -274,43 +272,42 @@ def test_adam_scale_is_what_adam_divides_by():
     assert torch.equal(ones, torch.ones(2))
 
 
-def stable_trainer(tiny_config, **changes):
+def stable_run(tiny_config, **changes):
     config = tiny_config(method="joint_stable", **changes)
     split = load_split(config.split_dir, config.data_root)
-    return Trainer(resolve(config, split), split)
+    return build(resolve(config, split), split)
 
 
-def test_the_trainer_s_hypergradient_against_double_backward(tiny_config, tmp_path):
+def test_the_hypergradient_of_a_run_against_double_backward(tiny_config):
     """- d/dphi <g, D^-1 v>, D as Adam has it, after two lower steps."""
-    trainer = stable_trainer(tiny_config, max_steps=2, hyperstep=100, dev_epochs=0)
-    trainer.model.double()
-    trainer.scheduler.double()
-    record = RunRecord(tmp_path / "run", trainer.description())
-    trainer.fit(record)
-    record.close()
-    trainer.model.train()
-    for parameter in trainer.scheduler.parameters():
+    run = stable_run(tiny_config, aux_weight=0.3)
+    levels = run.bilevel
+    model, net = levels.model.double(), levels.scheduler.double()
+    theta = list(model.parameters())
+    batches = run.lower_batches(0)
+    for _ in range(2):
+        levels.lower_step(next(batches))
+    for parameter in net.parameters():
         torch.nn.init.normal_(parameter)
-    train, dev = next(iter(trainer.upper_batches)), next(iter(trainer.dev_batches))
-    found, solution, _ = trainer.upper_level.hypergradient([train], [dev])
+    (train, *_), (dev, *_) = next(run.upper_batches(0))
+    found, solution, _ = levels.hypergradient([train], [dev])
     assert solution.products == 0
 
     beta = 0.999
     scale = []
-    for parameter in trainer.theta:
-        state = trainer.lower_optimizer.state[parameter]
+    for parameter in theta:
+        state = levels.lower.state[parameter]
         scale.append((state["exp_avg_sq"] / (1 - beta ** int(state["step"]))).sqrt() + 1e-8)
     v = torch.autograd.grad(
-        trainer.model(dev).losses[:, 0].mean(),
-        trainer.theta,
-        materialize_grads=True,
-        allow_unused=True,
+        model(dev).losses[:, 0].mean(), theta, materialize_grads=True, allow_unused=True
     )
-    g = torch.autograd.grad(
-        scheduled_loss(trainer.scheduler, trainer.model(train)), trainer.theta, create_graph=True
-    )
+    outputs = model(train)
+    schedule = net.schedule(outputs.features, outputs.losses)
+    factors = torch.tensor([1.0] + [0.3] * (schedule.shape[1] - 1))
+    loss = (schedule * factors * outputs.losses).mean(dim=0).sum()
+    g = torch.autograd.grad(loss, theta, create_graph=True)
     inner = sum((a * b / d).sum() for a, b, d in zip(g, v, scale, strict=True))
-    expected = torch.autograd.grad(-inner, trainer.phi)
+    expected = torch.autograd.grad(-inner, list(net.parameters()))
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9 * other.abs().max().item())
 
@@ -356,11 +353,11 @@ def test_adam_above_moves_every_task_by_its_rate(tiny_run, target_share):
     """Some up and some down, for their mean is held; the target only where its share may move."""
     run = tiny_run(
         method="joint_stable",
-        aux_lr=0.25,
+        upper_lr=0.25,
         max_steps=2,
-        auxw_decay=0,
+        upper_decay=0.0,
         dev_epochs=0,
-        target_share=target_share,
+        options={"target_share": target_share},
     )
     task = run.checkpoint["scheduler"]["task_prior"]
     moved = task[1:] if target_share == "fixed" else task
@@ -373,60 +370,189 @@ def test_a_killed_run_goes_on_after_its_warm_up(tiny_config, tmp_path, monkeypat
     """At the point where the upper steps have begun, but fewer than without a warm-up."""
     changes = {"warmup_epochs": 1, "epochs": 3, "dev_epochs": 2, "hyperstep": 2, "save_every": 1}
     fresh = {**changes, "exp_name": "fresh", "method": "joint_stable"}
-    train(tiny_config(**fresh))
+    train_bilevel.train(tiny_config(**fresh))
     stopped = {**changes, "exp_name": "stopped", "method": "joint_stable", "resume": True}
-    original = Trainer._lower_step
+    original = train_bilevel.lower_step
     for dies_at in (2, 7, 10):
 
-        def dying(self, step, *args, dies_at=dies_at):
+        def dying(run, state, step, *args, dies_at=dies_at):
             if step == dies_at:
                 raise KeyboardInterrupt
-            return original(self, step, *args)
+            return original(run, state, step, *args)
 
-        monkeypatch.setattr(Trainer, "_lower_step", dying)
+        monkeypatch.setattr(train_bilevel, "lower_step", dying)
         with pytest.raises(KeyboardInterrupt):
-            train(tiny_config(**stopped))
-    monkeypatch.setattr(Trainer, "_lower_step", original)
-    train(tiny_config(**stopped))
+            train_bilevel.train(tiny_config(**stopped))
+    monkeypatch.setattr(train_bilevel, "lower_step", original)
+    train_bilevel.train(tiny_config(**stopped))
     folder = tmp_path / "record" / "full"
     assert_same_run(Run(folder / "fresh"), Run(folder / "stopped"))
 
 
-def test_fine_tuning_starts_with_the_schedule_of_the_best_checkpoint(tiny_config, tmp_path):
-    trainer = stable_trainer(tiny_config, epochs=3, aux_lr=0.3, dev_epochs=1)
-    record = RunRecord(tmp_path / "run", trainer.description())
-    trainer.fit(record)
+def test_fine_tuning_starts_with_the_schedule_of_the_best_checkpoint(tiny_config):
+    run = stable_run(tiny_config, epochs=3, upper_lr=0.3, dev_epochs=1)
+    record = open_record(run)
+    train_bilevel.fit(run, record)
     record.close()
-    start = torch.load(tmp_path / "run" / "fine_tuning_start.pt", weights_only=True)
-    for name, value in trainer.scheduler.state_dict().items():
+    start = torch.load(record.directory / "fine_tuning_start.pt", weights_only=True)
+    for name, value in run.bilevel.scheduler.state_dict().items():
         assert torch.equal(value, start["scheduler"][name])
     assert start["step"] in (4, 8, 12)
 
 
-def test_a_run_recorded_before_a_setting_existed_goes_on(tiny_config, tmp_path):
-    """A setting that its config.json lacks had the default's effect."""
-    config = tiny_config(method="joint", exp_name="old", max_steps=3, epochs=2)
-    train(config)
-    path = tmp_path / "record" / "full" / "old" / "config.json"
-    recorded = json.loads(path.read_text())
-    for name in ("precondition", "upper_optimizer", "warmup_epochs", "target_share", "tensorboard"):
-        del recorded["config"][name]
-    path.write_text(json.dumps(recorded))
-    train(dataclasses.replace(config, resume=True))
-    with pytest.raises(UserError, match="precondition was 'none' and is 'adam'"):
-        train(dataclasses.replace(config, resume=True, precondition="adam"))
+# ------------------------------------------------------------------ the recipe as one function
 
 
-def test_a_run_of_an_earlier_form_is_refused(tiny_config, tmp_path):
-    """It held something else, which its record does not say in today's terms."""
-    config = tiny_config(method="joint_stable", exp_name="old", max_steps=3, epochs=2)
-    train(config)
-    path = tmp_path / "record" / "full" / "old" / "config.json"
-    recorded = json.loads(path.read_text())
-    del recorded["config"]["target_share"]
-    recorded["config"]["fixed_scale"] = True
-    path.write_text(json.dumps(recorded))
-    with pytest.raises(UserError, match="target_share was 'none' and is 'learned'"):
-        train(dataclasses.replace(config, resume=True))
-    with pytest.raises(UserError, match="is of an earlier form"):
-        from_record(recorded["config"])
+def fit_by_hand(model, train, dev, *, lr, epochs, fine_tuning_epochs, values, aux_weight):
+    """The recipe from its docstring, with plain autograd. Returns the scheduler's parameters.
+
+    ``values``: what validation says after every pass, or None.
+    """
+    theta = list(model.parameters())
+    phi = {
+        "feature_sel.weight": torch.zeros(small.K, small.D, requires_grad=True),
+        "loss_w": torch.zeros(small.K, requires_grad=True),
+        "task_prior": torch.zeros(small.K, requires_grad=True),
+    }
+    lower = torch.optim.Adam(theta, lr=lr, weight_decay=1e-2)
+    upper = torch.optim.AdamW(phi.values(), lr=0.03, betas=(0.9, 0.99), weight_decay=1e-5)
+    warmup = min(5, epochs // 2)
+    step = upper_steps = 0
+    best, passes = (-math.inf, None), iter(values or ())
+
+    def consider(best):
+        if values is None:
+            return best
+        value = next(passes)
+        return (value, copy.deepcopy(model.state_dict())) if value > best[0] else best
+
+    def lower_step(loss):
+        gradients = torch.autograd.grad(loss, theta)
+        for parameter, gradient in zip(theta, gradients, strict=True):
+            parameter.grad = gradient
+
+    for epoch in range(epochs):
+        for one in train:
+            lower_step(small.by_hand("joint_stable", phi, model(one), aux_weight))
+            lower.step()
+            step += 1
+            if step % 5 or epoch < warmup:
+                continue
+            statistics = copy.deepcopy(model.state_dict())
+            taken = [train[(4 * upper_steps + j) % len(train)] for j in range(4)]
+            losses = [small.by_hand("joint_stable", phi, model(t), aux_weight) for t in taken]
+            dev_loss = model(dev[upper_steps % len(dev)]).losses[:, 0].mean()
+            upper_steps += 1
+            g = torch.autograd.grad(sum(losses) / 4, theta, create_graph=True)
+            v = torch.autograd.grad(dev_loss, theta)
+            inner = 0.0
+            for gradient, direction, parameter in zip(g, v, theta, strict=True):
+                state = lower.state[parameter]
+                second = state["exp_avg_sq"] / (1 - 0.999**step)
+                inner = inner + (gradient * direction / (second.sqrt() + 1e-8)).sum()
+            slopes = torch.autograd.grad(inner, list(phi.values()))
+            for parameter, slope in zip(phi.values(), slopes, strict=True):
+                parameter.grad = -slope
+            upper.step()
+            model.load_state_dict(statistics)
+        best = consider(best)
+    if best[1]:
+        model.load_state_dict(best[1])
+    fresh = torch.optim.Adam(theta, lr=lr / 5, weight_decay=1e-2)
+    for _ in range(fine_tuning_epochs):
+        for one in dev:
+            lower_step(model(one).losses[:, 0].mean())
+            fresh.step()
+        best = consider(best)
+    if best[1]:
+        model.load_state_dict(best[1])
+    return {name: parameter.detach() for name, parameter in phi.items()}, upper_steps
+
+
+@pytest.mark.parametrize(
+    ("epochs", "values", "upper_steps"),
+    [
+        (6, None, 4),  # 7 steps a pass: after steps 25, 30, 35, 40; 22 is the first after warm-up
+        (6, [0.1, 0.2, 0.3, 0.5, 0.4, 0.3, 0.4, 0.6, 0.6], 4),  # best in fine-tuning, the earlier
+        (6, [0.1, 0.2, 0.3, 0.7, 0.4, 0.3, 0.4, 0.6, 0.7], 4),  # best in training
+        (12, None, 9),  # a warm-up of 5 passes
+        (1, None, 1),  # no warm-up
+    ],
+)
+def test_fit_stable_is_the_recipe_step_for_step(epochs, values, upper_steps):
+    model = small.Net()
+    hand = copy.deepcopy(model)
+    train, dev = [small.batch(6) for _ in range(7)], [small.batch(5) for _ in range(2)]
+    lower = torch.optim.Adam(model.parameters(), lr=0.01, weight_decay=1e-2)
+    left = iter(values or ())
+
+    def validate():
+        model.eval()  # as validation does
+        return next(left)
+
+    learned = fit_stable(
+        model,
+        lower,
+        train,
+        dev,
+        tasks=small.K,
+        feature_dim=small.D,
+        epochs=epochs,
+        fine_tuning_epochs=3,
+        validate=validate if values else None,
+        aux_weight=0.4,
+    )
+    expected, steps = fit_by_hand(
+        hand,
+        train,
+        dev,
+        lr=0.01,
+        epochs=epochs,
+        fine_tuning_epochs=3,
+        values=values,
+        aux_weight=0.4,
+    )
+    assert steps == upper_steps
+    assert next(left, None) is None  # after every pass of both kinds
+    torch.testing.assert_close(learned.state_dict(), expected, rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(model.state_dict(), hand.state_dict(), rtol=1e-8, atol=1e-10)
+    assert all(p.abs().max() > 0.01 for p in expected.values())
+    assert model.training
+
+
+def test_fit_stable_under_sgd_responds_as_gradient_descent_does(monkeypatch):
+    """No Adam below: - d/dphi <g, v>, the identity solver's."""
+    model = small.Net()
+    train, dev = [small.batch(6)], [small.batch(5)]
+    taken = []
+    apply = bilevel.apply_hypergradient
+
+    def watched(upper, phi, gradient, max_norm):
+        taken.append((copy.deepcopy(model), [p.detach().clone() for p in phi], gradient, max_norm))
+        return apply(upper, phi, gradient, max_norm)
+
+    monkeypatch.setattr(bilevel, "apply_hypergradient", watched)
+    fit_stable(
+        model,
+        torch.optim.SGD(model.parameters(), lr=0.05),
+        train,
+        dev,
+        tasks=small.K,
+        feature_dim=small.D,
+        epochs=10,
+        fine_tuning_epochs=0,
+    )
+    ((then, _, found, max_norm),) = taken  # after the tenth lower step
+    assert not max_norm
+    phi = dict(StableJoint(0, small.K, small.D).named_parameters())
+    loss = small.by_hand("joint_stable", phi, then(train[0]))
+    expected = small.double_backward(
+        [loss],
+        [then(dev[0]).losses[:, 0].mean()],
+        list(then.parameters()),
+        list(phi.values()),
+        0,
+        0,
+    )
+    for name, one, other in zip(phi, found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12, msg=name)

@@ -1,4 +1,4 @@
-"""The training path's hypergradient against double backward and closed forms, in float64."""
+"""``Bilevel.hypergradient`` against double backward and closed forms, in float64."""
 
 import copy
 import warnings
@@ -9,24 +9,14 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from auxilearn.data.dataset import Batch
-from auxilearn.hypernet import (
-    MonoJoint,
-    MonoLinearHyperNet,
-    MonoNonlinearHyperNet,
-    Naive_hyper,
-    StableJoint,
-)
-from auxilearn.implicit_diff import conjugate_gradient, exact, identity, neumann
-from auxilearn.models import TaskModel
-from auxilearn.second_order.products import (
-    DoubleBackwardOperators,
-    FastOperators,
-    TaskLosses,
-    UpperLevel,
-    _Problem,
-    scheduled_loss,
-)
+from auxilearn.baselines.combiners import MonoLinearHyperNet, MonoNonlinearHyperNet
+from auxilearn.bilevel import Bilevel
+from auxilearn.hypernet import MonoJoint, Naive_hyper, TaskLosses, scheduled_loss
+from auxilearn.implicit_diff import identity, neumann
+from auxilearn.models import Batch, TaskModel
+from auxilearn.second_order.products import Derivatives, DoubleBackwardOperators, FastOperators
+from auxilearn.solvers import conjugate_gradient, exact
+from auxilearn.stable import StableJoint
 
 SAMPLES, TASKS, WIDTH = 12, 4, 6
 
@@ -90,10 +80,22 @@ SCHEDULERS = {
 }
 
 
-def double_backward(model, scheduler, solver, train_batches, dev_batches):
-    upper = UpperLevel(model, scheduler, solver)
-    upper._operators = DoubleBackwardOperators
-    return upper.hypergradient(train_batches, dev_batches)
+def bilevel(model, scheduler, solver, operators=FastOperators, **options):
+    """Both levels, for their hypergradient alone."""
+    made = Bilevel(
+        model, scheduler, torch.optim.SGD(model.parameters(), 0.1), solver=solver, **options
+    )
+    made._operators = operators
+    return made
+
+
+def double_backward(model, scheduler, solver, train_batches, dev_batches, **options):
+    made = bilevel(model, scheduler, solver, DoubleBackwardOperators, **options)
+    return made.hypergradient(train_batches, dev_batches)
+
+
+def average_of_one(tensors, _):
+    return tensors
 
 
 def relative_error(found, expected):
@@ -109,7 +111,7 @@ def test_forward_mode_equals_double_backward(method, masked, dropout):
     train_batches, dev_batches = [batch(), batch(7)], [batch(5), batch(5), batch(5)]
     solver = neumann(alpha=0.05, terms=3)
     torch.manual_seed(1)
-    fast, solution, dev_loss = UpperLevel(model, scheduler, solver).hypergradient(
+    fast, solution, dev_loss = bilevel(model, scheduler, solver).hypergradient(
         train_batches, dev_batches
     )
     torch.manual_seed(1)
@@ -147,9 +149,8 @@ def test_low_precision_is_off_by_its_rounding_only(operators, amp, low, high):
     )
 
     def hypergradient(model, scheduler):
-        upper = UpperLevel(model, scheduler, neumann(alpha=0.05, terms=3))
-        upper._operators = operators
-        return upper.hypergradient([train_batch], [dev_batch])[0]
+        levels = bilevel(model, scheduler, neumann(alpha=0.05, terms=3), operators)
+        return levels.hypergradient([train_batch], [dev_batch])[0]
 
     expected = hypergradient(model, scheduler)
     model.amp = amp
@@ -193,7 +194,7 @@ def test_products_with_every_kind_of_convolution(batches, memory_format):
     train_batches = [batch() for _ in range(batches)]
     for images, *_ in train_batches:
         images.data = images.to(memory_format=memory_format)
-    problem = _Problem(model, scheduler, train_batches, 0, lambda tensors, batches: tensors)
+    problem = Derivatives(model, scheduler, train_batches, 1.0, average_of_one)
     fast, plain = FastOperators(problem), DoubleBackwardOperators(problem)
     for _ in range(3):
         u = [torch.randn_like(t) for t in problem.theta.values()]
@@ -207,7 +208,7 @@ def test_plain_autograd_agrees_without_any_of_our_operators():
     """One batch, BatchNorm in train mode: written out with torch.autograd.grad alone."""
     model, scheduler = SmallResNet(), SCHEDULERS["joint"]()
     train, dev, alpha = batch(), batch(5), 0.03
-    fast, *_ = UpperLevel(model, scheduler, neumann(alpha, 2)).hypergradient([train], [dev])
+    fast, *_ = bilevel(model, scheduler, neumann(alpha, 2)).hypergradient([train], [dev])
 
     theta = list(model.parameters())
     v = torch.autograd.grad(model(dev).losses[:, 0].mean(), theta, retain_graph=False)
@@ -227,7 +228,7 @@ def test_plain_autograd_agrees_without_any_of_our_operators():
 def test_other_solvers_on_both_operators(solver):
     model, scheduler = SmallResNet(width=2), MonoJoint(0, TASKS, 2)
     arguments = [batch()], [batch(5)]
-    fast, solution, _ = UpperLevel(model, scheduler, solver).hypergradient(*arguments)
+    fast, solution, _ = bilevel(model, scheduler, solver).hypergradient(*arguments)
     plain, *_ = double_backward(model, scheduler, solver, *arguments)
     assert relative_error(fast, plain) < 1e-8
     assert 0 <= solution.residual <= 1
@@ -243,10 +244,9 @@ def test_model_state_and_random_state_policy(forward_mode):
     torch.randint(2**31, ())
     expected_state = torch.get_rng_state()
     torch.manual_seed(7)
-    upper = UpperLevel(model, scheduler, neumann(0.01, 1))
-    if not forward_mode:
-        upper._operators = DoubleBackwardOperators
-    upper.hypergradient([batch_from_generator()], [batch_from_generator()])
+    operators = FastOperators if forward_mode else DoubleBackwardOperators
+    levels = bilevel(model, scheduler, neumann(0.01, 1), operators)
+    levels.hypergradient([batch_from_generator()], [batch_from_generator()])
     assert torch.equal(torch.get_rng_state(), expected_state)
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name
@@ -284,15 +284,15 @@ class NoForwardMode(SmallResNet):
 
 def test_operator_without_forward_mode_falls_back_with_one_warning():
     model, scheduler = NoForwardMode(), SCHEDULERS["joint"]()
-    upper = UpperLevel(model, scheduler, neumann(0.05, 2))
+    levels = bilevel(model, scheduler, neumann(0.05, 2))
     arguments = [batch()], [batch(5)]
     with pytest.warns(UserWarning, match="autograd.Function.*no forward-mode derivative"):
-        found, *_ = upper.hypergradient(*arguments)
+        found, *_ = levels.hypergradient(*arguments)
     expected, *_ = double_backward(model, scheduler, neumann(0.05, 2), *arguments)
     assert relative_error(found, expected) < 1e-12
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        upper.hypergradient(*arguments)
+        levels.hypergradient(*arguments)
 
 
 def test_finite_differences_through_a_fully_solved_lower_level():
@@ -328,7 +328,7 @@ def test_finite_differences_through_a_fully_solved_lower_level():
             return model(dev).losses[:, 0].mean().item()
 
     solved_dev_loss()
-    (found,), solution, _ = UpperLevel(model, scheduler, exact()).hypergradient([train], [dev])
+    (found,), solution, _ = bilevel(model, scheduler, exact()).hypergradient([train], [dev])
     assert solution.residual < 1e-10
     table, step = scheduler.weights.weight, 1e-4
     for i, k in [(0, 0), (3, 1), (8, 2), (5, 0)]:
@@ -358,7 +358,7 @@ def test_memory_of_graphs_is_not_kept_between_batches():
 
     watch = Watch()
     watch.load_state_dict(model.state_dict())
-    UpperLevel(watch, scheduler, neumann(0.01, 5)).hypergradient(
+    bilevel(watch, scheduler, neumann(0.01, 5)).hypergradient(
         [batch() for _ in range(6)], [batch(5) for _ in range(4)]
     )
     assert highest <= 1
@@ -367,9 +367,9 @@ def test_memory_of_graphs_is_not_kept_between_batches():
 def test_problem_sees_only_trainable_parameters():
     model, scheduler = SmallResNet(), SCHEDULERS["joint"]()
     model.stem[0].weight.requires_grad_(False)
-    problem = _Problem(model, scheduler, [batch()], 0, None)
+    problem = Derivatives(model, scheduler, [batch()], 1.0, average_of_one)
     assert "stem.0.weight" not in problem.theta
-    found, *_ = UpperLevel(model, scheduler, neumann(0.05, 2)).hypergradient([batch()], [batch(5)])
+    found, *_ = bilevel(model, scheduler, neumann(0.05, 2)).hypergradient([batch()], [batch(5)])
     assert all(torch.isfinite(t).all() for t in found)
 
 
