@@ -76,6 +76,7 @@ def plugin(tmp_path):
     before = dict(METHODS)
     file = tmp_path / "own.py"
     file.write_text(
+        f"# {tmp_path}: the same content is run once\n"
         "from auxilearn import register\n"
         "from auxilearn.hypernet import Identity, MonoJoint\n"
         "@register('mine', title='My schedule', learned='upper', tune=({'width': 3, 'aux_weight': "

@@ -143,7 +143,7 @@ def notes_on(runs):
         )
         environments[kind] = environments.get(kind, 0) + 1
         fingerprints[recorded["data"]["fingerprint"][:12]] = None
-    sentences = [f"{count} runs on {kind}." for kind, count in environments.items()]
+    sentences = [f"{n} run{'s' * (n > 1)} on {kind}." for kind, n in environments.items()]
     if directories:
         sentences.append(
             f"Training took {seconds / 3600:.2f} h in all, each run by its own clock. Data: "

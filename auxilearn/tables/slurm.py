@@ -22,6 +22,7 @@ from auxilearn.tables.local import ROOT, Outcome
 WARNING = signal.SIGUSR2  # Slurm sends it ahead of the time limit; submitit listens to it
 STOP = signal.SIGUSR1  # the one signal that the training is sent
 MAX_TIMEOUTS = 20  # time limits that a run may use up, going on from its checkpoint after each
+GONE = "gone from the queue without a result; cancelled, most likely"
 PATIENCE = 30  # seconds until a job that has left the queue without a result counts as ended
 
 
@@ -90,7 +91,7 @@ def launch(
     grace_s=90,
     poll_s=10,
 ):
-    """Submit ``jobs`` as one job array. Yields (job, ``Outcome``), as they finish.
+    """Submit ``jobs`` as one job array. Returns an iterator of (job, ``Outcome``), as they finish.
 
     Jobs of an earlier call that are still in the queue are waited for instead: LOG_DIR/slurm/
     jobs.json keeps their numbers. Ctrl-C leaves the jobs with Slurm.
@@ -137,7 +138,7 @@ def launch(
     )
     waiting = _submit(executor, folder, jobs, 0.8 * grace_s)
     handles = {task: submitit.SlurmJob(folder, task) for task in waiting}
-    yield from _outcomes(folder, waiting, handles, poll_s)
+    return _outcomes(folder, waiting, handles, poll_s)
 
 
 def _submit(executor, folder, jobs, patience):
@@ -181,8 +182,7 @@ def _outcomes(folder, waiting, handles, poll_s):
                     seen[task] = now
                 elif now - seen[task] > PATIENCE:
                     state = handles[task].watcher.get_state(task, mode="force")
-                    known = state if state != "UNKNOWN" else "left the queue; cancelled, perhaps"
-                    yield waiting.pop(task), Outcome(None, known)
+                    yield waiting.pop(task), Outcome(None, GONE if state == "UNKNOWN" else state)
             if waiting:
                 time.sleep(poll_s)
     except KeyboardInterrupt:
