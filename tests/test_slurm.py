@@ -275,7 +275,7 @@ def test_sbatch_that_refuses(tmp_path, programs):
 def test_what_is_asked_of_sbatch(tmp_path, programs):
     pytest.importorskip("submitit")
     programs("srun", "")
-    programs("sbatch", f"cp $1 {tmp_path}/script; echo Submitted batch job 7")
+    programs("sbatch", f'cp "$1" {tmp_path}/script; echo Submitted batch job 7')
     options = {"partition": "gpu", "gpus-per-node": "1", "cpus-per-task": "4", "mem": "16G"}
     limits = {"timeout_min": 90, "array_parallelism": 2, "grace_s": 50}
     launch([job(tmp_path, name) for name in "abc"], tmp_path / "a sweep", options, **limits)
