@@ -235,10 +235,11 @@ def main(argv=None):
         print(shlex.join([*sweep.script("data_preprocess.py"), *preprocess_flags]))
         print("\n".join(dict.fromkeys(job.command for job in jobs)))
         return
+    figures = {}
     if args.what != "tune":  # what is wrong should not be found after days of training
         need_packages()
-        if paper := paper_file(args):
-            read_paper(paper)
+        paper = args.paper or RESULTS / "paper_numbers.csv"
+        figures = read_paper(paper) if args.paper or paper.exists() else {}
     args.out_dir.mkdir(parents=True, exist_ok=True)
     failed, home = [], places.runs.parent
     with sweep.disk_errors(), contextlib.nullcontext() if args.collect_only else only_sweep(home):
@@ -259,7 +260,7 @@ def main(argv=None):
         if args.what == "tune":
             choose(args, runs, results, split.fingerprint)
         else:
-            show(args, places, tuned, split, runs, results)
+            show(args, places, tuned, split, runs, results, figures)
     if failed:
         job, reason = failed[0]
         raise RunError(
@@ -290,19 +291,15 @@ def runs_of(args, places, cells):
     ]
 
 
-@contextlib.contextmanager
 def only_sweep(folder):
-    """Hold the lock of a sweep's ``folder``. UserError: another sweep holds it."""
+    """The lock of a sweep's ``folder``, for a ``with`` block. UserError: another sweep holds it."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        lock = locked(folder / ".lock", wait=0)
-        lock.acquire()
+        return locked(folder / ".lock", wait=0).acquire()
     except filelock.Timeout:
         raise UserError(
             f"another sweep is already running in {folder}; wait for it or stop it"
         ) from None
-    with lock:
-        yield
 
 
 def launcher(args, places, jobs):
@@ -332,12 +329,6 @@ def own_data(dataset, split):
     """The name of data in CUB's layout that are not CUB; None for those of ``dataset``."""
     is_cub = (len(split.class_names), len(split.labels)) == CUB_CLASSES_AND_IMAGES
     return None if dataset != "cub" or is_cub else Path(split.data_root).resolve().name
-
-
-def paper_file(args, data=None):
-    """--paper; else, but for ``own_data``, the file of the paper's numbers; None without one."""
-    usual = RESULTS / "paper_numbers.csv"
-    return args.paper or (usual if usual.exists() and not data else None)
 
 
 def command_line():
@@ -371,11 +362,9 @@ def choose(args, runs, results, fingerprint):
     print(f"written to {args.hyperparameters}")
 
 
-def show(args, places, tuned, split, runs, results):
-    """Print every table, and write it with its chart."""
+def show(args, places, tuned, split, runs, results, figures):
+    """Print every table, and write it with its chart. ``figures``: of the paper."""
     data = own_data(args.dataset, split)
-    paper = paper_file(args, data)
-    figures = read_paper(paper) if paper else {}
     found = {}
     for table in args.tables:
         of_table = [r for r, run in zip(results, runs, strict=True) if run.table == table]
@@ -390,12 +379,12 @@ def show(args, places, tuned, split, runs, results):
         left_out = [SETTINGS[s].title for s in TABLES[table].settings if s not in args.settings]
         if left_out:
             how.append(f"Left out, and not in the count of tests: {', '.join(left_out)}.")
-        of_paper = {k[2:]: v for k, v in figures.items() if k[:2] == (args.dataset, table)}
-        if not of_paper and (args.dataset != "cub" or data):
-            of_paper = None
+        paper = {k[2:]: v for k, v in figures.items() if k[:2] == (args.dataset, table)}
+        if (data and not args.paper) or (args.dataset != "cub" and not paper):
+            paper = None  # no column
         below = [f"Command: `{command_line()}`.", *how, *notes_on(numbers.runs)]
         title = data or DATASETS[args.dataset].title
-        sheet = Sheet(numbers, args.dataset, title, of_paper, tuple(below))
+        sheet = Sheet(numbers, args.dataset, title, paper, tuple(below))
         print(markdown(sheet))
         written = write_table(sheet, args.out_dir)
         try:

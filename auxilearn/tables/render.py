@@ -5,6 +5,7 @@ into. Code in notes stands between backticks.
 """
 
 import csv
+import io
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -90,7 +91,7 @@ def read_paper(path):
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         raise UserError(f"{path}, line {line}: not UTF-8; save the file as UTF-8") from None
-    reader = csv.reader(text.splitlines(keepends=True))
+    reader = csv.reader(io.StringIO(text, newline=""))
     try:
         header = [field.strip() for field in next(reader, [])]
         if header != PAPER_HEADER:

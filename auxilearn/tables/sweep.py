@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import os
 import shlex
 import shutil
 import sys
@@ -166,12 +167,8 @@ class Result(NamedTuple):
 
 def script(name):
     """The words that run a script of this project from the current folder."""
-    python = Path(sys.executable)
-    if shutil.which("python") == sys.executable:
-        python = Path("python")
-    here = Path.cwd()
-    words = [python, ROOT / name]
-    return [str(w.relative_to(here) if w.is_relative_to(here) else w) for w in words]
+    python = "python" if shutil.which("python") == sys.executable else sys.executable
+    return [python, os.path.relpath(ROOT / name)]
 
 
 def make_job(places, dataset, row, setting, seed, chosen, flags, plugin=None):
