@@ -15,7 +15,7 @@ from auxilearn.tables.statistics import REQUIREMENTS
 
 DPI = 200
 WIDTH = 7.2  # inches, about that of a page's text
-SPREAD = 0.42  # part of the space between two rates over which the methods are spread
+SPREAD = 8.4  # per cent of labels over which the methods of one rate are spread, at most
 DOT_HEIGHT = 0.27  # inches per method
 DASHES = ((0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5)))
 TEXT = {"fontsize": 8.5, "va": "center_baseline"}
@@ -53,8 +53,8 @@ def table_figure(sheet, clean=None):
     """
     found = sheet.found
     names = [row for row in found.rows if rows()[row].kind != ABLATION]
-    cells = {key: cell for key, cell in found.cells.iterrows() if key[0] in names}
-    if not any(cell.n for cell in cells.values()):
+    cells = found.cells[found.cells.index.isin(names, level="row")]
+    if not cells.n.any():
         return None
     with needs("matplotlib", "the chart of a table", REQUIREMENTS):
         import matplotlib as mpl
@@ -62,7 +62,7 @@ def table_figure(sheet, clean=None):
         from auxilearn.report import style
     title, n, dots = sheet.title, len(found.seeds), len(found.settings) == 1
     caption = f"mean ± sample standard deviation over {n} seed{'s' * (n > 1)}" + " (dots)" * dots
-    if any(0 < cell.n < cell.wanted for cell in cells.values()):
+    if (cells.n[~cells.complete] > 0).any():
         caption += "; hollow: runs are missing"
     with mpl.rc_context(style.STYLE):
         if not dots:
@@ -115,27 +115,22 @@ def looks(style):
 
 
 def _rates(style, settings, names, cells, clean, caption):
+    import pandas as pd
+
     if clean is not None:
         (first,) = clean.settings
         settings = [first, *settings]
-        cells = cells | dict(clean.cells.iterrows())
+        cells = pd.concat([clean.cells, cells])
         caption += "; 0 %: Table 2, with its hyper-parameters"
-    names = [row for row in names if any((row, s) in cells and cells[row, s].n for s in settings)]
+    names = [row for row in names if cells.n[row].any()]
     label = "corrupted labels of the training set (%)"
     figure, axes = style.new_axes(label, "test accuracy (%)", (WIDTH, 4.6))
     rates = np.array([100 * SETTINGS[setting].rate for setting in settings])
-    width, look, ends = SPREAD * np.diff(rates).min(), looks(style), []
+    width, look, ends = min(SPREAD, 0.42 * np.diff(rates).min()), looks(style), []
     for offset, row in zip(np.linspace(-width / 2, width / 2, len(names)), names, strict=True):
         x = rates + offset * (len(names) > 1)
-        of_row = [cells.get((row, setting)) for setting in settings]
-        n, wanted, mean, sd = np.array(
-            [
-                (0, 0, np.nan, np.nan)
-                if c is None
-                else (c.n, c.wanted, 100 * c["mean"], 100 * c.sd)
-                for c in of_row
-            ]
-        ).T
+        of_row = cells.reindex([(row, setting) for setting in settings])
+        mean, sd = 100 * of_row["mean"].to_numpy(), 100 * of_row.sd.to_numpy()
         colour, marker, dashes, strong = look[row]
         colour, over = style.COLOURS[colour], 3 + strong
         bars = {"ecolor": colour, "elinewidth": 1.2, "zorder": over, "alpha": 0.8}
@@ -144,10 +139,10 @@ def _rates(style, settings, names, cells, clean, caption):
         axes.plot(x, mean, color=colour, ls=dashes, zorder=over - 0.5, **line)
         points = {"ls": "none", "marker": marker, "ms": 4.8 + 0.7 * strong, "color": colour}
         axes.plot(x, mean, **points, gid=f"mean:{row}", zorder=over + 0.1)
-        few, paper = (n > 0) & (n < wanted), style.COLOURS["paper"]
+        few, paper = (of_row.n < of_row.wanted).to_numpy(), style.COLOURS["paper"]
         hollow = {**points, "mfc": paper, "gid": f"hollow:{row}", "zorder": over + 0.2}
         axes.plot(x[few], mean[few], **hollow)
-        last = np.flatnonzero(n)[-1]
+        last = np.flatnonzero(~np.isnan(mean))[-1]
         ends.append((mean[last], x[last], rows()[row].title, points, strong))
     axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
     axes.grid(axis="x", visible=False)
@@ -197,16 +192,16 @@ def _methods(style, found, names, cells, caption):
     steps = [1.0] + [1.0 + 0.45 * (a != b) for a, b in zip(kinds, kinds[1:], strict=False)]
     heights = np.cumsum(steps)
     for row, height in zip(names, heights, strict=True):
-        _method(style, axes, height, row, cells[row, setting], found.accuracy[row, setting])
+        _method(style, axes, height, row, cells.loc[(row, setting)], found.accuracy[row, setting])
     axes.set_yticks(heights, [known[row].title for row in names])
     for label, kind in zip(axes.get_yticklabels(), kinds, strict=True):
         label.set_fontweight("bold" if kind == SCHEDULE else "normal")
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
     axes.set_ylim(heights[-1] + 0.7, 0.3)
-    for row in (row for row in names if cells[row, setting].baseline):
+    for mean in cells["mean"][cells.baseline]:
         line = {"color": style.COLOURS["ink"], "lw": 1.0, "ls": (0, (4, 2)), "zorder": 2}
-        axes.axvline(100 * cells[row, setting]["mean"], gid="baseline", **line)
+        axes.axvline(100 * mean, gid="baseline", **line)
         caption += "; dashed: best baseline"
     return figure, caption
 
