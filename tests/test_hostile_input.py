@@ -400,6 +400,7 @@ def test_a_report_writes_nowhere_that_a_configuration_names(sound, damaged, repo
 # What tables read
 # --------------------------------------------------------------------------------------------------
 
+
 @few
 @given(change=damage())
 @example(change=lambda data: DEEP)

@@ -11,7 +11,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from auxilearn.trainer import train
 
 import reproduce_tables
 from auxilearn.errors import Interrupted, UserError
