@@ -6,30 +6,33 @@
   python reproduce_tables.py table2 --dry_run            print the commands, run nothing
 
 table2 is supervised, table3 semi-supervised (5 labels per class), table4 has corrupted labels (20,
-40 and 60 %). A run that is finished is never run again: interrupt this at any moment and type it
-again. One failing run does not stop the others. Written to --out_dir: TABLE.md, TABLE.csv,
-TABLE.tex, TABLE.png, TABLE.svg, and TABLE_runs.csv, which leads from every cell to the folders and
-commands of its runs.
+40 and 60 %). A finished run is never run again: interrupt this at any moment and type it again. One
+failing run does not stop the others. Written to --out_dir: TABLE.md, TABLE.csv, TABLE.tex,
+TABLE.png, TABLE.svg, and TABLE_runs.csv, which leads from every cell to the folders and commands of
+its runs.
 """
 
 import argparse
 import contextlib
-import fcntl
 import io
 import os
 import shlex
 import sys
 from pathlib import Path
 
+import filelock
+
 import data_preprocess
+import train_bilevel
 from auxilearn.data.split import load_split
 from auxilearn.errors import RunError, UserError, run_script
-from auxilearn.files import append_regular, named
+from auxilearn.files import locked
+from auxilearn.methods import load_plugin
 from auxilearn.tables import local, slurm, sweep
-from auxilearn.tables.notes import notes
-from auxilearn.tables.protocol import DATASETS, ROWS, SETTINGS, TABLES, USUAL_ROWS
-from auxilearn.tables.render import markdown, read_paper, write_table
-from auxilearn.tables.tuning import Hyperparameters, check_file, trials, write_choice
+from auxilearn.tables.protocol import DATASETS, SETTINGS, TABLES, rows, usual_rows
+from auxilearn.tables.render import Sheet, markdown, notes_on, read_paper, write_table
+from auxilearn.tables.statistics import evaluate, need_packages
+from auxilearn.tables.tuning import Hyperparameters, trials
 
 RESULTS = Path(__file__).resolve().parent / "results"
 CUB_CLASSES_AND_IMAGES = 200, 11_788
@@ -37,6 +40,10 @@ SEEDS, TUNING_SEEDS = (1, 2, 3, 4, 5), (101, 102)
 
 
 def parse_arguments(argv=None):
+    first = argparse.ArgumentParser(add_help=False)
+    first.add_argument("--plugin")
+    plugin = first.parse_known_args(argv)[0].plugin
+    digest = load_plugin(plugin) if plugin else None  # its methods are choices of --methods
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -46,10 +53,15 @@ def parse_arguments(argv=None):
     add(
         "--methods",
         nargs="+",
-        choices=tuple(ROWS),
-        default=USUAL_ROWS,
+        choices=tuple(rows()),
+        default=usual_rows(),
         metavar="ROW",
-        help=f"rows, of {', '.join(ROWS)} (default: all but the ablations stable_...)",
+        help=f"rows, of {', '.join(rows())} (default: all but the ablations stable_...)",
+    )
+    add(
+        "--plugin",
+        metavar="FILE",
+        help="Python file that registers methods or backbones of your own; each method is a row",
     )
     add(
         "--tables",
@@ -77,50 +89,36 @@ def parse_arguments(argv=None):
         default="",
         metavar="FLAGS",
         help="further flags of train_bilevel.py for every run, in one word: "
-        "--run_flags='--backbone convnet --image_size 64'",
+        "--run_flags='--backbone convnet --image_size 64'; --option NAME=VALUE goes to the methods "
+        "that have the option",
     )
     add(
         "--hyperparameters",
-        type=named,
         metavar="FILE",
-        help="what tune writes and tables use; 'none' uses the data set's settings for every row "
+        help="tune writes it and tables use it; 'none': the data set's settings for every row "
         f"(default: {_shown(RESULTS / 'hyperparameters.json')})",
     )
     add("--dry_run", action="store_true", help="print the commands, run nothing")
-    add(
-        "--collect_only",
-        action="store_true",
-        help="run nothing, print the table of what is finished",
-    )
+    add("--collect_only", action="store_true", help="run nothing, print the table of finished runs")
     add = parser.add_argument_group("places").add_argument
     add(
         "--sweep_dir",
-        type=named,
+        type=Path,
         default=Path("sweeps"),
         metavar="DIR",
         help="data, runs and logs are kept in DIR/DATASET (default: %(default)s)",
     )
-    add(
-        "--out_dir",
-        type=named,
-        metavar="DIR",
-        help="where tables go (default: SWEEP_DIR/DATASET/tables)",
-    )
+    add("--out_dir", type=Path, metavar="DIR", help="of tables (default: SWEEP_DIR/DATASET/tables)")
     add(
         "--data_root",
-        type=named,
+        type=Path,
         metavar="DIR",
         help="folder in CUB layout (default: CUB_200_2011; of mini and digits, made in SWEEP_DIR)",
     )
-    add(
-        "--split_dir",
-        type=named,
-        metavar="DIR",
-        help="its split, made if need be (default: in SWEEP_DIR)",
-    )
+    add("--split_dir", type=Path, metavar="DIR", help="its split (default: made in SWEEP_DIR)")
     add(
         "--paper",
-        type=named,
+        type=Path,
         metavar="FILE",
         help="the paper's numbers, to be filled in by hand (default: "
         f"{_shown(RESULTS / 'paper_numbers.csv')})",
@@ -131,8 +129,8 @@ def parse_arguments(argv=None):
         "--jobs",
         type=_positive,
         metavar="N",
-        help="runs at the same time (default: one per GPU; without GPUs, one per core where a run "
-        "has one thread, else one; on Slurm, 256)",
+        help="runs at the same time (default: one per GPU; without GPUs, one per core if a run has "
+        "one thread, else one; on Slurm, 256)",
     )
     add(
         "--gpus",
@@ -142,64 +140,58 @@ def parse_arguments(argv=None):
         metavar="N",
         help="GPUs to use, counted from 0 within CUDA_VISIBLE_DEVICES (default: all)",
     )
-    add("--partition", metavar="NAME", help="of Slurm")
-    add("--gpus_per_job", type=int, default=0, metavar="N", help="Slurm: (default: %(default)s)")
-    add(
-        "--cpus_per_job",
-        type=_positive,
-        default=1,
-        metavar="N",
-        help="Slurm: (default: %(default)s)",
-    )
-    add("--mem_gb", type=_positive, metavar="N", help="Slurm: memory of a run in GB")
-    add(
-        "--timeout_min",
-        type=_positive,
-        default=24 * 60,
-        metavar="N",
-        help="Slurm: time limit of a run in minutes; it is queued again and goes on where it "
-        "reaches it (default: %(default)s)",
-    )
     add(
         "--sbatch",
         nargs="+",
         default=[],
         metavar="OPTION=VALUE",
-        help="Slurm: further options, such as account=vision",
+        help="Slurm: options of sbatch, such as partition=gpu gpus-per-node=1 cpus-per-task=4",
+    )
+    add(
+        "--timeout_min",
+        type=_positive,
+        default=24 * 60,
+        metavar="N",
+        help="Slurm: time limit in minutes, after which a run is queued again and goes on "
+        "(default: %(default)s)",
     )
     args = parser.parse_args(argv)
+    args.plugin = (args.plugin, digest) if args.plugin else None
     if args.seeds is None:
         args.seeds = list(TUNING_SEEDS if args.what == "tune" else SEEDS)
     if len(set(args.seeds)) < len(args.seeds) or min(args.seeds) < 0:
         parser.error("--seeds: expected different integers from 0 up")
     if any("=" not in option for option in args.sbatch):
         parser.error("--sbatch: expected OPTION=VALUE")
-    args.methods = [row for row in ROWS if row in args.methods]
+    args.methods = [row for row in rows() if row in args.methods]
     if args.tables and args.what in TABLES:
         parser.error("--tables goes with all and tune")
-    wanted = args.tables or TABLES if args.what in ("all", "tune") else [args.what]
-    args.tables = [table for table in TABLES if table in wanted]
     if args.settings and args.what == "tune":
         parser.error("--settings goes with tables: each is tuned on one setting of its own")
     args.settings = args.settings or list(SETTINGS)
-    args.tables = [t for t in args.tables if set(TABLES[t].settings) & set(args.settings)]
+    wanted = args.tables or TABLES if args.what in ("all", "tune") else [args.what]
+    args.tables = [t for t in TABLES if t in wanted and {*TABLES[t].settings} & {*args.settings}]
     if not args.tables:
         parser.error(f"--settings: {args.what} has no column {' or '.join(args.settings)}")
-    args.flags = _split(args.run_flags)
-    if args.epochs:
-        if any(word.partition("=")[0] == "--epochs" for word in args.flags):
-            parser.error("--epochs: given twice, in --run_flags as well")
-        args.flags = ["--epochs", str(args.epochs), *args.flags]
-    args.main_lr = sweep.learning_rate(args.dataset, args.flags)
-    if args.hyperparameters is None:
-        args.hyperparameters = Path(_shown(RESULTS / "hyperparameters.json"))
-    elif args.hyperparameters == Path("none"):
-        args.hyperparameters = None
-    elif args.what != "tune" and not args.hyperparameters.exists():
+    try:
+        words = shlex.split(args.run_flags)
+    except ValueError as error:
+        raise UserError(f"--run_flags {args.run_flags!r}: {error}") from None
+    words += ["--epochs", str(args.epochs)] if args.epochs else []
+    args.flags = sweep.RunFlags.read(words)
+    file = args.hyperparameters or _shown(RESULTS / "hyperparameters.json")
+    if args.what == "tune" and file == "none":
+        raise UserError("tune writes --hyperparameters: give it a file")
+    if (
+        args.what != "tune"
+        and args.hyperparameters not in (None, "none")
+        and not Path(file).exists()
+    ):
         raise UserError(
-            f"--hyperparameters {args.hyperparameters} does not exist: tune writes such a file; "
-            "none uses the data set's settings"
+            f"--hyperparameters {file} does not exist: tune writes such a file; none uses the data "
+            "set's settings"
         )
+    args.hyperparameters = None if file == "none" else file
     args.out_dir = args.out_dir or args.sweep_dir / args.dataset / "tables"
     return args
 
@@ -208,13 +200,6 @@ def _positive(text):
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r}: expected an integer from 1 up")
     return int(text)
-
-
-def _split(text):
-    try:
-        return shlex.split(text)
-    except ValueError as error:
-        raise UserError(f"--run_flags {text!r}: {error}") from None
 
 
 def _shown(path):
@@ -234,102 +219,48 @@ def places_of(args):
     return sweep.Places(split, root, home / "bird_record", home / "logs"), flags
 
 
-def prepare(args, places, preprocess_flags):
-    """Make sure that the data and their split are there. Returns the ``Split``.
-
-    With --collect_only nothing is made.
-    """
-    if not args.collect_only:
-        home = args.sweep_dir / args.dataset
-        with sweep.disk_errors(home):
-            home.mkdir(parents=True, exist_ok=True)
-            # Two sweeps that start at once would both generate the data.
-            with append_regular(home / ".lock") as lock, contextlib.redirect_stdout(io.StringIO()):
-                with contextlib.suppress(OSError):  # a file system without locks
-                    fcntl.lockf(lock, fcntl.LOCK_EX)
-                data_preprocess.main(preprocess_flags)
-    return load_split(str(places.split_dir), str(places.data_root))
-
-
-def launcher(args, places, jobs):
-    """Callable (jobs) -> iterator of (job, Outcome)."""
-    if args.launcher == "slurm":
-        return lambda jobs: slurm.launch(
-            jobs,
-            places.logs,
-            partition=args.partition,
-            gpus_per_job=args.gpus_per_job,
-            cpus_per_job=args.cpus_per_job,
-            mem_gb=args.mem_gb,
-            timeout_min=args.timeout_min,
-            extra=dict(option.split("=", 1) for option in args.sbatch),
-            **({"array_parallelism": args.jobs} if args.jobs else {}),
-        )
-    gpus = local.chosen_gpus(args.gpus)
-    cores = local.usable_cores()
-    threads = max(job.config.threads or cores for job in jobs)
-    count = args.jobs or len(gpus) or (cores if threads == 1 else 1)
-
-    def launch(jobs):
-        at_once = min(count, len(jobs))
-        if not gpus and at_once > 1 and threads > 1 and at_once * threads > cores:
-            # Threads that wait for one another keep their core busy all the while.
-            print(
-                f"note: {at_once} runs at the same time, of {threads} threads each on {cores} "
-                "cores, slow one another down; --run_flags='--threads 1' avoids that",
-                file=sys.stderr,
-            )
-        return local.launch(jobs, count, gpus)
-
-    return launch
-
-
 def main(argv=None):
     args = parse_arguments(argv)
     places, preprocess_flags = places_of(args)
     tuned = Hyperparameters(args.hyperparameters, args.dataset)
     if args.what == "tune":
-        wanted = [
-            (table, row, setting, seed, candidate)
-            for table, row, setting, candidate in trials(args.tables, args.methods, args.main_lr)
-            for seed in args.seeds
-        ]
+        main_lr = {**DATASETS[args.dataset].settings, **args.flags.settings}["main_lr"]
+        cells = trials(args.tables, args.methods, main_lr)
     else:
-        tuned.check(args.seeds)
-        wanted = wanted_runs(args, tuned, args.tables, args.settings)
-    jobs = [make_job(args, places, *run) for run in wanted]
+        tuned.check_seeds(args.seeds)
+        cells = [cell for table in args.tables for cell in cells_of(args, tuned, table)]
+    runs = runs_of(args, places, cells)
+    jobs = [run.job for run in runs]
     if args.dry_run:
         print(shlex.join([*sweep.script("data_preprocess.py"), *preprocess_flags]))
         print("\n".join(dict.fromkeys(job.command for job in jobs)))
         return
-    if paper := paper_file(args):
-        read_paper(paper)  # what is wrong with it should not be found after days of training
-    with sweep.disk_errors(args.out_dir):
-        args.out_dir.mkdir(parents=True, exist_ok=True)
-    split = prepare(args, places, preprocess_flags)
-    fingerprint = split.fingerprint
-    if args.what == "tune":
-        check_file(args.hyperparameters, args.dataset, args.seeds, args.flags, fingerprint)
-    elif any(chosen for *_, chosen in wanted) and tuned.entry["fingerprint"] != fingerprint:
-        print(
-            f"note: the hyper-parameters in {tuned.file} were chosen on other data or split",
-            file=sys.stderr,
-        )
-    failed = []
-    if not args.collect_only:
-        elsewhere = args.launcher == "local"
-        launch = launcher(args, places, jobs)
-        failed = sweep.run(jobs, launch, fingerprint, elsewhere=elsewhere)
-    results = [
-        sweep.result_of(job, row, setting, fingerprint)
-        for job, (_, row, setting, _, _) in zip(jobs, wanted, strict=True)
-    ]
-    if args.what == "tune":
-        choose(args, wanted, results, fingerprint)
-    else:
-        for table in args.tables:
-            of_table = [r for r, run in zip(results, wanted, strict=True) if run[0] == table]
-            show(args, places, table, of_table, tuned, split)
+    figures = {}
+    if args.what != "tune":  # what is wrong should not be found after days of training
+        need_packages()
+        paper = args.paper or RESULTS / "paper_numbers.csv"
+        figures = read_paper(paper) if args.paper or paper.exists() else {}
+    args.out_dir.mkdir(parents=True, exist_ok=True)
+    failed, home = [], places.runs.parent
+    with sweep.disk_errors(), contextlib.nullcontext() if args.collect_only else only_sweep(home):
+        if not args.collect_only:
+            with contextlib.redirect_stdout(io.StringIO()):
+                data_preprocess.main(preprocess_flags)
+        split = load_split(str(places.split_dir), str(places.data_root))
+        if args.what == "tune":
+            tuned.check_origin(args.seeds, args.flags, split.fingerprint)
+        elif any(run.chosen for run in runs) and tuned.entry["fingerprint"] != split.fingerprint:
+            print(
+                f"note: the hyper-parameters in {tuned.file} were chosen on other data or split",
+                file=sys.stderr,
+            )
+        if not args.collect_only:
+            failed = sweep.run(jobs, launcher(args, places, jobs), split.fingerprint)
+        results = [sweep.result_of(run, split.fingerprint) for run in runs]
+        if args.what == "tune":
+            choose(args, runs, results, split.fingerprint)
+        else:
+            show(args, places, tuned, split, runs, results, figures)
     if failed:
         job, reason = failed[0]
         raise RunError(
@@ -338,20 +269,60 @@ def main(argv=None):
         )
 
 
-def wanted_runs(args, tuned, tables, settings):
-    """(table, row, setting, seed, hyper-parameters) of every run of the tables in ``settings``."""
+def cells_of(args, tuned, table, settings=None):
+    """(table, row, setting, hyper-parameters) of a table, in ``settings`` (default: --settings)."""
     return [
-        (table, row, setting, seed, tuned.of(table, row, args.flags))
+        (table, row, setting, chosen)
         for row in args.methods
-        for table in tables
+        for chosen in [tuned.of(table, row, args.flags)]
         for setting in TABLES[table].settings
-        if setting in settings
+        if setting in (settings or args.settings)
+    ]
+
+
+def runs_of(args, places, cells):
+    """The ``Run`` of every cell and seed."""
+    how = args.flags, args.plugin
+    return [
+        sweep.Run(*cell, sweep.make_job(places, args.dataset, row, setting, seed, chosen, *how))
+        for cell in cells
+        for _, row, setting, chosen in [cell]
         for seed in args.seeds
     ]
 
 
-def make_job(args, places, _table, row, setting, seed, chosen):
-    return sweep.make_job(places, args.dataset, row, setting, seed, chosen, args.flags)
+def only_sweep(folder):
+    """The lock of a sweep's ``folder``, for a ``with`` block. UserError: another sweep holds it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        return locked(folder / ".lock", wait=0).acquire()
+    except filelock.Timeout:
+        raise UserError(
+            f"another sweep is already running in {folder}; wait for it or stop it"
+        ) from None
+
+
+def launcher(args, places, jobs):
+    """Callable (jobs) -> iterator of (job, Outcome)."""
+    if args.launcher == "slurm":
+        return lambda jobs: slurm.launch(
+            jobs,
+            places.logs,
+            dict(option.split("=", 1) for option in args.sbatch),
+            timeout_min=args.timeout_min,
+            array_parallelism=args.jobs or 256,
+        )
+    gpus, cores = local.chosen_gpus(args.gpus), local.usable_cores()
+    threads = max(job.config.threads or cores for job in jobs)
+    count = args.jobs or len(gpus) or (cores if threads == 1 else 1)
+    if not gpus and count > 1 and threads > 1 and min(count, len(jobs)) * threads > cores:
+        # Threads that wait for one another keep their core busy all the while.
+        print(
+            f"note: {count} runs at the same time, of {threads} threads each on {cores} cores, "
+            "slow one another down; --run_flags='--threads 1' avoids that",
+            file=sys.stderr,
+        )
+    return lambda jobs: local.launch(jobs, count, train_bilevel.main, gpus)
 
 
 def own_data(dataset, split):
@@ -360,19 +331,13 @@ def own_data(dataset, split):
     return None if dataset != "cub" or is_cub else Path(split.data_root).resolve().name
 
 
-def paper_file(args, data=None):
-    """--paper; else, but for ``own_data``, the file of the paper's numbers; None without one."""
-    usual = RESULTS / "paper_numbers.csv"
-    return args.paper or (usual if usual.exists() and not data else None)
-
-
 def command_line():
-    """The command that makes what this one shows, for the record."""
+    """The command that makes these tables, for the record."""
     words = [word for word in sys.argv[1:] if word != "--collect_only"]
     return shlex.join(["python", "reproduce_tables.py", *words])
 
 
-def choose(args, wanted, results, fingerprint):
+def choose(args, runs, results, fingerprint):
     """Write the best candidates to --hyperparameters, and print them."""
     untried = [r for r in results if r.state not in ("done", "failed")]
     if untried:
@@ -381,56 +346,55 @@ def choose(args, wanted, results, fingerprint):
             f"(the first: {untried[0].directory}, {untried[0].state})"
         )
     outcomes = {}
-    for (table, row, _, _, candidate), result in zip(wanted, results, strict=True):
-        tried = outcomes.setdefault((table, row), [])
-        if not tried or tried[-1][0] != candidate:
-            tried.append((candidate, []))
+    for run, result in zip(runs, results, strict=True):
+        tried = outcomes.setdefault((run.table, run.row), [])
+        if not tried or tried[-1][0] != run.chosen:
+            tried.append((run.chosen, []))
         tried[-1][1].append(result.valid_accuracy)
-    chosen = write_choice(
-        args.hyperparameters,
-        args.dataset,
-        outcomes,
-        command_line(),
-        args.seeds,
-        args.flags,
-        fingerprint,
-    )
+    tuned = Hyperparameters(args.hyperparameters, args.dataset)  # others may have written since
+    how = args.seeds, args.flags, fingerprint
+    tuned.check_origin(*how)
+    chosen = tuned.write_choice(outcomes, command_line(), *how)
     for table, row in outcomes:
-        flags = chosen.get((table, row))
-        said = ", ".join(f"{k} {v:g}" for k, v in flags.items()) if flags else "all runs failed"
+        found = chosen.get((table, row))
+        said = ", ".join(f"{k} {v}" for k, v in found.items()) if found else "all runs failed"
         print(f"{table} {row}: {said}")
     print(f"written to {args.hyperparameters}")
 
 
-def show(args, places, table, results, tuned, split):
-    """Print a table, and write it with its chart."""
-    rows = [row for row in args.methods if any(r.row == row for r in results)]
-    how = tuned.notes(table, rows, args.flags, split.fingerprint)
-    left_out = [SETTINGS[s].title for s in TABLES[table].settings if s not in args.settings]
-    if left_out:
-        how.append(f"Left out, and not in the count of tests: {', '.join(left_out)}.")
-    below = notes(results, command_line(), how)
+def show(args, places, tuned, split, runs, results, figures):
+    """Print every table, and write it with its chart. ``figures``: of the paper."""
     data = own_data(args.dataset, split)
-    paper = paper_file(args, data)
-    table_of = table, args.dataset, results, args.seeds
-    print(markdown(*table_of, paper, below, data))
-    written = write_table(*table_of, args.out_dir, paper, below, data)
-    try:
-        from auxilearn.tables.chart import draw_table
+    found = {}
+    for table in args.tables:
+        of_table = [r for r, run in zip(results, runs, strict=True) if run.table == table]
+        found[table] = evaluate(table, of_table, args.seeds)
+    clean = found.get("table2")
+    if "table4" in found and clean is None:
+        runs = runs_of(args, places, cells_of(args, tuned, "table2", SETTINGS))
+        clean = [sweep.result_of(run, split.fingerprint) for run in runs]
+        clean = evaluate("table2", clean, args.seeds)
+    for table, numbers in found.items():
+        how = tuned.notes(table, numbers.rows, args.flags, split.fingerprint)
+        left_out = [SETTINGS[s].title for s in TABLES[table].settings if s not in args.settings]
+        if left_out:
+            how.append(f"Left out, and not in the count of tests: {', '.join(left_out)}.")
+        paper = {k[2:]: v for k, v in figures.items() if k[:2] == (args.dataset, table)}
+        if (data and not args.paper) or (args.dataset != "cub" and not paper):
+            paper = None  # no column
+        below = [f"Command: `{command_line()}`.", *how, *notes_on(numbers.runs)]
+        title = data or DATASETS[args.dataset].title
+        sheet = Sheet(numbers, args.dataset, title, paper, tuple(below))
+        print(markdown(sheet))
+        written = write_table(sheet, args.out_dir)
+        try:
+            from auxilearn.tables.chart import draw_table
 
-        drawn = results
-        if table == "table4":  # its curves begin without corruption where table 2 has been run
-            of_table2 = wanted_runs(args, tuned, ["table2"], SETTINGS)
-            jobs = [make_job(args, places, *run) for run in of_table2]
-            clean = [
-                sweep.result_of(job, run[1], run[2], split.fingerprint)
-                for job, run in zip(jobs, of_table2, strict=True)
-            ]
-            if all(r.state == "done" for r in clean):
-                drawn = results + clean
-        written += draw_table(table, drawn, args.dataset, args.out_dir, data)
-    finally:  # without matplotlib, the numbers are there all the same
-        print("written: " + ", ".join(map(str, written)))
+            # Curves over corrupted labels begin without corruption if table 2 has been run.
+            begin = clean if table == "table4" and clean.complete else None
+            written += draw_table(sheet, args.out_dir, begin)
+        finally:  # without matplotlib, the numbers are there all the same
+            print("written: " + ", ".join(map(str, written)))
 
 
 if __name__ == "__main__":

@@ -14,14 +14,10 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from auxilearn.data.split import load_split
 from auxilearn.errors import RunError, UserError
 from auxilearn.report import write
 from auxilearn.run.config import Config
-from auxilearn.tables import slurm, sweep
-from auxilearn.tables.notes import notes
-from auxilearn.tables.render import markdown, read_paper
-from auxilearn.tables.tuning import Hyperparameters, check_file
+from auxilearn.tables.render import read_paper
 from tests.conftest import TINY, prepare
 from train_bilevel import train
 
@@ -184,60 +180,6 @@ def test_a_report_writes_nowhere_that_a_configuration_names(sound, damaged, repo
 # What tables read
 # --------------------------------------------------------------------------------------------------
 
-CHOICE = {
-    "seeds": [101],
-    "flags": [],
-    "fingerprint": "f",
-    "tables": {
-        "table2": {
-            "setting": "supervised",
-            "rows": {
-                "joint": {
-                    "command": "tune",
-                    "chosen": {"main_lr": 0.1, "dev_epochs": 3},
-                    "candidates": [{"main_lr": 0.1, "valid_accuracy": None}],
-                }
-            },
-        }
-    },
-}
-
-
-@few
-@given(change=damage(), value=JSON, path=st.sampled_from([(), ("tables",), ("tables", "table2")]))
-@example(change=lambda data: DEEP, value=None, path=())
-@example(change=lambda data: LONG_NUMBER, value=None, path=())
-@example(change=lambda data: data.replace(b"0.1, ", b"1e400, "), value=None, path=())
-@example(change=lambda data: data.replace(b": 3", b": " + b"9" * 4000), value=None, path=())
-@example(change=lambda data: data.replace(b"[101]", b"[101, []]"), value=None, path=())
-@example(
-    change=lambda data: data.replace(b'"flags": []', b'"flags": ["\\ud800"]'), value=0, path=()
-)
-def test_hyperparameters(tmp_path_factory, change, value, path):
-    folder = tmp_path_factory.mktemp("tuned")
-    file = folder / "hyperparameters.json"
-    for content in ({"digits": CHOICE}, {"digits": replaced(CHOICE, path, value)}):
-        file.write_bytes(change(json.dumps(content).encode()))
-        try:
-            tuned = Hyperparameters(file, "digits")
-            tuned.check([1, 2])
-            sweep.make_job(
-                sweep.Places(folder, None, folder, folder),
-                *("digits", "joint", "supervised", 1, tuned.of("table2", "joint", [])),
-            )
-            "".join(tuned.notes("table2", ["joint"], [], "f")).encode("utf-8", "backslashreplace")
-            check_file(file, "digits", [101], [], "f")
-        except UserError as error:
-            assert str(error).strip()
-    assert listing(folder) == [Path(file.name)]
-
-
-def replaced(content, path, value):
-    """``content`` with ``value`` at the end of ``path``."""
-    if not path:
-        return value
-    return {**content, path[0]: replaced(content[path[0]], path[1:], value)}
-
 
 @few
 @given(change=damage())
@@ -255,51 +197,3 @@ def test_paper_numbers(tmp_path_factory, change):
         read_paper(path)
     except UserError as error:
         assert str(path) in str(error)
-
-
-@pytest.fixture(scope="module")
-def swept(sound):
-    """A job whose run is done, and the fingerprint of its data."""
-    places = sweep.Places(sound / "split", sound / "data", sound / "sweep", sound / "logs")
-    flags = [word for name, value in TINY.items() for word in (f"--{name}", str(value))]
-    job = sweep.make_job(places, "digits", "joint", "supervised", 1, {}, [*flags, "--epochs", "1"])
-    train(job.config)
-    return job, load_split(sound / "split").fingerprint
-
-
-@pytest.mark.parametrize("name", ["config.json", "summary.json"])
-@few
-@given(change=damage())
-@example(change=lambda data: DEEP)
-@example(change=lambda data: LONG_NUMBER)
-@example(change=lambda data: data.replace(b'"test_accuracy": ', b'"test_accuracy": 1e400, "x": '))
-@example(change=lambda data: data.replace(b'"test_accuracy": ', b'"test_accuracy": NaN, "x": '))
-@example(change=lambda data: data.replace(b'"seconds": ', b'"seconds": "long", "x": '))
-@example(change=lambda data: data.replace(b'"seconds": ', b'"seconds": ' + b"9" * 400))
-@example(change=lambda data: data.replace(b'"fingerprint": ', b'"fingerprint": [], "x": '))
-def test_runs_of_a_sweep(swept, damaged, name, change):
-    job, fingerprint = swept
-
-    def use():
-        result = sweep.result_of(job, "joint", "supervised", fingerprint)
-        text = "\n".join(notes([result], "command", []))
-        markdown("table2", "digits", [result], [1], None, [text])
-
-    damaged(job.directory / name, change, use)
-
-
-@few
-@given(change=damage(), value=JSON)
-@example(change=lambda data: DEEP, value=None)
-@example(change=lambda data: LONG_NUMBER, value=None)
-@example(change=lambda data: data, value={"../x": ["a"]})
-def test_submissions_to_slurm(tmp_path_factory, change, value):
-    folder = tmp_path_factory.mktemp("logs")
-    (folder / "slurm").mkdir()
-    for content in ({"name-1": ["a", "b"]}, value):
-        (folder / "slurm/submissions.json").write_bytes(change(json.dumps(content).encode()))
-        try:
-            slurm._Sweep(folder).close()
-        except UserError as error:
-            assert "submissions.json" in str(error)
-    assert {p.name for p in folder.rglob("*")} == {"slurm", "submissions.json", "lock"}

@@ -1,8 +1,7 @@
 """Training runs side by side on this machine.
 
-Every run is a process of its own, forked from one that has imported PyTorch already: that saves
-seconds a run, which is much of a short one, and changes no result. It does what its command line
-does.
+Each run is a process forked from one that has imported PyTorch, which saves seconds a run. It does
+what its command line does.
 """
 
 import multiprocessing
@@ -22,17 +21,12 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 class Outcome(NamedTuple):
     """How a job ended.
 
-    ``code``: exit code of the training run (negative: killed by that signal), or None where a
-    scheduler of the cluster ended the job. ``state``: COMPLETED if there is an exit code; else the
-    cluster's state (CANCELLED, NODE_FAIL, OUT_OF_MEMORY, ...), with a reason where there is one.
+    ``code``: exit code of the training run (negative: killed by that signal), or None if Slurm
+    ended the job; ``state`` is then Slurm's word for it.
     """
 
     code: int | None
-    state: str = "COMPLETED"
-
-    @property
-    def finished(self):
-        return self.code == 0
+    state: str = ""
 
     def __str__(self):
         if self.code is None:
@@ -44,21 +38,22 @@ class Outcome(NamedTuple):
         return f"exit code {self.code}"
 
 
-def launch(jobs, count, gpus=()):
-    """Run ``jobs``, at most ``count`` at a time. Yields (job, Outcome), as they finish.
+def launch(jobs, count, main, gpus=()):
+    """Run ``jobs``, at most ``count`` at a time. Yields (job, ``Outcome``), as they finish.
 
     Args:
-        jobs: have ``argv`` (flags of train_bilevel.py) and ``log`` (file, appended to).
+        jobs: have ``argv`` (flags of the training script) and ``log`` (file, appended to).
+        main: the script's ``main()``, which reads ``sys.argv``; a function of a module, by name.
         gpus: names of GPUs for CUDA_VISIBLE_DEVICES, dealt out evenly; empty leaves it as it is.
 
-    Where the caller is interrupted (Ctrl-C, SIGTERM) or killed, the runs end after their step, with
-    a checkpoint. Raises Interrupted for SIGTERM.
+    If the caller is interrupted (Ctrl-C, SIGTERM) or killed, the runs end after their step, with a
+    checkpoint. Raises Interrupted for SIGTERM.
     """
     context = multiprocessing.get_context("forkserver")
-    # The server starts in the current folder; what it imports ahead must be found from any.
+    # The server starts in the current folder; PYTHONPATH lets it find what it imports ahead.
     path = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = f"{ROOT}{os.pathsep}{path}" if path else str(ROOT)
-    context.set_forkserver_preload(["auxilearn.trainer"])
+    context.set_forkserver_preload([main.__module__])
     waiting, running = list(jobs), {}
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
@@ -66,7 +61,7 @@ def launch(jobs, count, gpus=()):
             while waiting and len(running) < count:
                 job = waiting.pop(0)
                 gpu = _least_used(gpus, running.values())
-                process = context.Process(target=_run, args=(job.argv, str(job.log), gpu))
+                process = context.Process(target=_run, args=(main, job.argv, str(job.log), gpu))
                 process.start()
                 running[process.sentinel] = (process, job, gpu)
             for sentinel in wait(list(running)):
@@ -90,11 +85,8 @@ def _least_used(gpus, running):
     return min(gpus, key=used.count, default=None)
 
 
-def _run(argv, log, gpu):
-    """What a process does: ``python train_bilevel.py ARGV...`` with its output in ``log``."""
-    from auxilearn.run.config import parse
-    from auxilearn.trainer import train
-
+def _run(main, argv, log, gpu):
+    """A run's process: ``python train_bilevel.py ARGV...`` with its output in ``log``."""
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = str(gpu)
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -103,8 +95,8 @@ def _run(argv, log, gpu):
     os.close(output)
     os.setpgid(0, 0)  # Ctrl-C reaches the sweep alone, whose one signal ends the run
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    sys.argv = ["train_bilevel.py", *argv]
-    run_script(lambda: train(parse()))
+    sys.argv = [f"{main.__module__}.py", *argv]
+    run_script(main)
 
 
 def _end_with_parent():
@@ -121,7 +113,7 @@ def usable_cores():
 def chosen_gpus(numbers):
     """Names for CUDA_VISIBLE_DEVICES of the GPUs ``numbers``, by default all that are visible.
 
-    Raises UserError where a number is not that of a visible GPU.
+    Raises UserError: there is no such GPU.
     """
     import torch
 

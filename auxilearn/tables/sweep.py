@@ -1,15 +1,17 @@
 """A sweep: the list of training runs that tables are made of, and the state of each on disk.
 
-A job is a configuration; its identity is the hash of all in it that determines the run, and names
-the run's folder. So a sweep has no state of its own: whatever was interrupted, and wherever, the
-same command finds what is finished and goes on with the rest.
+A job is a configuration; the hash of all settings that determine the run names the run's folder. So
+a sweep has no state of its own: after any interruption, the same command finds what is finished and
+goes on with the rest.
 """
 
+import argparse
 import contextlib
 import dataclasses
 import hashlib
 import io
 import json
+import os
 import shlex
 import shutil
 import sys
@@ -20,39 +22,79 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from auxilearn.errors import RunError, UserError
+from auxilearn.files import is_locked, read_json
+from auxilearn.methods import METHODS
+from auxilearn.models import BACKBONES
 from auxilearn.run.config import (
+    FIELDS,
     NEUTRAL,
     Config,
     check,
     defaults,
     flags_of,
-    parse,
+    given_settings,
+    parse_options,
     with_method_defaults,
 )
-from auxilearn.run.record import (
-    CONFIG_FILE,
-    LOG_FILE,
-    SUMMARY_FILE,
-    differences_of_run,
-    is_locked,
-    read_json,
-)
+from auxilearn.run.record import CONFIG_FILE, LOCK_FILE, SUMMARY_FILE, differences_of_run
 from auxilearn.tables.local import ROOT
-from auxilearn.tables.protocol import DATASETS, ROW_FLAGS, ROWS, SETTINGS, tuned_as
-from auxilearn.tables.statistics import Result
+from auxilearn.tables.protocol import DATASETS, ROW_SETTINGS, SETTINGS, rows, tuned_as
 
-POLL = 5  # seconds between looks at runs that another process is busy with
 STOPPED = (130, 143, -2, -15)  # exit codes of a run that somebody asked to end
-# What a table says of a run in words, so that further flags may not change it.
+# Settings that the table itself sets; --run_flags may not override them.
 OWNED = (
-    *("method", "factors", "whether_aux", "corrupted", "corrupted_rate", "labeled_per_class"),
-    *("seed", "exp_name", "record_dir", "split_dir", "data_root", "resume", "overwrite"),
+    *("method", "whether_aux", "corrupted", "corrupted_rate", "labeled_per_class", "seed"),
+    *("exp_name", "record_dir", "split_dir", "data_root", "resume", "overwrite", "plugin"),
 )
+# The methods and backbones that a run finds without --plugin.
+_BUILT_IN = frozenset((*METHODS, *BACKBONES))
+
+
+class RunFlags(NamedTuple):
+    """Flags for every run: the words, the settings of ``Config`` they give, words for --option.
+
+    An option goes to the methods that have it.
+    """
+
+    words: list
+    settings: dict
+    options: list
+
+    @classmethod
+    def read(cls, words):
+        """UserError: a flag is unknown, unreadable or for the table to set."""
+        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        parser.add_argument("--option", nargs="+", action="extend", default=[])
+        said = io.StringIO()
+        try:
+            with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+                own, rest = parser.parse_known_args(words)
+                settings = given_settings(rest)
+        except SystemExit:
+            last = said.getvalue().strip().rpartition("\n")[2]
+            raise UserError(f"--run_flags: {last.partition('error: ')[2] or last}") from None
+        if any(word.partition("=")[0] == "--preset" for word in rest):
+            raise UserError("--run_flags: instead of --preset, give its settings themselves")
+        for name in OWNED:
+            if name in settings:
+                raise UserError(f"--run_flags: the table itself sets --{name}")
+        for name in (word.partition("=")[0] for word in own.option):
+            if not any(name in method.options for method in METHODS.values()):
+                raise UserError(f"--run_flags: no method has the option {name}")
+        return cls(words, settings, own.option)
+
+    def same(self, other):
+        """Whether ``other`` gives the same, in whatever words."""
+        return self[1:] == other[1:]
+
+    def for_method(self, method):
+        """The settings for runs of ``method``, its options among them."""
+        words = [word for word in self.options if word.partition("=")[0] in method.options]
+        return {**self.settings, "options": parse_options(method, words)}
 
 
 class Places(NamedTuple):
-    """Where a sweep reads and writes: the split's folder, the data's (None: as preprocessed), the
-    runs' and the logs'."""
+    """The folders of the split, the data (None: as preprocessed), the runs and their logs."""
 
     split_dir: Path
     data_root: Path | None
@@ -61,12 +103,19 @@ class Places(NamedTuple):
 
 
 class Job(NamedTuple):
-    """A run that is wanted. ``name`` ends in ``identity``, the hash of what determines the run."""
+    """A wanted run. Its name ends in ``identity``, the hash of what determines the run.
 
-    name: str
-    identity: str
+    ``plugin`` is the hash of the plugin's content, None without one.
+    """
+
     config: Config
+    identity: str
+    plugin: str | None
     logs: Path
+
+    @property
+    def name(self):
+        return self.config.exp_name
 
     @property
     def argv(self):
@@ -91,91 +140,102 @@ class Job(NamedTuple):
         """A file that is there if the last attempt failed, and says how."""
         return self.logs / f"{self.name}.failed"
 
-    @property
-    def cwd(self):
-        return Path.cwd()
+
+class Run(NamedTuple):
+    """A job as part of a table or of tuning; ``chosen``: {setting or option: value} of the row."""
+
+    table: str
+    row: str
+    setting: str
+    chosen: dict
+    job: Job
+
+
+class Result(NamedTuple):
+    """A run and its outcome: a line of TABLE_runs.csv."""
+
+    row: str
+    setting: str
+    seed: int
+    state: str  # as ``state_of`` says
+    test_accuracy: float | None  # in [0, 1]; None unless done
+    valid_accuracy: float | None
+    identity: str
+    directory: str
+    command: str  # verbatim shell command
 
 
 def script(name):
     """The words that run a script of this project from the current folder."""
-    python = Path(sys.executable)
-    if shutil.which("python") == sys.executable:
-        python = Path("python")
-    here = Path.cwd()
-    words = [python, ROOT / name]
-    return [str(w.relative_to(here) if w.is_relative_to(here) else w) for w in words]
+    python = "python" if shutil.which("python") == sys.executable else sys.executable
+    return [python, os.path.relpath(ROOT / name)]
 
 
-def make_job(places, dataset, row, setting, seed, hyperparameters=None, flags=()):
+def make_job(places, dataset, row, setting, seed, chosen, flags, plugin=None):
     """The job of a cell and seed.
 
-    Args: keys of DATASETS, ROWS and SETTINGS; ``flags`` of train_bilevel.py over the data set's;
-    ``hyperparameters`` {setting of Config: value} over all of them. Raises UserError for flags that
-    are unknown, out of range, or not for the user of a table to set.
+    Args: names of a data set, row and setting; ``chosen`` hyper-parameters, {setting or option:
+    value}, over the ``RunFlags``, over the data set's settings; ``plugin``: (path, hash of its
+    content) of a file that the runs need for methods or backbones which the package lacks. Raises
+    UserError: a value is out of range.
     """
-    if any(flag.split("=")[0] == "--preset" for flag in flags):
-        raise UserError("--run_flags: --preset: give its settings themselves, see --help")
-    base = [*_base(dataset), *ROW_FLAGS.get((dataset, tuned_as(row)), ())]
-    chosen = [
-        word
-        for name, value in (hyperparameters or {}).items()
-        for word in (f"--{name}", str(value))
-    ]
-    fixed = [*ROWS[row].flags, *SETTINGS[setting].flags, "--seed", str(seed)]
-    plain = _parsed([*base, *chosen])
-    with_flags = _parsed([*base, *flags, *chosen])
-    for name in OWNED:
-        if getattr(plain, name) != getattr(with_flags, name):
-            raise UserError(f"--run_flags: --{name} is set by the table, by row, setting and seed")
-    config = _parsed([*base, *flags, *chosen, *fixed])
-    identity = _identity(config)
-    name = f"{config.method}_seed{seed}_{identity}"
+    of_row = rows()[row]
+    layers = (
+        DATASETS[dataset].settings,
+        ROW_SETTINGS.get((dataset, tuned_as(row)), {}),
+        flags.for_method(of_row.method),
+        _settings(of_row.method, chosen),
+        of_row.settings,
+        SETTINGS[setting].settings,
+        {"seed": seed},
+    )
+    options = {n: value for layer in layers for n, value in layer.get("options", {}).items()}
+    given = {n: value for layer in layers for n, value in layer.items()} | {"options": options}
+    config = Config(**given)
+    known = {config.method, config.backbone} <= _BUILT_IN
+    path, digest = (None, None) if known or plugin is None else plugin
+    identity = _identity(config, digest)
     config = dataclasses.replace(
         config,
+        plugin=path,
         split_dir=str(places.split_dir),
         data_root=str(places.data_root) if places.data_root else None,
         record_dir=str(places.runs),
-        exp_name=name,
+        exp_name=f"{config.method}_seed{seed}_{identity}",
         resume=True,
     )
     check(config)
-    return Job(name, identity, config, places.logs)
+    return Job(config, identity, digest, places.logs)
 
 
-def learning_rate(dataset, flags):
-    """--main_lr of a data set's runs under further ``flags``, before any tuning."""
-    return _parsed([*_base(dataset), *flags]).main_lr
-
-
-def _base(dataset):
-    return ["--main_lr", str(DATASETS[dataset].main_lr), *DATASETS[dataset].flags]
-
-
-def _parsed(words):
-    """``parse``, with argparse's complaint as a UserError in one line."""
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
-            return parse(words)
-    except SystemExit:
-        last = said.getvalue().strip().rpartition("\n")[2]
-        raise UserError(
-            f"flags of train_bilevel.py: {last.partition('error: ')[2] or last}"
-        ) from None
+def _settings(method, chosen):
+    """``chosen`` as settings of ``Config``, the method's own options apart."""
+    settings, options = {}, {}
+    for name, value in chosen.items():
+        if name in method.options:
+            options[name] = tuple(value) if isinstance(value, list) else value
+        elif name in FIELDS:
+            settings[name] = value
+        else:
+            raise UserError(f"tuned {name}: neither a setting nor an option of {method.name}")
+    return {**settings, "options": options}
 
 
 def _determining(config):
-    """{setting: value} of all that determines a run beside its data."""
-    values = dataclasses.asdict(with_method_defaults(config))
+    """{setting: value} of all that determines a run beside its data and plugin."""
+    values = vars(with_method_defaults(config))
     return {k: v for k, v in values.items() if k not in (*NEUTRAL, "exp_name", "device")}
 
 
-def _identity(config):
-    """A hash of what is no default: so that a setting to come does not give old runs new names."""
-    usual = defaults()
+def _identity(config, plugin):
+    """A hash of all non-defaults, so that a setting to come does not give old runs new names."""
+    usual = defaults() | {"options": None}
     special = {k: v for k, v in _determining(config).items() if v != usual[k]}
-    text = json.dumps({"method": config.method, **special}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:10]
+    known = METHODS[config.method].options
+    special["options"] = {k: v for k, v in special["options"].items() if v != known[k].default}
+    special |= {"method": config.method, "plugin": plugin}
+    special = {k: v for k, v in special.items() if v not in (None, {})}
+    return hashlib.sha256(json.dumps(special, sort_keys=True).encode()).hexdigest()[:10]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -186,79 +246,34 @@ def _identity(config):
 def state_of(job, fingerprint):
     """(state, summary or None) of a job: to do, incomplete, running, failed or done.
 
-    Raises UserError: its folder holds a run of another configuration or of other data than those
-    with this ``fingerprint``, or something else.
+    Raises UserError: its folder holds a run of another configuration, or of other data than those
+    with this ``fingerprint``.
     """
     directory = job.directory
-    if not directory.is_dir():
-        if directory.exists() or directory.is_symlink():
-            raise UserError(f"{directory}: expected the folder of a run; remove it")
-        return ("failed" if job.failure.exists() else "to do"), None
-    has_summary = (directory / SUMMARY_FILE).exists()
-    if has_summary or (directory / CONFIG_FILE).exists():
-        settings = _determining(job.config)
-        differences = differences_of_run(
-            directory,
-            {name: value for name, value in settings.items() if value is not None},
-            fingerprint,
-            defaults(),
-        )
-        if differences:
+    if (directory / CONFIG_FILE).exists():
+        settings = {k: v for k, v in _determining(job.config).items() if v is not None}
+        wanted = {"config": settings, "data": {"fingerprint": fingerprint}, "plugin": job.plugin}
+        if differences := differences_of_run(directory, wanted):
             raise UserError(
                 f"{directory} holds the run of another configuration: {'; '.join(differences)}; "
                 "remove it, or give another --sweep_dir"
             )
-    if has_summary:
-        summary = read_json(directory / SUMMARY_FILE)
-        expected = {
-            "method": job.config.method,
-            "seed": job.config.seed,
-            "exp_name": job.name,
-            "fingerprint": fingerprint,
-        }
-        if not _is_summary(summary, expected):
-            raise UserError(
-                f"{directory / SUMMARY_FILE}: not the summary of this run; remove {directory} to "
-                "train it again"
-            )
-        return "done", summary
-    if _is_busy(directory / LOG_FILE):
+        if (directory / SUMMARY_FILE).exists():
+            return "done", read_json(directory / SUMMARY_FILE)
+    if is_locked(directory / LOCK_FILE):
         return "running", None
-    return ("failed" if job.failure.exists() else "incomplete"), None
+    if job.failure.exists():
+        return "failed", None
+    return ("incomplete" if directory.exists() else "to do"), None
 
 
-def _is_summary(summary, expected):
-    if not isinstance(summary, dict) or any(summary.get(k) != v for k, v in expected.items()):
-        return False
-    accuracies = [summary.get(name) for name in ("test_accuracy", "valid_accuracy")]
-    return all(isinstance(value, float) and 0 <= value <= 1 for value in accuracies)
-
-
-def _is_busy(log):
-    """Whether a process is writing the run with this log: it holds a lock on it."""
-    try:
-        with open(log, "r+") as file:
-            return is_locked(file)
-    except FileNotFoundError:
-        return False
-    except OSError as error:
-        raise UserError(f"{log} cannot be opened ({error.strerror})") from None
-
-
-def result_of(job, row, setting, fingerprint):
-    """The ``Result`` of a job as the run of a cell."""
+def result_of(run, fingerprint):
+    """The ``Result`` of a ``Run``."""
+    job = run.job
     state, summary = state_of(job, fingerprint)
-    return Result(
-        row,
-        setting,
-        job.config.seed,
-        state,
-        summary["test_accuracy"] if summary else None,
-        summary["valid_accuracy"] if summary else None,
-        str(job.directory),
-        job.identity,
-        job.command,
-    )
+    accuracies = [summary[k] if summary else None for k in ("test_accuracy", "valid_accuracy")]
+    how = job.identity, str(job.directory), job.command
+    return Result(run.row, run.setting, job.config.seed, state, *accuracies, *how)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -266,98 +281,55 @@ def result_of(job, row, setting, fingerprint):
 # --------------------------------------------------------------------------------------------------
 
 
-def run(jobs, launch, fingerprint, *, elsewhere=True):
-    """Run what is not done of ``jobs``. Returns the list of (job, how it ended) of those that ended
-    without a result.
+def run(jobs, launch, fingerprint):
+    """Run what is not done of ``jobs``. Returns a list of (job, reason) of those without a result.
 
-    Args:
-        launch: callable (list of jobs) -> iterator of (job, Outcome) as they end.
-        elsewhere: whether runs that another process is busy with are left to it and waited for;
-            ``launch`` gets those too otherwise.
-
-    A failed job does not stop the others; it is tried again by the next call. Raises RunError where
-    the disk is full, and what ``launch`` raises.
+    ``launch``: callable (list of jobs) -> iterator of (job, Outcome) as they end. A failed job does
+    not stop the others; it is tried again by the next call. Raises what ``launch`` raises.
     """
     jobs = list({job.name: job for job in jobs}.values())
     states = [state_of(job, fingerprint)[0] for job in jobs]
     left = [job for job, state in zip(jobs, states, strict=True) if state != "done"]
     counts = {state: states.count(state) for state in dict.fromkeys(states)}
     print(f"{len(jobs)} runs: {', '.join(f'{n} {state}' for state, n in counts.items())}")
-    failed, waited = [], False
-    start, ended, total = time.monotonic(), 0, len(left)
-    with (
-        disk_errors(jobs[0].logs),
-        tqdm(total=total, unit="run", dynamic_ncols=True, disable=None) as bar,
-    ):
+    failed, start, logged = [], time.monotonic(), {}
+    with tqdm(total=len(left), unit="run", dynamic_ncols=True, disable=None) as bar:
         for job in left:
             job.logs.mkdir(parents=True, exist_ok=True)
-        while left:
-            ready = [
-                job for job in left if not elsewhere or state_of(job, fingerprint)[0] != "running"
-            ]
-            if not ready:
-                if not waited:
-                    print(f"waiting for {len(left)} runs of another process", flush=True)
-                waited = True
-                time.sleep(POLL)
-                continue
-            logged = {job.name: _size(job.log) for job in ready}
-            for job in ready:
-                job.failure.unlink(missing_ok=True)
-            for job, outcome in launch(ready):
-                state, summary = state_of(job, fingerprint)
-                if elsewhere and state == "running":  # another process was faster
-                    continue
-                left.remove(job)
-                ended += 1
-                bar.update()
-                if state == "done":
-                    said = f"test accuracy {summary['test_accuracy']:.4f}"
-                else:
-                    reason = _reason(job, outcome, logged[job.name])
-                    said = f"ended without a result: {reason}"
-                    failed.append((job, reason))
-                    if outcome.code not in STOPPED:
-                        job.failure.write_text(f"{reason}\n", encoding="utf-8")
-                seconds = (time.monotonic() - start) / ended * (total - ended)
-                rest = f"about {_duration(seconds)} left" if ended < total else "the last one"
-                line = f"{ended} of {total}: {job.name}: {said}; {rest}"
-                print(line, flush=True) if bar.disable else bar.write(line)
+            job.failure.unlink(missing_ok=True)
+            logged[job.name] = job.log.stat().st_size if job.log.exists() else 0
+        for ended, (job, outcome) in enumerate(launch(left) if left else (), start=1):
+            bar.update()
+            state, summary = state_of(job, fingerprint)
+            if state == "done":
+                said = f"test accuracy {summary['test_accuracy']:.4f}"
+            else:
+                reason = _reason(job, outcome, logged[job.name])
+                said = f"ended without a result: {reason}"
+                failed.append((job, reason))
+                if outcome.code not in STOPPED:
+                    job.failure.write_text(f"{reason}\n", encoding="utf-8")
+            rest = (time.monotonic() - start) / ended * (len(left) - ended)
+            line = f"{ended} of {len(left)}: {job.name}: {said}; {tqdm.format_interval(rest)} left"
+            print(line, flush=True) if bar.disable else bar.write(line)
     return failed
 
 
-def _size(path):
-    return path.stat().st_size if path.exists() else 0
-
-
 def _reason(job, outcome, logged):
-    """How a run ended, in the words of its log beyond the first ``logged`` bytes."""
-    with contextlib.suppress(OSError):
-        lines = job.log.read_bytes()[logged:].decode(errors="replace").splitlines()
-        errors = [line for line in lines if line.startswith("error: ")]
-        if errors:
-            return f"{outcome}: {errors[-1].removeprefix('error: ')}"
-    return f"{outcome}, see {job.log}"
-
-
-def _duration(seconds):
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes / 60:.1f} h"
+    """How a run ended, with the last error in its log beyond the first ``logged`` bytes."""
+    text = job.log.read_bytes()[logged:].decode(errors="replace") if job.log.exists() else ""
+    errors = [line for line in text.splitlines() if line.startswith("error: ")]
+    said = f": {errors[-1].removeprefix('error: ')}" if errors else f", see {job.log}"
+    return f"{outcome}{said}"
 
 
 @contextlib.contextmanager
-def disk_errors(place):
-    """A full or failing disk, in one line; ``place`` is named where the error names none."""
+def disk_errors():
+    """A full or failing disk, in one line."""
     try:
         yield
-    except (FileExistsError, NotADirectoryError) as error:
-        raise UserError(
-            f"{error.filename or place}: {error.strerror}; expected a folder, or none yet"
-        ) from None
     except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
         raise RunError(
-            f"{error.filename or place}: {error.strerror or error}; finished runs are kept, the "
-            "same command goes on"
+            f"{place}{error.strerror or error}; finished runs are kept, the same command goes on"
         ) from None
