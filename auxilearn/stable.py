@@ -164,13 +164,21 @@ def fit_stable(
         model: ``model(batch)`` returns ``TaskLosses``; in train mode, which ``validate`` may leave.
         lower: its optimiser, Adam or AdamW (for others the response is gradient descent's). Its
             learning rate ends at a fifth.
-        train, dev: batches, such as a DataLoader; iterated anew in every pass. ``train`` should
-            hold the development samples as well.
+        train, dev: batches, such as a DataLoader or a list; iterated anew in every pass. ``train``
+            should hold the development samples as well.
         tasks, feature_dim: K and d of ``TaskLosses``.
         validate: returns a number to be maximised, called after every pass. Fine-tuning starts from
             the best pass, and the model ends as it was after the best one. Without it the last
             pass counts.
+
+    Raises ValueError: ``train`` or ``dev`` is an iterator, or has no batch for an upper step.
     """
+    for name, batches in (("train", train), ("dev", dev)):
+        if iter(batches) is batches:
+            raise ValueError(
+                f"{name} must give its batches in every pass anew: give a DataLoader or a list, "
+                "not an iterator"
+            )
     scheduler = StableJoint(main_task, tasks, feature_dim).to(next(model.parameters()).device)
     solver = identity()
     if "betas" in lower.defaults:
@@ -207,7 +215,12 @@ def fit_stable(
 
 def _endless(batches):
     while True:
-        yield from batches
+        empty = True
+        for batch in batches:
+            empty = False
+            yield batch
+        if empty:
+            raise ValueError("train and dev must hold at least one batch")
 
 
 class _Best:

@@ -9,7 +9,11 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from auxilearn.baselines.combiners import MonoLinearHyperNet, MonoNonlinearHyperNet
+from auxilearn.baselines.combiners import (
+    MonoLinearHyperNet,
+    MonoNonlinearHyperNet,
+    NonlinearHyperNet,
+)
 from auxilearn.bilevel import Bilevel
 from auxilearn.hypernet import MonoJoint, Naive_hyper, TaskLosses, scheduled_loss
 from auxilearn.implicit_diff import identity, neumann
@@ -77,6 +81,7 @@ SCHEDULERS = {
     "naive": lambda: Naive_hyper(SAMPLES, TASKS),
     "linear": lambda: MonoLinearHyperNet(0, TASKS),
     "task": lambda: MonoNonlinearHyperNet(0, TASKS, [5, 5], init_lower=0.0, init_upper=0.5),
+    "task, dropout": lambda: NonlinearHyperNet(0, TASKS, [5, 5], dropout_rate=0.5),
 }
 
 

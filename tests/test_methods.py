@@ -1,5 +1,6 @@
 """The baselines' numbers, ablated schedules, fine-tuning, and methods of one's own."""
 
+import copy
 import math
 import re
 
@@ -11,6 +12,7 @@ from torch import nn
 import train_bilevel
 from auxilearn.baselines.gradient_cosine import GradientCosine
 from auxilearn.baselines.uncertainty import Uncertainty
+from auxilearn.bilevel import Bilevel
 from auxilearn.data.split import load_split
 from auxilearn.hypernet import FACTORS, MonoJoint, TaskLosses, scheduled_loss, standardise
 from auxilearn.models import Batch, ConvNet, TaskModel
@@ -203,6 +205,30 @@ def test_the_weights_weigh_the_means():
     losses = torch.rand(4, 3)
     expected = losses[:, 0].mean() + 0.5 * losses[:, 2].mean()
     torch.testing.assert_close(scheduled_loss(scheduler, TaskLosses(losses)), expected)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_lower_step_takes_the_weights_of_its_own_batch(weighted):
+    model, batch = cosine_problem(masked=True, dropout=0.5)
+    hand, state = copy.deepcopy(model), torch.get_rng_state()
+    gradients = task_gradients(copy.deepcopy(model), batch)
+    cosines = F.cosine_similarity(gradients, gradients[:1])
+    weights = cosines.clamp(min=0) if weighted else (cosines >= 0).double()
+    torch.set_rng_state(state)
+    scheduler = GradientCosine(0, len(COUNTS), weighted=weighted)
+    lower = torch.optim.SGD(model.parameters(), lr=0.1)
+    step = Bilevel(model, scheduler, lower, aux_weight=0.5).lower_step(batch)
+
+    torch.set_rng_state(state)
+    outputs = hand(batch)
+    factors = torch.tensor([1.0] + [0.5] * (len(COUNTS) - 1))
+    means = outputs.losses.masked_fill(~batch.mask, 0.0).sum(dim=0) / batch.mask.sum(dim=0)
+    loss = (weights * factors * means).sum()
+    loss.backward()
+    torch.optim.SGD(hand.parameters(), lr=0.1).step()
+    torch.testing.assert_close(step.loss, loss.detach(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(step.weights, weights * batch.mask, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(model.state_dict(), hand.state_dict(), rtol=1e-10, atol=1e-12)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -556,3 +556,20 @@ def test_fit_stable_under_sgd_responds_as_gradient_descent_does(monkeypatch):
     )
     for name, one, other in zip(phi, found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize("name", ["train", "dev"])
+def test_fit_stable_needs_batches_in_every_pass(name):
+    """An iterator would leave later passes without a step; without a batch it would not end."""
+
+    def fit(batches):
+        model = small.Net()
+        sets = {"train": [small.batch()] * 5, "dev": [small.batch()], name: batches}
+        lower = torch.optim.Adam(model.parameters())
+        return fit_stable(model, lower, **sets, tasks=small.K, feature_dim=small.D, epochs=1)
+
+    with pytest.raises(ValueError, match=f"{name} must give its batches in every pass anew"):
+        fit(iter([small.batch()]))
+    if name == "dev":
+        with pytest.raises(ValueError, match="at least one batch"):
+            fit([])
