@@ -24,15 +24,13 @@ from pathlib import Path
 
 from auxilearn.data import cub
 from auxilearn.data.split import combined_fingerprint, write_split
-from auxilearn.errors import UserError, run_script
+from auxilearn.errors import Parser, UserError, run_script
 
 DEFAULT_ROOTS = {None: "CUB_200_2011", "mini": "miniature", "digits": "digits"}
 
 
 def parse_arguments(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__)
     parser.add_argument(
         "--data_root",
         type=Path,

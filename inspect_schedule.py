@@ -8,18 +8,15 @@ samples under all tasks. The run may still be training: its best checkpoint so f
 command makes one pass over the training images. It needs the packages of requirements-report.txt.
 """
 
-import argparse
 from pathlib import Path
 
-from auxilearn.errors import run_script
+from auxilearn.errors import Parser, run_script
 from auxilearn.methods import load_plugin
 from auxilearn.report.write import write_report
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add(
         "run_dir",

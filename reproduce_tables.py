@@ -25,7 +25,7 @@ import filelock
 import data_preprocess
 import train_bilevel
 from auxilearn.data.split import load_split
-from auxilearn.errors import RunError, UserError, run_script
+from auxilearn.errors import Parser, RunError, UserError, run_script
 from auxilearn.files import locked
 from auxilearn.methods import load_plugin
 from auxilearn.tables import local, slurm, sweep
@@ -40,13 +40,11 @@ SEEDS, TUNING_SEEDS = (1, 2, 3, 4, 5), (101, 102)
 
 
 def parse_arguments(argv=None):
-    first = argparse.ArgumentParser(add_help=False)
+    first = Parser(add_help=False)
     first.add_argument("--plugin")
     plugin = first.parse_known_args(argv)[0].plugin
     digest = load_plugin(plugin) if plugin else None  # its methods are choices of --methods
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__)
     parser.add_argument("what", choices=(*TABLES, "all", "tune"))
     add = parser.add_argument_group("what is run").add_argument
     add("--dataset", choices=tuple(DATASETS), default="cub", help="(default: %(default)s)")

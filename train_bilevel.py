@@ -21,7 +21,8 @@ from auxilearn.data.split import load_split
 from auxilearn.errors import run_script
 from auxilearn.randomness import derived_seed
 from auxilearn.run.build import build
-from auxilearn.run.config import LOG_EVERY, check, ineffective, parse, resolve
+from auxilearn.run.command_line import parse
+from auxilearn.run.config import LOG_EVERY, check, ineffective, resolve
 from auxilearn.run.processes import StopRequest, joined, machine_faults
 from auxilearn.run.record import NoRecord, open_record
 from auxilearn.run.state import State

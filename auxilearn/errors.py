@@ -1,5 +1,6 @@
 """One way to tell a person what is wrong: a single line, exit code 2, no traceback."""
 
+import argparse
 import os
 import sys
 from contextlib import contextmanager
@@ -27,6 +28,21 @@ class Interrupted(RunError):
 
 class DivergenceError(RunError):
     """Training left the finite numbers."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that raises UserError on what it cannot read, in place of its usage."""
+
+    def __init__(self, **options):
+        super().__init__(formatter_class=_Help, allow_abbrev=False, **options)
+
+    def error(self, message):
+        raise UserError(f"{message}; --help lists the flags")
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=30, width=100)
 
 
 @contextmanager

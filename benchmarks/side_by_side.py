@@ -34,7 +34,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from auxilearn.run import config as settings  # noqa: E402
+from auxilearn.errors import UserError  # noqa: E402
+from auxilearn.run.command_line import given_settings  # noqa: E402
 from auxilearn.run.record import environment  # noqa: E402
 from benchmarks.sides import (  # noqa: E402
     ALPHA,
@@ -458,10 +459,11 @@ def parse_arguments(argv=None):
         parser.error("--tasks, --task_counts and --repeats must be at least 1")
     args.package_flags = shlex.split(args.package_flags)
     if args.amp:
-        if "amp" not in {field.name for field in dataclasses.fields(settings.Config)}:
-            parser.error("--amp: this revision of the package has no such setting")
         args.package_flags += ["--amp", args.amp]
-    settings.parse(args.package_flags)  # ends here, with a message, on a flag that does not exist
+    try:
+        given_settings(args.package_flags)
+    except UserError as error:
+        parser.error(f"--package_flags: {error}")
     return args
 
 

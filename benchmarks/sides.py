@@ -31,6 +31,7 @@ from auxilearn.data.dataset import OrderedBatches, Stream, sample_set  # noqa: E
 from auxilearn.implicit_diff import identity, neumann  # noqa: E402
 from auxilearn.run import config as settings  # noqa: E402
 from auxilearn.run.build import build  # noqa: E402
+from auxilearn.run.command_line import given_settings  # noqa: E402
 from auxilearn.solvers import conjugate_gradient  # noqa: E402
 from benchmarks import plain  # noqa: E402
 from benchmarks.input_pipeline import as_split, write_images  # noqa: E402
@@ -222,7 +223,7 @@ class Package(Side):
             tf32=workload.tf32,
             device=workload.device,
         )
-        given = settings.given_settings(workload.package_flags)
+        given = given_settings(workload.package_flags)
         config = settings.resolve(dataclasses.replace(config, **given), split)
         self.run = build(config, split)
         self.bilevel = self.run.bilevel

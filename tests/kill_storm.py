@@ -27,7 +27,8 @@ import torch
 from auxilearn.data import cub
 from auxilearn.data.split import write_split
 from auxilearn.methods import METHODS
-from auxilearn.run.config import Config, flags_of
+from auxilearn.run.command_line import flags_of
+from auxilearn.run.config import Config
 from auxilearn.run.record import LOCK_FILE
 from tests.cub_shape import write_cub_shape
 

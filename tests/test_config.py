@@ -15,16 +15,15 @@ from auxilearn.data.split import load_split, write_split
 from auxilearn.errors import UserError
 from auxilearn.methods import METHODS
 from auxilearn.run import config as config_module
+from auxilearn.run.command_line import flags_of, parse
 from auxilearn.run.config import (
     FIELDS,
     MOST,
     UPPER,
     Config,
     check,
-    flags_of,
     from_record,
     ineffective,
-    parse,
     resolve,
     slow_device,
     with_method_defaults,
@@ -212,7 +211,7 @@ def test_the_paper_s_settings_are_a_flag_away():
     assert with_method_defaults(preset) == with_method_defaults(typed)
     config = parse(["--aux_lr", "0.5", "--preset", "paper", "--method", "joint_stable"])
     assert (config.upper_lr, config.method, config.epochs) == (0.5, "joint_stable", 100)
-    with pytest.raises(SystemExit):
+    with pytest.raises(UserError, match="--preset"):
         parse(["--preset", "mine"])
 
 

@@ -21,7 +21,8 @@ from auxilearn.errors import UserError
 from auxilearn.files import write_json
 from auxilearn.methods import METHODS, load_plugin
 from auxilearn.run import config as config_module
-from auxilearn.run.config import parse, with_method_defaults
+from auxilearn.run.command_line import parse
+from auxilearn.run.config import with_method_defaults
 from auxilearn.tables import local, statistics, sweep
 from auxilearn.tables.local import Outcome
 from auxilearn.tables.protocol import (

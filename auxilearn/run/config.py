@@ -1,21 +1,19 @@
 """Every setting of a run: its default, its bounds, its meaning, its command-line flag.
 
-``Config`` is the single source: the command line and ``--help`` are made from its fields, and it is
-recorded in full with every run. ``resolve`` settles what depends on the data and on the method.
+``Config`` is the single source: ``command_line`` makes flags of its fields, and it is recorded in
+full with every run. ``resolve`` settles what depends on the data and on the method.
 """
 
-import argparse
 import dataclasses
 import glob
 import math
 import os
-import textwrap
 from dataclasses import dataclass
 
 import torch
 
 from auxilearn.errors import UserError
-from auxilearn.methods import METHODS, load_plugin
+from auxilearn.methods import METHODS
 from auxilearn.models import BACKBONES
 
 LOG_EVERY = 10  # lower steps between two rows of metrics.jsonl
@@ -325,132 +323,10 @@ class Config:
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
 NEUTRAL = tuple(name for name, field in FIELDS.items() if field.metadata["neutral"])
 
-# Settings of the released script that have no flag there, or another default for some methods.
-_AS_RELEASED = (
-    *("method", "epochs", "train_batch_size", "test_batch_size", "main_lr", "upper_lr", "w_decay"),
-    *("upper_decay", "aux_weight", "dev_batch_size", "hyperstep", "feature_dim", "corrupted"),
-    *("corrupted_rate", "n_meta_loss_accum", "n_meta_train_loss_accum", "upper_optimizer"),
-    *("warmup_epochs", "solver", "precondition", "max_grad_norm"),
-)
-
-
-def presets():
-    """Sets of settings by name: --preset makes them the defaults of a command line."""
-    usual = defaults()
-    released = {name: usual[name] for name in _AS_RELEASED} | {"dev_batches": "first"}
-    paper = {"epochs": 100, "train_batch_size": 64, "upper_lr": 1e-2, "upper_decay": 5e-5}
-    upper = ("method", "main_lr", "hyperstep", "upper_optimizer", "warmup_epochs", "solver")
-    upper += ("precondition", "max_grad_norm")
-    return {"paper": {name: usual[name] for name in upper} | paper, "released": released}
-
-
-NOT_REPRODUCED = (
-    "--preset released does not reproduce these of the released code's behaviours: validation and "
-    "test halves without a seed; one auxiliary task unless --task_num says more; batch norm's "
-    "statistics moved by upper steps; n_meta_train_loss_accum ignored; NaN weights from a last "
-    "batch of one image; --method common failing at its end (README, Differences)"
-)
-
 
 # --------------------------------------------------------------------------------------------------
-# The command line
+# Defaults and checks
 # --------------------------------------------------------------------------------------------------
-
-
-def parse(argv=None, description=None):
-    """``Config`` from a command line. argparse exits with code 2 on what it cannot read."""
-    return Config(**given_settings(argv, description))
-
-
-def given_settings(argv=None, description=None):
-    """{setting: value} of what a command line says, presets included; the rest is left out."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--plugin")
-    plugin = first.parse_known_args(argv)[0].plugin
-    if plugin:
-        load_plugin(plugin)  # its methods are choices of --method
-    parser = _parser(description)
-    given = vars(parser.parse_args(argv))
-    preset = given.pop("preset", None)
-    if preset == "released":
-        print(f"note: {NOT_REPRODUCED}", flush=True)
-    given = presets().get(preset, {}) | given
-    words = given.pop("options", [])
-    sizes = given.pop("aux_hidden_dim", None)
-    method = METHODS[given.get("method", Config.method)]
-    if sizes and "hidden_sizes" in method.options:
-        words = [f"hidden_sizes={','.join(sizes)}", *words]
-    if words:
-        try:
-            given["options"] = parse_options(method, words)
-        except UserError as error:
-            parser.error(str(error))
-    return given
-
-
-def parse_options(method, words):
-    """{option: value} of a ``Method``'s own settings, from NAME=VALUE words. Raises UserError."""
-    values = {}
-    for word in words:
-        name, _, text = word.partition("=")
-        option = method.options.get(name)
-        if option is None:
-            known = ", ".join(method.options) or "none"
-            raise UserError(f"--option {word}: the options of --method {method.name} are: {known}")
-        try:
-            values[name] = option.parse(text)
-        except ValueError as error:
-            raise UserError(f"--option {word}: {error}") from None
-    return values
-
-
-def _parser(description):
-    parser = argparse.ArgumentParser(
-        description=description,
-        epilog=_methods_help(),
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
-            prog, max_help_position=30, width=100
-        ),
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
-    )
-    groups = {}
-    for field in FIELDS.values():
-        info = field.metadata
-        if info["group"] not in groups:
-            groups[info["group"]] = parser.add_argument_group(info["group"])
-        groups[info["group"]].add_argument(*_names(field), **_argument(field))
-    groups[MOST].add_argument(
-        "--preset",
-        choices=tuple(presets()),
-        help="settings to start from; flags beside it win. paper: the paper's settings; released: "
-        "the released script's defaults, and its development batch",
-    )
-    parser.add_argument("--aux_hidden_dim", nargs="+", help=argparse.SUPPRESS)
-    return parser
-
-
-def _names(field):
-    if field.name == "options":
-        return ["--option"]
-    return [f"--{name}" for name in (field.name, *field.metadata["aliases"])]
-
-
-def _argument(field):
-    """Keyword arguments of ``add_argument``."""
-    info, argument = field.metadata, {"dest": field.name}
-    if field.name == "options":
-        argument |= {"nargs": "+", "action": "extend", "metavar": "NAME=VALUE"}
-    elif info["kind"] is bool:  # a switch may stand alone
-        argument |= {"type": _switch, "nargs": "?", "const": True, "metavar": "0|1"}
-    else:
-        argument["type"] = info["kind"]
-        argument["choices"] = choices_of(field)
-        argument["metavar"] = {int: "N", float: "X"}.get(info["kind"], "NAME")
-        if info["choices"]:
-            argument["metavar"] = None
-    argument["help"] = argparse.SUPPRESS if info["hidden"] else _help(field)
-    return argument
 
 
 def choices_of(field):
@@ -458,74 +334,6 @@ def choices_of(field):
     return {"method": tuple(METHODS), "backbone": tuple(BACKBONES)}.get(
         field.name, field.metadata["choices"]
     )
-
-
-def _help(field):
-    info, default = field.metadata, default_of(field)
-    text = info["help"].replace("%(default)s", str(default))
-    if info["by_method"] is not None:
-        own = [
-            f"{name} {_as_text(method.defaults[field.name])}"
-            for name, method in METHODS.items()
-            if field.name in method.defaults
-        ]
-        return f"{text} (default: {'; '.join([_as_text(default), *own])})"
-    if default is None or "(default" in text or field.name == "options":
-        return text
-    return f"{text} (default: {_as_text(default)})"
-
-
-def _methods_help():
-    lines = ["methods (--method NAME, with --option NAME=VALUE for their own settings):"]
-    for name, method in METHODS.items():
-        about = f"{method.title}: {method.about}" if method.about else method.title
-        lines += _indented(f"  {name:<13} ", about)
-        for option, spec in method.options.items():
-            flag = f"--option {option}={_option_text(spec.default)}  "
-            lines += _indented(" " * 16 + flag, spec.help)
-    return "\n".join(lines)
-
-
-def _indented(start, text):
-    """The lines of ``start`` and ``text``, at most 100 wide."""
-    indent = " " * 16 if len(start) <= 16 else " " * 20
-    return textwrap.wrap(start + text, 100, subsequent_indent=indent, break_on_hyphens=False)
-
-
-def _switch(text):
-    """0/1/true/false as the command line's booleans."""
-    known = {"1": True, "true": True, "0": False, "false": False}
-    try:
-        return known[text.lower()]
-    except KeyError:
-        raise argparse.ArgumentTypeError(f"expected 0, 1, true or false, not {text!r}") from None
-
-
-def _as_text(value):
-    return str(int(value) if isinstance(value, bool) else value)
-
-
-def _option_text(value):
-    return ",".join(map(str, value)) if isinstance(value, (tuple, list)) else _as_text(value)
-
-
-def flags_of(config):
-    """The flags of train_bilevel.py that make ``config``: method, seed, and what is no default."""
-    flags = []
-    for name, field in FIELDS.items():
-        value = getattr(config, name)
-        if name == "options":
-            own = METHODS[config.method].options
-            words = [f"{n}={_option_text(v)}" for n, v in value.items() if v != own[n].default]
-            flags += ["--option", *words] if words else []
-        elif value != field.default or name in ("method", "seed"):
-            flags += [f"--{name}", _as_text(value)]
-    return flags
-
-
-# --------------------------------------------------------------------------------------------------
-# Defaults and checks
-# --------------------------------------------------------------------------------------------------
 
 
 def default_of(field):

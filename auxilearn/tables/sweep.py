@@ -5,11 +5,9 @@ a sweep has no state of its own: after any interruption, the same command finds 
 goes on with the rest.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import hashlib
-import io
 import json
 import os
 import shlex
@@ -21,21 +19,12 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from auxilearn.errors import RunError, UserError
+from auxilearn.errors import Parser, RunError, UserError
 from auxilearn.files import is_locked, read_json
 from auxilearn.methods import METHODS
 from auxilearn.models import BACKBONES
-from auxilearn.run.config import (
-    FIELDS,
-    NEUTRAL,
-    Config,
-    check,
-    defaults,
-    flags_of,
-    given_settings,
-    parse_options,
-    with_method_defaults,
-)
+from auxilearn.run.command_line import flags_of, given_settings, parse_options
+from auxilearn.run.config import FIELDS, NEUTRAL, Config, check, defaults, with_method_defaults
 from auxilearn.run.record import CONFIG_FILE, LOCK_FILE, SUMMARY_FILE, differences_of_run
 from auxilearn.tables.local import ROOT
 from auxilearn.tables.protocol import DATASETS, ROW_SETTINGS, SETTINGS, rows, tuned_as
@@ -63,16 +52,13 @@ class RunFlags(NamedTuple):
     @classmethod
     def read(cls, words):
         """UserError: a flag is unknown, unreadable or for the table to set."""
-        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        parser = Parser(add_help=False)
         parser.add_argument("--option", nargs="+", action="extend", default=[])
-        said = io.StringIO()
+        own, rest = parser.parse_known_args(words)
         try:
-            with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
-                own, rest = parser.parse_known_args(words)
-                settings = given_settings(rest)
-        except SystemExit:
-            last = said.getvalue().strip().rpartition("\n")[2]
-            raise UserError(f"--run_flags: {last.partition('error: ')[2] or last}") from None
+            settings = given_settings(rest)
+        except UserError as error:
+            raise UserError(f"--run_flags: {error}") from None
         if any(word.partition("=")[0] == "--preset" for word in rest):
             raise UserError("--run_flags: instead of --preset, give its settings themselves")
         for name in OWNED:
