@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -27,9 +26,11 @@ from auxilearn.data.split import load_split, write_split
 from auxilearn.errors import Interrupted, RunError, UserError
 from auxilearn.files import locked
 from auxilearn.implicit_diff import neumann, stable_alpha
+from auxilearn.run.config import Config
 from auxilearn.run.history import ScheduleHistory
 from auxilearn.run.state import State
 from tests.conftest import (
+    TINY,
     Run,
     assert_one_error_line,
     assert_same_run,
@@ -54,11 +55,11 @@ def own_split(tmp_path):
 
 
 @pytest.fixture
-def attempt(tmp_path, command, own_split):
+def attempt(tmp_path, command, tiny_split):
     """``attempt(folder, **changes)``: (exit code, stderr, ``Run``) of a run as its script does."""
 
     def run(folder, **changes):
-        places = {"split_dir": own_split, "record_dir": tmp_path / folder}
+        places = {"split_dir": tiny_split, "record_dir": tmp_path / folder}
         flags = tiny_flags(**{**FLAGS, **places, **changes})
         code, _, err = command(train_bilevel.main, *flags)
         gc.collect()  # loading processes end here, not in the middle of another test
@@ -67,13 +68,32 @@ def attempt(tmp_path, command, own_split):
     return run
 
 
-def assert_goes_on(attempt, **changes):
+@pytest.fixture(scope="module")
+def undisturbed(tiny_split, tmp_path_factory):
+    """``undisturbed(method)``: the ``Run`` that nothing happened to; trained once."""
+    runs = {}
+
+    def of(method):
+        if method not in runs:
+            folder = tmp_path_factory.mktemp("undisturbed")
+            places = {"split_dir": str(tiny_split), "record_dir": str(folder), "method": method}
+            train_bilevel.train(Config(**{**TINY, **FLAGS, **places}))
+            runs[method] = Run(folder / "full/run")
+        return runs[method]
+
+    return of
+
+
+@pytest.fixture
+def assert_goes_on(attempt, undisturbed):
     """The run in "faulty" continues, and ends like an undisturbed one."""
-    code, err, faulty = attempt("faulty", resume=1, **changes)
-    assert (code, err) == (0, "")
-    code, _, undisturbed = attempt("undisturbed", **changes)
-    assert code == 0
-    assert_same_run(faulty, undisturbed)
+
+    def check(**changes):
+        code, err, faulty = attempt("faulty", resume=1, **changes)
+        assert (code, err) == (0, "")
+        assert_same_run(faulty, undisturbed(changes.get("method", "joint")))
+
+    return check
 
 
 def checkpoints(run):
@@ -98,7 +118,7 @@ def at_step(monkeypatch, number, action):
 
 
 @pytest.mark.parametrize("file", ["_metrics", "_log"])
-def test_disk_full_while_writing_lines(attempt, monkeypatch, file):
+def test_disk_full_while_writing_lines(attempt, monkeypatch, file, assert_goes_on):
     def fill(record):  # the device that refuses every byte, as a full disk does
         setattr(record, file, open("/dev/full", "w"))  # noqa: SIM115
 
@@ -108,21 +128,21 @@ def test_disk_full_while_writing_lines(attempt, monkeypatch, file):
     assert code == 1
     assert_one_error_line(err, FULL, "--exp_name run --resume 1")
     assert checkpoints(run) == [3]
-    assert_goes_on(attempt)
+    assert_goes_on()
 
 
-def test_disk_full_while_writing_the_schedule(attempt, monkeypatch):
+def test_disk_full_while_writing_the_schedule(attempt, monkeypatch, assert_goes_on):
     with monkeypatch.context() as patch:
         at_step(patch, 5, lambda _: patch.setattr(ScheduleHistory, "_append", no_space))
         code, err, run = attempt("faulty")
     assert code == 1
     assert_one_error_line(err, FULL, "--resume 1")
     assert checkpoints(run) == [3]
-    assert_goes_on(attempt)
+    assert_goes_on()
 
 
 @pytest.mark.parametrize("call", [2, 4, 6])
-def test_disk_full_while_syncing_checkpoints(attempt, monkeypatch, call):
+def test_disk_full_while_syncing_checkpoints(attempt, monkeypatch, call, assert_goes_on):
     """config.json, best.pt, checkpoints and summary are all synced: each time another one fails."""
     original, calls = os.fsync, itertools.count(1)
     with monkeypatch.context() as patch:
@@ -133,19 +153,19 @@ def test_disk_full_while_syncing_checkpoints(attempt, monkeypatch, call):
     assert [path.name for path in run.directory.glob(".*")] == [".lock"]
     for path in run.directory.glob("*.pt"):
         torch.load(path, weights_only=True)
-    assert_goes_on(attempt)
+    assert_goes_on()
 
 
-def test_disk_full_at_the_start(attempt, monkeypatch):
+def test_disk_full_at_the_start(attempt, monkeypatch, assert_goes_on):
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", no_space)
         code, err, run = attempt("faulty")
     assert code == 2
     assert_one_error_line(err, FULL, run.directory)
-    assert_goes_on(attempt)
+    assert_goes_on()
 
 
-def test_disk_full_while_building_the_cache(attempt, monkeypatch, own_split):
+def test_disk_full_while_building_the_cache(attempt, monkeypatch, own_split, undisturbed):
     """The run goes on without it, with a warning."""
     original = os.fsync
 
@@ -160,7 +180,7 @@ def test_disk_full_while_building_the_cache(attempt, monkeypatch, own_split):
     assert code == 0
     assert re.fullmatch(rf"warning: the image cache cannot be .*\({FULL}\).*\n", err)
     assert [path.name for path in (own_split / "cache").iterdir()] == [".lock"]
-    assert_same_run(run, attempt("undisturbed")[2])
+    assert_same_run(run, undisturbed("joint"))
 
 
 def test_disk_full_while_preprocessing(own_split, command, monkeypatch):
@@ -174,7 +194,7 @@ def test_disk_full_while_preprocessing(own_split, command, monkeypatch):
     assert {path.name: path.read_bytes() for path in own_split.iterdir()} == before
 
 
-def test_a_metrics_file_that_lost_rows_is_not_continued(attempt, capfd):
+def test_a_metrics_file_that_lost_rows_is_not_continued(attempt, capfd, undisturbed):
     """As after a power cut: the checkpoint is there, the rows it counts on are not."""
     code, _, run = attempt("faulty")
     assert code == 0
@@ -183,7 +203,7 @@ def test_a_metrics_file_that_lost_rows_is_not_continued(attempt, capfd):
     code, err, _ = attempt("faulty", resume=1)
     assert code == 0
     assert "counts on more than is left of metrics.jsonl" in err
-    assert_same_run(run, attempt("undisturbed")[2])
+    assert_same_run(run, undisturbed("joint"))
 
 
 def test_a_damaged_best_checkpoint_gives_no_accuracy(attempt, monkeypatch):
@@ -207,7 +227,7 @@ def test_a_damaged_best_checkpoint_gives_no_accuracy(attempt, monkeypatch):
 # --------------------------------------------------------------------------------------------------
 
 
-def test_a_killed_worker(attempt, monkeypatch):
+def test_a_killed_worker(attempt, monkeypatch, assert_goes_on):
     def kill(_):
         os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
 
@@ -217,54 +237,44 @@ def test_a_killed_worker(attempt, monkeypatch):
     assert code == 1
     assert_one_error_line(err, "a process that loads images died", "--num_workers", "--resume 1")
     assert checkpoints(run) == [4]
-    assert_goes_on(attempt, method="common", num_workers=1)
+    assert_goes_on(method="common", num_workers=1)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_an_image_that_becomes_unreadable_in_epoch_2(attempt, monkeypatch, own_split, workers):
+def test_an_image_that_becomes_unreadable_in_epoch_2(
+    attempt, monkeypatch, own_split, workers, assert_goes_on
+):
+    flags = {"method": "common", "num_workers": workers, "split_dir": own_split}
     split = load_split(own_split)
     path = split.image_path(split.indices["valid"][0])
     content = path.read_bytes()
     with monkeypatch.context() as patch:
         at_step(patch, 5, lambda _: path.write_bytes(b"?" * len(content)))
-        code, err, run = attempt("faulty", method="common", num_workers=workers)
+        code, err, run = attempt("faulty", **flags)
     assert code == 2
     assert_one_error_line(err, path, "not a readable image")
     assert checkpoints(run) == [4]
     path.write_bytes(content)
-    assert_goes_on(attempt, method="common", num_workers=workers)
-
-
-def test_a_clock_that_goes_backwards(attempt, monkeypatch):
-    ticks = itertools.count(2_000_000_000, -1000)
-    with monkeypatch.context() as patch:
-        patch.setattr(time, "time", lambda: float(next(ticks)))
-        with monkeypatch.context() as full:
-            at_step(full, 5, no_space)
-            code, _, run = attempt("faulty")
-        assert code == 1
-        code, err, _ = attempt("faulty", resume=1)
-    assert (code, err) == (0, "")
-    assert "continuing after step 3" in (run.directory / "log.txt").read_text()
-    assert_same_run(run, attempt("undisturbed")[2])
+    assert_goes_on(**flags)
 
 
 def test_nothing_is_written_into_the_data_root(attempt, own_split):
     """Its folder is the same afterwards."""
     data = own_split.parent / "data"
     before = sorted((p, p.stat().st_mtime_ns) for p in data.rglob("*"))
-    code, _, _ = attempt("run", cache_dir=own_split / "cache")
+    code, _, _ = attempt("run", split_dir=own_split, cache_dir=own_split / "cache")
     assert code == 0
     assert sorted((p, p.stat().st_mtime_ns) for p in data.rglob("*")) == before
 
 
-def test_a_killed_worker_that_builds_the_cache(attempt, monkeypatch, own_split):
+def test_a_killed_worker_that_builds_the_cache(attempt, monkeypatch, own_split, assert_goes_on):
     def die(path, side):
         if get_worker_info().id == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         return load_resized(path, side)
 
     flags = {"method": "common", "cache_dir": own_split / "cache", "num_workers": 2}
+    flags["split_dir"] = own_split
     with monkeypatch.context() as patch:
         patch.setattr(cache_module, "load_resized", die)
         code, err, run = attempt("faulty", **flags)
@@ -272,7 +282,7 @@ def test_a_killed_worker_that_builds_the_cache(attempt, monkeypatch, own_split):
     assert_one_error_line(err, "a process that loads images died", "--num_workers")
     assert not run.directory.exists()
     assert [path.name for path in (own_split / "cache").iterdir()] == [".lock"]
-    assert_goes_on(attempt, **flags)
+    assert_goes_on(**flags)
 
 
 # --------------------------------------------------------------------------------------------------

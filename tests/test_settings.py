@@ -261,7 +261,7 @@ def test_labels_are_drawn_once_for_all_epochs_and_both_levels(tiny_config, split
             assert row[0] == split.labels[positions[place]]
 
 
-@pytest.mark.parametrize("method", ["joint", "common"])
+@pytest.mark.parametrize("method", ["joint"])
 def test_a_corrupted_run(method, tiny_run):
     clean = tiny_run(method=method)
     run = tiny_run(method=method, corrupted=True, corrupted_rate=0.6)

@@ -270,7 +270,7 @@ def test_a_name_that_is_a_path_is_refused(name, tiny_run, tiny_config):
 # --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["joint", "joint_stable", "uncertainty", "gcs"])
 def test_the_same_settings_give_the_same_run_bit_for_bit(method, tiny_run):
     first = tiny_run(method=method, upper_lr=0.1)
     torch.manual_seed(99)  # the state of the global generator is no setting
