@@ -45,7 +45,8 @@ def train(config):
         try:
             summary = ranks.from_first(record.finished())
             if summary is None:
-                return fit(run, record, ineffective(config))
+                needs_dev = run.bilevel.scheduler.needs_dev
+                return fit(run, record, ineffective(config, needs_dev))
             if ranks.first:
                 print(f"{record.directory} was finished before")
                 print(f"test accuracy: {summary['test_accuracy']:.4f}", flush=True)

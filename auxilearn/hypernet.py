@@ -208,6 +208,8 @@ class JointSchedule(MonoHyperNet):
         return weighted_mean(weights.detach() if to_train else weights, losses, mask)
 
     def scheduled_loss(self, losses, seen):
+        if seen.features is None:
+            raise ValueError(f"{type(self).__name__} needs TaskLosses(losses, features=...)")
         weights = self.schedule(seen.features, seen.losses, seen.mask)
         return weighted_mean(weights, losses, seen.mask)
 
@@ -316,6 +318,8 @@ class Naive_hyper(MonoHyperNet):
         return weighted_mean(self.schedule(sample_id), losses, mask)
 
     def scheduled_loss(self, losses, seen):
+        if seen.sample_id is None:
+            raise ValueError("Naive_hyper needs TaskLosses(losses, sample_id=...)")
         return self(losses, seen.sample_id, seen.mask)
 
 

@@ -688,6 +688,12 @@ def test_flags_without_effect(flags, expected):
     assert sorted(ineffective(parse(shlex.split(flags)))) == expected.split()
 
 
+def test_development_batches_matter_to_a_scheduler_that_asks_for_them():
+    config = Config(method="common", dev_batch_size=7, dev_batches="first", n_meta_loss_accum=2)
+    assert len(ineffective(config)) == 3
+    assert ineffective(config, needs_dev=True) == []
+
+
 def test_a_run_says_which_of_its_flags_have_no_effect(tmp_path, tiny_split, command):
     flags = {"split_dir": tiny_split, "record_dir": tmp_path, "epochs": 1, "method": "common"}
     code, out, err = command(train_bilevel.main, *tiny_flags(**flags, solver="identity"))

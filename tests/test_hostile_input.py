@@ -150,7 +150,11 @@ def report(monkeypatch, tmp_path):
     [
         ("config.json", b"{", "config.json is not valid JSON"),
         ("config.json", b"[]", "config.json is not a configuration"),
-        ("config.json", b'{"config": {"method": "none"}}', "config.json: --method none is unknown"),
+        (
+            "config.json",
+            b'{"config": {"method": "none"}}',
+            "config.json: recorded by another version",
+        ),
         ("summary.json", b"\xff", "summary.json is not valid JSON"),
         ("metrics.jsonl", b"\xff", "metrics.jsonl is not what a run writes"),
         ("best.pt", b"no weights", "best.pt: not a weights file"),
@@ -168,7 +172,7 @@ def test_a_report_writes_nowhere_that_a_configuration_names(sound, damaged, repo
 
     def elsewhere(data):
         content = json.loads(data)
-        content["config"] |= {"cache": "on", "cache_dir": str(tmp_path / "elsewhere")}
+        content["config"] |= {"cache_dir": str(tmp_path / "elsewhere")}
         return json.dumps(content).encode()
 
     damaged(run / "config.json", elsewhere, lambda: report(run))

@@ -247,3 +247,14 @@ def test_what_is_missing_is_not_asked_for():
     losses = torch.rand(8, K)
     close(scheduled_loss(Identity(0, K), TaskLosses(losses)), losses.mean(dim=0).sum())
     assert torch.isfinite(scheduled_loss(MonoJoint(0, K, D), losses_with()))
+
+
+def test_a_missing_entry_is_named():
+    losses = torch.rand(4, K)
+    for name, missing in (
+        ("joint", "features"),
+        ("joint_stable", "features"),
+        ("naive", "sample_id"),
+    ):
+        with pytest.raises(ValueError, match=missing):
+            scheduled_loss(SCHEDULERS[name](), TaskLosses(losses))

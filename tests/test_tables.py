@@ -20,7 +20,7 @@ from auxilearn.data.split import load_split
 from auxilearn.errors import UserError
 from auxilearn.files import write_json
 from auxilearn.methods import METHODS, load_plugin
-from auxilearn.run import config as config_module
+from auxilearn.run import command_line
 from auxilearn.run.command_line import parse
 from auxilearn.run.config import with_method_defaults
 from auxilearn.tables import local, statistics, sweep
@@ -611,10 +611,8 @@ def test_a_method_of_a_plugin_in_a_table_and_in_tuning(plugin, places, tmp_path,
 def test_every_cell_is_computed_once(places, command, monkeypatch):
     """One statistics object per table; jobs are made without a parse of command lines."""
     parses, evaluated, compared = [], [], []
-    parser, evaluate, compare = (
-        *(config_module._parser, statistics.evaluate, statistics._compare),
-    )
-    monkeypatch.setattr(config_module, "_parser", lambda *a: parses.append(1) or parser(*a))
+    parser, evaluate, compare = (*(command_line._parser, statistics.evaluate, statistics._compare),)
+    monkeypatch.setattr(command_line, "_parser", lambda *a: parses.append(1) or parser(*a))
     monkeypatch.setattr(
         reproduce_tables, "evaluate", lambda *a: evaluated.append(a[0]) or evaluate(*a)
     )

@@ -113,7 +113,7 @@ def _argument(field):
     else:
         argument["type"] = info["kind"]
         argument["choices"] = choices_of(field)
-        argument["metavar"] = {int: "N", float: "X"}.get(info["kind"], "NAME")
+        argument["metavar"] = info["metavar"] or {int: "N", float: "X"}.get(info["kind"], "NAME")
         if info["choices"]:
             argument["metavar"] = None
     argument["help"] = argparse.SUPPRESS if info["hidden"] else _help(field)

@@ -29,12 +29,12 @@ RUN = "run"
 def _setting(default, group, text="", **more):
     """A field of ``Config``.
 
-    ``more``: kind (default: the default's type), choices, low, high and above (bounds; above is
-    exclusive), aliases, hidden (accepted, but not in --help), neutral (no result depends on it: a
+    ``more``: kind (default: the default's type), metavar, choices, low, high and above (bounds;
+    above is exclusive), aliases, hidden (accepted, but not in --help), neutral (no result depends on it: a
     run may be continued with another value), by_method (None is left to the method; this is what
     most methods take).
     """
-    known = dict.fromkeys(("choices", "low", "high", "above", "by_method"))
+    known = dict.fromkeys(("choices", "low", "high", "above", "by_method", "metavar"))
     known |= {"aliases": (), "hidden": not text, "neutral": False, "kind": type(default)}
     metadata = {"group": group, "help": text, **known, **more}
     if isinstance(default, dict):
@@ -111,6 +111,7 @@ class Config:
         MODEL,
         "Python file that registers methods or backbones of your own, see docs/methods.md",
         kind=str,
+        metavar="FILE",
         neutral=True,  # its content is compared
     )
     options: dict = _setting({}, MODEL, "the method's own settings, NAME=VALUE ...; see below")
@@ -132,16 +133,22 @@ class Config:
         MODEL,
         "file to start the backbone from: a torchvision state dict, or best.pt of another run",
         kind=str,
+        metavar="FILE",
     )
 
     split_dir: str = _setting(
-        "preprocess_data", DATA, "where data_preprocess.py wrote the split", neutral=True
+        "preprocess_data",
+        DATA,
+        "where data_preprocess.py wrote the split",
+        neutral=True,
+        metavar="DIR",
     )
     data_root: str | None = _setting(
         None,
         DATA,
         "folder that holds images/ (default: the one that was preprocessed)",
         kind=str,
+        metavar="DIR",
         neutral=True,
     )
     task_num: int | None = _setting(
@@ -173,6 +180,7 @@ class Config:
         "folder for a file of the decoded and resized images, built once (CUB at 224 pixels: 3 "
         "GB); none: decode every time (default: cache in --split_dir)",
         kind=str,
+        metavar="DIR",
         neutral=True,
     )
 
@@ -275,7 +283,11 @@ class Config:
     )
 
     record_dir: str = _setting(
-        "bird_record", RUN, "runs are kept in RECORD_DIR/<full|semi|noisy>/EXP_NAME", neutral=True
+        "bird_record",
+        RUN,
+        "runs are kept in RECORD_DIR/<full|semi|noisy>/EXP_NAME",
+        neutral=True,
+        metavar="DIR",
     )
     save_every: int = _setting(
         0,
@@ -514,10 +526,10 @@ def training_set_name(config):
 # --------------------------------------------------------------------------------------------------
 
 
-def ineffective(config):
+def ineffective(config, needs_dev=False):
     """Flags that differ from their defaults and change nothing in a run.
 
-    Args: ``config`` as given, before ``resolve``.
+    Args: ``config`` as given, before ``resolve``; ``needs_dev``: as of the run's scheduler.
     """
     method, full = METHODS[config.method], with_method_defaults(config)
     neumann = method.bilevel and full.solver == "neumann"
@@ -527,7 +539,9 @@ def ineffective(config):
         "backbone_pretrain": config.backbone == "resnet18" and not config.backbone_weights,
         "aux_weight": auxiliary,
         "dev_epochs": method.fine_tuned,
-        "dev_batch_size": method.bilevel or fine_tunes(config),
+        "dev_batch_size": method.bilevel or needs_dev or fine_tunes(config),
+        "dev_batches": method.bilevel or needs_dev,
+        "n_meta_loss_accum": method.bilevel or needs_dev,
         "hyperstep": method.bilevel,
         "upper_lr": method.bilevel,
         "neumann_alpha": neumann and full.neumann_terms > 0,

@@ -54,6 +54,8 @@ class RunFlags(NamedTuple):
         """UserError: a flag is unknown, unreadable or for the table to set."""
         parser = Parser(add_help=False)
         parser.add_argument("--option", nargs="+", action="extend", default=[])
+        if {"-h", "--help"} & set(words):
+            raise UserError("--run_flags: python train_bilevel.py --help lists the flags")
         own, rest = parser.parse_known_args(words)
         try:
             settings = given_settings(rest)
