@@ -1,4 +1,4 @@
-"""Divide a data set of CUB-200-2011's shape into the sets that training uses.
+"""Divide a data set of CUB-200-2011's layout into the sets that training uses.
 
   python data_preprocess.py --download                  fetch CUB-200-2011 (1.1 GB), divide it
   python data_preprocess.py --data_root /data/CUB_200_2011
@@ -15,8 +15,8 @@ Written to --out_dir (see preprocess_data/README.md for the shapes):
   test_set.json           the other half
   split_info.json         seed, names, counts and checksums; training compares them at its start
 
-All input is checked first, and nothing is written when any of it is wrong. Running it again
-changes nothing unless the input or an option changed.
+All input is checked first; if a check fails, nothing is written. Running it again changes nothing
+unless the input or an option changed.
 """
 
 import argparse

@@ -234,7 +234,7 @@ def main(argv=None):
         print("\n".join(dict.fromkeys(job.command for job in jobs)))
         return
     figures = {}
-    if args.what != "tune":  # what is wrong should not be found after days of training
+    if args.what != "tune":  # find errors now, not after days of training
         need_packages()
         paper = args.paper or RESULTS / "paper_numbers.csv"
         figures = read_paper(paper) if args.paper or paper.exists() else {}

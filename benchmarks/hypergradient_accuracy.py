@@ -1,18 +1,17 @@
-"""Does the hypergradient predict what a change of the schedule does to the development loss?
+"""Does the hypergradient predict how a change of the schedule changes the development loss?
 
   python benchmarks/hypergradient_accuracy.py
   python benchmarks/hypergradient_accuracy.py --optimizer sgd --lr 0.1
 
-A small network is trained on the scanned digits, with wrong labels among them, under a schedule.
-From there, the schedule is perturbed in random directions, both ways, and the lower level runs on
-for n steps with the same batches each time: the difference of the two development losses is what
-really happened. A hypergradient computed before the first of these steps predicts it, as its inner
-product with the direction. The table is the correlation of the two over the directions (Pearson,
-mean over seeds), for every solver and every n; a correlation of 1 means that an upper step goes
-where it should, up to its length.
+A small network is trained under a schedule on the scanned digits, some of them with wrong labels.
+Then the schedule is perturbed in random directions, both ways, and the lower level runs for n steps
+on the same batches. The difference of the two development losses is the outcome. The prediction is
+the inner product of the direction with a hypergradient computed before these steps. The table shows
+their correlation over the directions (Pearson, mean over seeds) for every solver and every n. A
+correlation of 1 means that an upper step has the right direction, up to its length.
 
-The directions are drawn factor by factor: each factor's changes the logarithm of the weights by the
-same root mean square.
+A direction is drawn factor by factor: each factor's part changes the logarithm of the weights by
+the same root mean square.
 """
 
 import argparse

@@ -145,9 +145,9 @@ def upper_step(
 ):
     """One optimiser step of the scheduler towards a lower target loss on the development batch.
 
-    ``dev_labels`` holds the target labels (B,). Both forward passes run in the mode the model is
-    in (train mode, by the method's settings, which moves BatchNorm's running statistics). Returns
-    the hypergradient as it was before clipping, and its norm.
+    ``dev_labels`` holds the target labels (B,). Both forward passes run in the model's current mode
+    (train mode in the method's settings, so BatchNorm's running statistics move). Returns the
+    hypergradient before clipping, and its norm.
     """
     theta, phi = list(model.parameters()), list(scheduler.parameters())
     dev_loss = F.cross_entropy(model.target_logits(dev_images), dev_labels)

@@ -223,7 +223,7 @@ def _title(quantity, measured):
 
 
 def print_head(workload):
-    """What the numbers depend on."""
+    """The conditions of the measurement."""
     facts = environment()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
     machine = f"{_processor()}, {len(os.sched_getaffinity(0))} cores, {memory:.0f} GiB"
@@ -294,7 +294,7 @@ def print_verdict(compared):
 
 
 def print_times(results, workload):
-    """What was timed, and what follows from its medians."""
+    """The timed quantities, and values computed from their medians."""
     print("### Time: seconds, median (lowest to highest)\n")
     rows = [["", *SIDES, "plain / package"]]
     for quantity, measured in results.items():

@@ -1,8 +1,8 @@
-"""What side_by_side.py measures: the two implementations on one workload, each in a process.
+"""The two implementations that side_by_side.py measures, each in its own process.
 
 ``Plain`` and ``Package`` start from the same random weights and the same images and offer the same
 actions. ``Convolutions`` does a ResNet-18's forward convolutions and nothing else. ``Worker`` puts
-any of them into a process of its own.
+any of them into its own process.
 """
 
 import contextlib
@@ -48,10 +48,10 @@ TRAIN_BATCHES = 4  # in the generated training set
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """What is computed, and where.
+    """The workload: its sizes, its device and its process settings.
 
     ``package_flags`` are further flags of train_bilevel.py. With ``own_settings`` the package has
-    the process settings of run_bilevel.sh, and plain none of them.
+    the process settings of run_bilevel.sh, and plain has none of them.
     """
 
     root: Path
@@ -99,7 +99,7 @@ class Workload:
 
 
 class Side:
-    """Something to measure. ``actions``: {quantity: function that does it once}."""
+    """A side to measure. ``actions``: {quantity: function that does it once}."""
 
     def __init__(self, workload):
         self.workload = workload
@@ -128,7 +128,7 @@ class Side:
 
 
 class Plain(Side):
-    """benchmarks/plain.py. ``dtype`` and ``memory_format`` are other than its own for controls."""
+    """benchmarks/plain.py; controls choose another ``dtype`` or ``memory_format``."""
 
     def __init__(self, workload, dtype=torch.float32, memory_format="contiguous"):
         super().__init__(workload)
@@ -338,7 +338,7 @@ class Worker:
     def __init__(self, kind, workload, **options):
         self.name = kind.__name__
         context, variables = self.context, {}
-        if workload.own_settings:  # which take effect where a program starts, not where it forks
+        if workload.own_settings:  # they take effect when a program starts, not when it forks
             context = multiprocessing.get_context("spawn")
             variables = (
                 dict.fromkeys(run_script_settings()) if kind is Plain else run_script_settings()
@@ -365,7 +365,7 @@ class Worker:
             self.process.join()
             raise RuntimeError(
                 f"the process of {self.name} ended with exit code {self.process.exitcode} (-9: "
-                "killed, as a rule for want of memory)"
+                "killed, usually because memory ran out)"
             ) from None
         if error:
             raise RuntimeError(f"in the process of {self.name}:\n{error}")

@@ -296,7 +296,7 @@ def test_what_is_asked_of_sbatch(tmp_path, programs):
     [
         (Outcome(0), "exit code 0"),
         (Outcome(2), "exit code 2"),
-        (Outcome(-9), "killed by SIGKILL, as happens where memory runs out"),
+        (Outcome(-9), "killed by SIGKILL, perhaps because memory ran out"),
         (Outcome(-11), "killed by SIGSEGV"),
         (Outcome(None, "NODE_FAIL"), "Slurm: NODE_FAIL"),
     ],

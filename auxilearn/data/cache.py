@@ -1,19 +1,19 @@
-"""Decoding once: the images of a split, resized and kept in one memory-mapped file.
+"""A cache of a split's decoded and resized images: one memory-mapped file.
 
-DIRECTORY/images-SIDE-KEY.cache holds, for the images of all sets in the order of their paths,
+DIRECTORY/images-SIDE-KEY.cache holds the images of all sets, in the order of their paths:
 
-    index    a .npy array with a row for each: height, width, and of the file it was decoded from
-             the modification time and a digest
-    pixels   uint8 (height, width, 3) of one after the other, without gaps
+    index    a .npy array, a row per image: height, width, and the modification time and digest of
+             the file it was decoded from
+    pixels   uint8 (height, width, 3), one image after another, without gaps
 
-KEY is a hash of the images' paths and byte sizes and of the decoder's versions, so that a cache
-holds exactly the pixels that decoding gives now. The modification times are compared as well, when
-the cache is opened: an image whose time differs is read again and compared by its digest, and if
-any has changed the cache is built anew.
+KEY is a hash of the images' paths and byte sizes and of the decoder's versions, so a cache holds
+exactly the pixels that decoding gives now. Opening a cache also compares modification times: an
+image with another time is read again and compared by its digest. If any image has changed, the
+cache is rebuilt.
 
-A builder holds DIRECTORY/.lock, writes aside and renames at the end. Whoever comes second waits for
-it; what a killed builder leaves is never taken for a cache, and the next one removes it. A cache
-may be deleted at any time: a run that has it open keeps it, the next one builds it again.
+A builder holds DIRECTORY/.lock, writes aside and renames at the end. A second builder waits for it.
+The leftovers of a killed builder are never used; the next builder removes them. A cache may be
+deleted at any time: a run that has it open keeps it, the next run rebuilds it.
 """
 
 import hashlib
@@ -46,23 +46,23 @@ from auxilearn.data.dataset import (
 from auxilearn.errors import UserError
 from auxilearn.files import locked, write_aside
 
-LAYOUT = 1  # to be raised with every change of the file's content
+LAYOUT = 1  # raise it with every change of the file format
 INDEX = np.dtype([("height", "<i4"), ("width", "<i4"), ("mtime_ns", "<i8"), ("digest", "<u8")])
-FILLED = 0.9  # of the free space, at most: the runs themselves need some
+FILLED = 0.9  # largest share of the free space: the runs need some too
 
 
 class CacheError(UserError):
-    """There can be no cache here. The images may be fine all the same."""
+    """No cache can be kept here. The images themselves may be fine."""
 
 
 def open_images(split, image_size, directory, workers, build=True):
-    """What loads the images of a split, resized for crops of ``image_size`` pixels.
+    """The loader of a split's images, resized for crops of ``image_size`` pixels.
 
     Args:
-        directory: of the ``ImageCache``, made if need be; "none" decodes every time. Where no cache
-            can be kept, images are decoded as well, with a warning.
-        workers: processes that build the cache, where it is not there yet.
-        build: False takes a cache that is there, and else writes none and decodes.
+        directory: of the ``ImageCache``, created if needed; "none" decodes every time. If no cache
+            can be kept, images are decoded, with a warning.
+        workers: processes that build a missing cache.
+        build: False uses an existing cache or decodes, and writes nothing.
 
     Raises UserError: an image that cannot be read.
     """
@@ -84,9 +84,9 @@ def open_images(split, image_size, directory, workers, build=True):
 def open_cache(split, image_size, directory, workers, build=True):
     """The ``ImageCache`` of a split's images in ``directory``, built by ``workers`` if need be.
 
-    None without one if ``build`` is False.
+    None if it does not exist and ``build`` is False.
 
-    Raises UserError for an image that cannot be read, CacheError where no cache can be kept.
+    Raises UserError for an image that cannot be read, CacheError if no cache can be kept.
     """
     files = ImageFiles(split, resized_side(image_size))
     path = Path(directory) / f"images-{files.side}-{files.key()}.cache"
@@ -95,7 +95,7 @@ def open_cache(split, image_size, directory, workers, build=True):
         if not build:
             return None
         with _alone_in(path.parent):
-            content = _read_current(path, files)  # by now another process may have built it
+            content = _read_current(path, files)  # another process may have built it meanwhile
             if content is None:
                 _build(path, files, workers)
                 content = _read_current(path, files)
@@ -144,14 +144,14 @@ def _reopen(path, rows, index):
 
 
 # --------------------------------------------------------------------------------------------------
-# What a cache is made from
+# The files of a cache
 # --------------------------------------------------------------------------------------------------
 
 
 class ImageFiles:
-    """The image files of all sets of a split, n in the order of their paths, as they are now.
+    """The image files of all sets of a split as they are now: n, in the order of their paths.
 
-    Raises UserError for a file that is not there.
+    Raises UserError for a missing file.
     """
 
     def __init__(self, split, side):
@@ -173,7 +173,7 @@ class ImageFiles:
             raise UserError(f"{path}: the image cannot be read ({error.strerror})") from None
 
     def key(self):
-        """A hash of which images these are and of what decodes them."""
+        """A hash of the images' identities and of the versions that decode them."""
         parts = [LAYOUT, _decoder_versions(), self.names, self.byte_sizes]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
@@ -218,9 +218,9 @@ def _read(path, rows):
 
 
 def _read_index(file, rows, size):
-    """The index (rows,) at the start of a file of ``size`` bytes, or None where it is none.
+    """The index (rows,) at the start of a file of ``size`` bytes, or None if it is not an index.
 
-    Its header is known, so that no parser has to be trusted with one.
+    Its header is known, so it is compared, not parsed.
     """
     expected = io.BytesIO()
     array = np.lib.format.header_data_from_array_1_0(np.empty(rows, INDEX))
@@ -253,7 +253,7 @@ def _byte_counts(index):
 
 @contextmanager
 def _alone_in(directory):
-    """Hold the lock of a cache directory, which is made if need be and cleared of leftovers."""
+    """Hold the lock of a cache directory. Create the directory, remove leftovers."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
         lock = locked(directory / ".lock")
@@ -331,7 +331,7 @@ class _FilesToDecode(Dataset):
         return len(self.paths)
 
     def __getitem__(self, row):
-        """(digest, image (3, H, W)), or the UserError that says why there is none."""
+        """(digest, image (3, H, W)), or the UserError that explains the failure."""
         try:
             # In this order a file that is replaced in between leaves a digest that is not its own.
             return _digest(self.paths[row]), load_resized(self.paths[row], self.side)

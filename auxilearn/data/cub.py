@@ -1,8 +1,8 @@
-"""CUB-200-2011, or any folder of its shape: reading it, checking it, recognising it again.
+"""CUB-200-2011, or any folder of its layout: read it, check it, recognise it later.
 
-``read_annotations`` reads the text files of the published archive and refuses whatever is not
-exactly right, by file and line; ``check_images`` decodes every image; ``fingerprint`` is what both
-were, to be checked again before every run.
+``read_annotations`` reads the text files of the published archive and refuses every error by file
+and line. ``check_images`` decodes every image. ``fingerprint`` identifies the data, so that every
+run can compare it.
 """
 
 import codecs
@@ -31,7 +31,7 @@ REQUIRED_FILES = (IMAGES, LABELS, OFFICIAL_SPLIT, CLASSES, ATTRIBUTE_LABELS)
 
 _REPAIR = "unpack the archive again"
 
-# Others that Pillow knows are programs to be run, as EPS by Ghostscript, or for one system.
+# Other formats of Pillow are programs (Ghostscript runs EPS) or exist on one system alone.
 IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
 
 
@@ -279,9 +279,8 @@ def _refuse_gap(path, ordered, images, attribute, count):
 def _parse_attribute_rows(path):
     """The first three integers of every row, as three int64 arrays.
 
-    Some published rows have extra fields, so a row's width is not looked at beyond the third.
-    The bulk parser takes the whole file; only when it refuses is the file read line by line, to
-    say which one is wrong.
+    Some published rows have extra fields, so fields beyond the third are ignored. The bulk parser
+    takes the whole file. Only if it fails is the file read line by line, to find the wrong line.
     """
     if not path.is_file() or path.stat().st_size == 0:
         next(_numbered_lines(path))  # raises the message for a missing or empty file
@@ -368,7 +367,7 @@ def check_images(annotations, progress=True):
 
 
 def in_rgb(image):
-    """A Pillow image in RGB. ValueError where its pixels do not fit, and would become white."""
+    """A Pillow image in RGB. ValueError: over 8 bits per channel, which RGB would clip to white."""
     if image.mode.startswith(("I", "F")):
         raise ValueError(f"more than 8 bits per channel, mode {image.mode}; expected 8")
     return image.convert("RGB")
@@ -380,10 +379,10 @@ def in_rgb(image):
 
 
 def fingerprint(root):
-    """What the input is: {"files": {file name: sha256}, "images": sha256}.
+    """The identity of the input: {"files": {file name: sha256}, "images": sha256}.
 
-    Every annotation file is hashed whole; of the images only the paths and byte sizes are, so
-    that it stays cheap enough to be done at the start of every run.
+    Every annotation file is hashed whole. Of the images only paths and byte sizes are hashed, so
+    that every run can afford it at its start.
     """
     root = Path(root)
     files = {name: hash_file(root / name) for name in REQUIRED_FILES}
@@ -413,7 +412,7 @@ def check_fingerprint(recorded, root, command=None):
 
 
 def check_image_files(root, paths, recorded, command):
-    """The files ``paths`` below images/ are there, and as ``recorded`` unless that is None."""
+    """The files ``paths`` below images/ must exist, and match ``recorded`` unless that is None."""
     images = _hash_images(root, paths)
     if recorded is not None and images != recorded["images"]:
         _refuse_changes([_IMAGES_DIFFER], root, command)
@@ -425,7 +424,8 @@ _IMAGES_DIFFER = "the set of image files (paths and byte sizes) differs"
 def _refuse_changes(changes, root, command):
     command = command or f"python data_preprocess.py --data_root {shlex.quote(str(root))}"
     raise UserError(
-        f"data root {root} is not what was preprocessed: {', '.join(changes)}; run {command} again"
+        f"data root {root} has changed since it was preprocessed: {', '.join(changes)}; "
+        f"run {command} again"
     )
 
 

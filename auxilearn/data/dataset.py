@@ -1,7 +1,7 @@
-"""From a split to batches: what every sample is trained on, and the streams that deliver it.
+"""From a split to batches: the samples of a set, and the streams that deliver them.
 
-A run is reproducible whatever the number of workers: the order of a pass depends on (seed, stream,
-pass) alone, the augmentation of an image on (seed, stream, pass, sample) alone.
+A run does not depend on the number of workers: the order of a pass is a function of (seed, stream,
+pass), the augmentation of an image a function of (seed, stream, pass, sample).
 """
 
 import math
@@ -25,16 +25,16 @@ from auxilearn.randomness import derived_generator, derived_seed
 RESIZE_RATIO = 256 / 224  # Resize(256) goes before every crop of 224
 
 # --------------------------------------------------------------------------------------------------
-# What a sample is trained on
+# Samples and their labels
 # --------------------------------------------------------------------------------------------------
 
 
 class SampleSet(NamedTuple):
     """The samples of one set of the split, in its order, with n samples and K tasks.
 
-    positions (n,): places in the split's arrays. targets (n,) int64: target labels, those trained
-    on. attributes (n, K - 1) uint8. labeled (n,) bool, True where the target label may be used, or
-    None for everywhere.
+    positions (n,): places in the split's arrays. targets (n,) int64: target labels to train on.
+    attributes (n, K - 1) uint8. labeled (n,) bool: True if the target label may be used; None: all
+    may.
     """
 
     positions: np.ndarray
@@ -114,8 +114,8 @@ def corrupt(labels, rate, classes, generator):
 def choose_labeled(split, positions, per_class, generator):
     """``per_class`` randomly chosen entries of ``positions`` for every class.
 
-    By the labels as they were preprocessed: who later edits labels that are masked in a run does
-    not change which ones are.
+    The classes are those at preprocessing, so later edits of masked labels do not change the
+    choice.
     """
     labels = split.preprocessed_labels[positions]
     chosen = []
@@ -136,7 +136,7 @@ def choose_labeled(split, positions, per_class, generator):
 
 
 def resized_side(image_size):
-    """What the shorter side of an image is resized to before crops of ``image_size`` are taken."""
+    """The shorter side of an image before crops of ``image_size`` are taken."""
     return round(image_size * RESIZE_RATIO)
 
 
@@ -181,7 +181,7 @@ def load_resized(path, side):
 
 
 class DecodedImages:
-    """The images of a split, read from their files and resized whenever they are asked for.
+    """The images of a split, read and resized on every request.
 
     ``auxilearn.data.cache.ImageCache`` delivers the same without the work.
     """
@@ -198,8 +198,8 @@ class DecodedImages:
 def random_view(image, size, seed):
     """A random resized crop of ``image`` (3, H, W), flipped in half of all cases: (3, size, size).
 
-    What ``v2.RandomResizedCrop(size)`` and ``v2.RandomHorizontalFlip()`` make of it after
-    ``torch.manual_seed(seed)``, but the global generator is left as it was.
+    Equal to ``v2.RandomResizedCrop(size)`` and ``v2.RandomHorizontalFlip()`` after
+    ``torch.manual_seed(seed)``, but the global generator does not change.
     """
     with drawing_from(seed):
         crop = v2.RandomResizedCrop.get_params(image, scale=[0.08, 1.0], ratio=[3 / 4, 4 / 3])
@@ -244,7 +244,7 @@ class ImageDataset(Dataset):
         return len(self.positions)
 
     def __getitem__(self, key):
-        """(place, uint8 image (3, S, S)), or the UserError that says why there is none."""
+        """(place, uint8 image (3, S, S)), or the UserError that explains the failure."""
         place, number = key
         try:
             image = self.images.load(self.positions[place])
@@ -321,7 +321,7 @@ class OrderedBatches:
 class Shard:
     """One rank's share of batches: every ``size``-th key, starting with the ``rank``-th.
 
-    Of a batch with fewer keys than ranks, every rank takes all.
+    If a batch has fewer keys than ranks, every rank takes all of them.
     """
 
     def __init__(self, batches, rank, size):
@@ -341,9 +341,9 @@ class Shard:
 
 
 def leave_reports_to_main(_number):
-    """In a worker: no traceback where the main process breaks off while it fetches a batch.
+    """In a worker: no traceback if the main process stops while it fetches a batch.
 
-    It does so because another worker died, and says that in one line.
+    The main process stops if another worker died, and reports that in one line.
     """
     usual = sys.excepthook
 

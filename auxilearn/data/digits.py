@@ -1,8 +1,8 @@
 """A small real data set in the layout of CUB-200-2011: 1,797 scanned digits with attributes.
 
-The scans are those that come with scikit-learn (8 x 8 pixels, 10 classes), so nothing is
-downloaded. Each has 22 attributes of three known roles, which is what the real data set can not
-offer: whether a schedule separates useful auxiliary tasks from useless ones can be checked.
+The scans come with scikit-learn (8 x 8 pixels, 10 classes), so nothing is downloaded. Each has 22
+attributes of three known roles. CUB has no known roles; here one can check whether a schedule
+separates useful auxiliary tasks from useless ones.
 """
 
 import json

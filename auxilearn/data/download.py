@@ -83,7 +83,7 @@ def fetch(url, path, md5, progress=True, *, attempts=4, pause=1.0, timeout=30.0)
     if found != md5:
         part.unlink()
         raise UserError(
-            f"what {url} sent has MD5 {found}, expected {md5}; the download was removed: "
+            f"the file from {url} has MD5 {found}, expected {md5}; the download was removed: "
             f"run again, or put the right file at {path}"
         )
     os.replace(part, path)
@@ -187,12 +187,11 @@ def unpack(archive, directory, progress=True):
     """Unpack the archive's ``CUB_200_2011/`` and ``attributes.txt`` into ``directory``.
 
     Everything is unpacked into a temporary folder first; ``CUB_200_2011/`` appears under its name
-    last and complete, or not at all. ``attributes.txt`` goes beside it, where the publishers put
-    it, or, where a file of this name already lies there, inside it. Returns the path of
-    ``CUB_200_2011/``.
+    last and complete, or not at all. ``attributes.txt`` goes beside it, as the publishers have it,
+    or inside it if a file of this name is already beside it. Returns the path of ``CUB_200_2011/``.
 
-    Raises ``UserError`` for a damaged archive, one without that folder, and when the folder is
-    already there.
+    Raises ``UserError`` for a damaged archive, one without that folder, and if the folder already
+    exists.
     """
     archive, directory = Path(archive), Path(directory)
     root = directory / CUB_FOLDER

@@ -159,7 +159,7 @@ class Picture:
 
 
 def picture_of(species, number, *, seed=0):
-    """What picture ``number`` (1, 2, ...) of a species (index into the table) shows."""
+    """The content of picture ``number`` (1, 2, ...) of a species (index into the table)."""
     rng = np.random.default_rng([seed, _IMAGE, species, number])
     traits = dict(list(SPECIES.values())[species])
     for trait, values in TRAITS.items():

@@ -1,8 +1,7 @@
-"""The split of a data set: dividing its images, recording the division, loading it for training.
+"""The split of a data set: divide its images, record the division, load it for training.
 
-``make_split`` divides the images, ``write_split`` records the division in ``preprocess_data/``,
-``load_split`` gives it to training after checking that the input is still the one that was
-divided.
+``make_split`` divides the images. ``write_split`` records the division in ``preprocess_data/``.
+``load_split`` checks that the input has not changed and gives the division to training.
 """
 
 import hashlib
@@ -109,13 +108,13 @@ class Written:
 def write_split(split_dir, annotations, aux_shot=1, split_seed=5):
     """Divide the images and write the six JSON files and ``split_info.json`` to ``split_dir``.
 
-    Every file is written aside and renamed, ``split_info.json`` last and after its predecessor is
-    gone, so that an interrupted run can not be taken for a finished one. Where all seven files
-    already hold the same bytes nothing is touched. A file that somebody edited by hand is copied
-    to ``<name>.edited-<hash>.json`` before it is replaced.
+    Every file is written aside and renamed. The old ``split_info.json`` is removed first and the
+    new one written last, so an interrupted run is never taken for a finished one. If all seven
+    files already hold the same bytes, nothing is written. A file that somebody edited by hand is
+    copied to ``<name>.edited-<hash>.json`` before it is replaced.
 
     Raises ``UserError`` as ``make_split`` and ``fingerprint`` do, before anything is written, and
-    when ``split_dir`` can not be written.
+    if ``split_dir`` cannot be written.
     """
     split_dir = Path(split_dir)
     ids = make_split(annotations, aux_shot, split_seed)
@@ -191,7 +190,7 @@ def _bytes_or_none(path):
 
 
 def _keep_edited(split_dir, contents):
-    """Copy the files that are neither as recorded nor as they are about to be written."""
+    """Copy the files that somebody edited: neither as recorded nor as about to be written."""
     recorded = {}  # without a usable record, whatever is there may be somebody's own work
     with suppress(FileNotFoundError, ValueError, LookupError, TypeError):
         recorded = json.loads((split_dir / INFO_FILE).read_bytes())["sha256"]
@@ -260,9 +259,9 @@ class Split:
 
     @property
     def preprocessed_labels(self):
-        """(N,) labels as they were before anybody edited image_dictionary.json.
+        """(N,) labels before anybody edited image_dictionary.json.
 
-        ``labels`` where images were added or taken away since.
+        ``labels`` if images were added or removed since.
         """
         recorded = np.array(self.info.get("labels", []), dtype=np.int64)
         return recorded if len(recorded) == len(self.labels) else self.labels
@@ -273,13 +272,13 @@ class Split:
 
 
 def load_split(split_dir, data_root=None):
-    """Load what ``write_split`` wrote, and check it against itself and against the data.
+    """Load the files of ``write_split``, and check them against each other and against the data.
 
     ``data_root`` defaults to the recorded one. Raises ``UserError`` for a missing or unreadable
     file, an unknown or repeated id, an id in two sets, a label out of range, a class without a
-    training image, a missing image file, and for annotation files that are not those that were
-    preprocessed (where the data root has ``images/`` alone, only the images are compared). JSON
-    files that were edited since are legitimate: they are named in a warning on stderr.
+    training image, a missing image file, and for annotation files that changed since preprocessing
+    (if the data root has ``images/`` alone, only the images are compared). JSON files may be
+    edited: a warning on stderr names them.
     """
     split_dir = Path(split_dir)
     values, hashes = _read_split_files(split_dir)
@@ -387,7 +386,7 @@ def _read_dictionary(path, dictionary, info):
 
 
 def _check_sets(split_dir, sets, image_ids):
-    """Every set is a list of different known ids; what is trained on is never measured on."""
+    """Every set is a list of different known ids; no image is both trained on and tested on."""
     known = set(image_ids)
     members = {}
     for name, ids in sets.items():
@@ -421,7 +420,7 @@ def _check_classes(split_dir, split):
 
 
 def _check_data(split_dir, split, edited):
-    """The data root still holds what was preprocessed."""
+    """Check that the data root still holds the preprocessed data."""
     root, info = split.data_root, split.info
     if not os.path.isdir(root / "images"):
         raise UserError(

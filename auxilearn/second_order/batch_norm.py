@@ -1,7 +1,7 @@
 """Batch normalisation with a cheap second order.
 
-PyTorch differentiates batch norm twice through a long chain of element-wise passes, which is where
-most of a Hessian-vector product's time and memory goes on a CPU. The closed form needs few: with
+PyTorch differentiates batch norm twice through a long chain of element-wise passes. On a CPU these
+take most of the time and memory of a Hessian-vector product. The closed form needs few: with
 per-channel statistics mean and s = 1/std, x_hat = s (x - mean), means E over batch and positions,
 and P(a) = a - E[a] - x_hat E[a x_hat],
 
@@ -10,9 +10,9 @@ and P(a) = a - E[a] - x_hat E[a x_hat],
     g_x  = weight s P(g),   g_weight = sum g x_hat,   g_bias = sum g         (backward)
 
 The Jacobian in x is symmetric, so the fused backward kernel computes the tangent as well. The
-backward pass is the gradient of <g, y>, whose second derivative is symmetric: from x', weight' and
-bias', the gradients of its three results, its own backward pass makes for g the tangent y', and for
-x and weight the tangents of g_x and g_weight, which follow from s' = -s^2 E[x_hat x'] and
+backward pass is the gradient of <g, y>, whose second derivative is symmetric. Its own backward pass
+receives x', weight' and bias', the gradients of its three results. It returns the tangent y' for g,
+and the tangents of g_x and g_weight for x and weight. These follow from s' = -s^2 E[x_hat x'] and
 x_hat' = s P(x').
 """
 
@@ -113,8 +113,8 @@ class _BatchNormBackward(torch.autograd.Function):
 class FastBatchNorm(TorchFunctionMode):
     """While active, batch norms in train mode (of any module) use the functions above.
 
-    Running statistics are not updated. Batch norms without weight and bias or in evaluation mode
-    are left to PyTorch.
+    Running statistics are not updated. PyTorch handles batch norms without weight and bias, and
+    those in evaluation mode.
     """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
@@ -132,7 +132,7 @@ class FastBatchNorm(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
-# Python knows the one's signature; the other is built in, and called with all its arguments.
+# F.batch_norm has a Python signature; torch.batch_norm is built in and called with all arguments.
 _SIGNATURES = {
     F.batch_norm: inspect.signature(F.batch_norm),
     torch.batch_norm: inspect.signature(

@@ -27,7 +27,7 @@ def _forward(x, weight, bias, geometry):
 
 
 def _backward(grad, x, weight, geometry, of_x, of_weight):
-    """The gradients of x and weight, None for what is not asked for."""
+    """The gradients of x and weight; None for one that is not requested."""
     stride, padding, dilation, groups = geometry
     return torch.ops.aten.convolution_backward(
         *(grad, x, weight, None, stride, padding, dilation, False, (0, 0), groups),
@@ -63,7 +63,7 @@ class _Convolution(torch.autograd.Function):
 
 
 class _ConvolutionBackward(torch.autograd.Function):
-    """grad, x, weight -> gradients of x and weight, the latter zeros where it need not be known."""
+    """grad, x, weight -> gradients of x and weight; the weight's as zeros if nobody needs it."""
 
     @staticmethod
     def forward(ctx, grad, x, weight, geometry, of_x, of_weight, known):
@@ -97,10 +97,10 @@ class _ConvolutionBackward(torch.autograd.Function):
 class FastConvolution(TorchFunctionMode):
     """While active, two-dimensional convolutions (of any module) use the functions above.
 
-    Single images, padding given as a word and what autocast casts are left to PyTorch.
+    PyTorch handles single images, padding given as a word, and tensors that autocast casts.
 
-    Where gradients are only differentiated once more, and nobody reads their values, those of leaf
-    tensors need not be computed: with ``leaf_gradients = False`` those of weights are zeros.
+    With ``leaf_gradients = False`` the gradients of weights are zeros. Use it if gradients are only
+    differentiated once more and nobody reads the values of those in leaf tensors.
     """
 
     leaf_gradients = True
@@ -122,7 +122,7 @@ class FastConvolution(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
-# Of a function that is built in, so that Python does not know it.
+# F.conv2d is built in and has no Python signature.
 _SIGNATURE = inspect.signature(
     lambda input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1: None
 )

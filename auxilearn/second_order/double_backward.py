@@ -1,12 +1,12 @@
-"""First and second derivatives by plain autograd, on graphs that are given."""
+"""First and second derivatives by plain autograd, on given graphs."""
 
 import torch
 
 
 def gradients(output, inputs, **kwargs):
-    """``torch.autograd.grad`` as a list, with zeros for what ``output`` does not reach.
+    """``torch.autograd.grad`` as a list, with zeros for inputs that ``output`` does not depend on.
 
-    Inputs that do not require a gradient (frozen parameters) are never reached.
+    Inputs that do not require a gradient (frozen parameters) also get zeros.
     """
     found = [torch.zeros_like(i) for i in inputs]
     places = [place for place, i in enumerate(inputs) if i.requires_grad]

@@ -6,15 +6,15 @@ The training loss is f(theta, phi) = S(L(theta); phi): a task model turns a batc
     v        gradient of the target task's mean loss on development batches: reverse mode
     H u      double backward, with the closed forms of ``batch_norm`` and ``convolution``, in half
              the time of PyTorch's own
-    mixed p  d/dphi <df/dtheta, p>. The loss matrix is all of theta that a scheduler sees, so with
-             D = d/de L(theta + e p), one forward-mode pass, <df/dtheta, p> = <dS/dL (phi), D>:
-             a backward pass through the scheduler alone
+    mixed p  d/dphi <df/dtheta, p>. The scheduler depends on theta through the losses alone, so
+             <df/dtheta, p> = <dS/dL (phi), D> with D = d/de L(theta + e p): one forward-mode
+             pass, then a backward pass through the scheduler alone
 
-Policy: every product runs in the model's own mode (train mode, in training) on copies of its
-buffers, so batch norm's running statistics do not move in an upper step; dropout draws one mask per
-batch and upper step. Memory does not grow with the number of products, nor with that of batches:
-the graph of a single training batch serves all products of an upper step, those of several are
-built again for each product, one after the other.
+Every product runs in the model's own mode (train mode, in training) on copies of its buffers, so an
+upper step does not move batch norm's running statistics. Dropout draws one mask per batch and upper
+step. Memory grows neither with the number of products nor with the number of batches: with one
+training batch, its graph serves all products of an upper step; with several, the graphs are rebuilt
+for each product, one after the other.
 """
 
 import contextlib
@@ -89,7 +89,7 @@ def _load_forward_mode():
 
 
 class Derivatives(ModelFunction):
-    """What stays fixed in one upper step, and means of derivatives over its batches.
+    """The fixed parts of one upper step, and means of derivatives over its batches.
 
     Args: as for ``Bilevel``; ``train_batches`` are the upper step's.
     """
@@ -206,9 +206,9 @@ class DoubleBackwardOperators:
 
 
 def slower_operators(operators, error):
-    """``DoubleBackwardOperators``, with a warning, where forward mode is what failed; else raises.
+    """``DoubleBackwardOperators``, with a warning, if forward mode failed; else raises ``error``.
 
-    Args: the operators that failed, and how.
+    Args: the operators that failed, and their error.
     """
     operator = lacks_forward_mode(error)
     if operators is DoubleBackwardOperators or not operator:

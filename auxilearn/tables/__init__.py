@@ -1,1 +1,1 @@
-"""The paper's tables: which runs they are made of, running them, and what comes out."""
+"""The paper's tables: choose the runs, run them, write the tables."""

@@ -1,6 +1,6 @@
 """A table as a chart: accuracy against the share of corrupted labels, or one line per method.
 
-matplotlib is imported when something is drawn, so that tables can be had without it.
+matplotlib is imported only to draw, so that tables need no matplotlib.
 """
 
 from pathlib import Path

@@ -1,7 +1,7 @@
 """Training runs side by side on this machine.
 
-Each run is a process forked from one that has imported PyTorch, which saves seconds a run. It does
-what its command line does.
+Each run is a process forked from one that has imported PyTorch, which saves seconds a run. It
+behaves as its command line does.
 """
 
 import multiprocessing
@@ -32,7 +32,7 @@ class Outcome(NamedTuple):
         if self.code is None:
             return f"Slurm: {self.state}"
         if self.code == -signal.SIGKILL:
-            return "killed by SIGKILL, as happens where memory runs out"
+            return "killed by SIGKILL, perhaps because memory ran out"
         if self.code < 0:
             return f"killed by {signal.Signals(-self.code).name}"
         return f"exit code {self.code}"

@@ -1,4 +1,4 @@
-"""What the paper's tables consist of: rows, settings, data sets. Nothing here runs anything.
+"""The parts of the paper's tables: rows, settings, data sets. Nothing here runs anything.
 
 A cell of a table is a *row* (a method), under a *setting* (how labels are given), on a *data set*,
 averaged over *seeds*. Each of the three is a dict of settings of ``Config``; a run is their union.
@@ -26,7 +26,7 @@ class Row(NamedTuple):
         return METHODS[self.settings["method"]]
 
 
-# Rows that are no methods of their own.
+# Rows beside the methods.
 _EXTRA = {"common_tuned": Row("Equal weights, aux_weight tuned", BASELINE, {"method": "common"})}
 for _factors in ("task", "feature", "loss", "feature loss", "feature task", "loss task"):
     _EXTRA["joint_" + _factors.replace(" ", "_")] = Row(
@@ -35,7 +35,7 @@ for _factors in ("task", "feature", "loss", "feature loss", "feature task", "los
         {"method": "joint", "options": {"factors": tuple(_factors.split())}},
         "joint",
     )
-# Each takes back one of the changes that docs/stability.md describes; the first, the schedule.
+# Each undoes one change that docs/stability.md describes; the first undoes the schedule.
 for _name, _title, _settings in (
     ("equal", "schedule held at equal weights", {"warmup_epochs": 1000000}),
     ("free_scale", "scale left free", {"options": {"target_share": "free"}}),
@@ -163,8 +163,8 @@ ROW_SETTINGS = {
 # Tuning: on validation accuracy, the same number of candidates for every row
 # --------------------------------------------------------------------------------------------------
 
-# Factors on the auxiliary losses that are tried beside 1. Where few images have a target label, the
-# auxiliary tasks are most of what there is to learn from, and more of them helps.
+# Factors on the auxiliary losses to try beside 1. If few images have a target label, most of the
+# training signal comes from the auxiliary tasks, and a larger factor helps.
 AUX_WEIGHTS = {"table2": (0.3, 0.1), "table3": (3.0, 10.0), "table4": (0.3, 0.1)}
 
 
@@ -172,8 +172,8 @@ def candidates(table, row, unit):
     """The candidates of a row that is tuned, each {setting or option of the method: value}.
 
     Learning rates of the task model are multiples of ``unit``. Each is combined with each entry of
-    the method's ``tune``; without one, with two rates of the scheduler or factors on the auxiliary
-    losses, whichever has an effect.
+    the method's ``tune``. A method without ``tune`` tries two rates of the scheduler, or two
+    factors on the auxiliary losses if it has no upper level.
     """
     near, far = AUX_WEIGHTS[table]
     method = rows()[row].method
@@ -192,5 +192,5 @@ def candidates(table, row, unit):
 
 
 def tuned_as(row):
-    """The row whose hyper-parameters ``row`` takes: an ablation those of the whole method."""
+    """The row whose hyper-parameters ``row`` takes: for an ablation, the whole method's."""
     return rows()[row].full or row

@@ -237,7 +237,7 @@ def _caption(sheet):
 
 
 def _sections(found, form):
-    """(title, explanation, DataFrame of tests or None, what is missing) of each family of tests."""
+    """(title, explanation, DataFrame of tests or None, a note on missing tests) of each family."""
     import pandas as pd
 
     for kind, other, tests in (

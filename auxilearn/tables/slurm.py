@@ -1,8 +1,8 @@
 """Training runs as one Slurm job array, through submitit.
 
-submitit writes the array, queues a job again at its time limit and brings back its exit code. Here
-is what it leaves to its user: stopping the training with a checkpoint, and waiting again for jobs
-of an earlier call. The module imports little, so the process beside each run stays small.
+submitit writes the array, requeues a job at its time limit and returns its exit code. This module
+adds two things: it stops the training with a checkpoint, and it waits again for the jobs of an
+earlier call. It imports little, so the process beside each run stays small.
 """
 
 import os
@@ -30,11 +30,11 @@ class TrainingRun:
     """``python train_bilevel.py ARGV...`` on a node: submitit calls it there, after unpickling.
 
     Slurm sends its signals to all processes of a job, and SIGTERM more than once. train_bilevel.py
-    ends after its step at the first signal, and at once at the second. So Slurm's are kept from it,
-    and this process sends it one.
+    ends after its step at the first signal, and at once at the second. This process therefore keeps
+    Slurm's signals from the training and sends it a single one.
 
     Args:
-        argv: flags of train_bilevel.py; with ``--resume 1``, a job that is queued again goes on.
+        argv: flags of train_bilevel.py; with ``--resume 1``, a requeued job continues.
         log: file that stdout and stderr are appended to.
         cwd: the run's working directory.
         patience: seconds that a run has for its last step and checkpoint.
@@ -64,7 +64,7 @@ class TrainingRun:
     def checkpoint(self):
         """Stop the training after a checkpoint; called by submitit at Slurm's warning.
 
-        Returns what is to be queued: the same again.
+        Returns the job to queue: the same again.
         """
         from submitit.helpers import DelayedSubmission
 

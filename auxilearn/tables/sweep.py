@@ -1,8 +1,8 @@
-"""A sweep: the list of training runs that tables are made of, and the state of each on disk.
+"""A sweep: the training runs of the tables, and the state of each on disk.
 
-A job is a configuration; the hash of all settings that determine the run names the run's folder. So
-a sweep has no state of its own: after any interruption, the same command finds what is finished and
-goes on with the rest.
+A job is a configuration. The hash of all settings that determine the run names the run's folder. A
+sweep has no other state: after any interruption, the same command finds the finished runs and
+continues with the rest.
 """
 
 import contextlib
@@ -51,7 +51,7 @@ class RunFlags(NamedTuple):
 
     @classmethod
     def read(cls, words):
-        """UserError: a flag is unknown, unreadable or for the table to set."""
+        """UserError: a flag is unknown, unreadable or set by the table itself."""
         parser = Parser(add_help=False)
         parser.add_argument("--option", nargs="+", action="extend", default=[])
         if {"-h", "--help"} & set(words):
@@ -91,7 +91,7 @@ class Places(NamedTuple):
 
 
 class Job(NamedTuple):
-    """A wanted run. Its name ends in ``identity``, the hash of what determines the run.
+    """A wanted run. Its name ends in ``identity``, the hash of all that determines the run.
 
     ``plugin`` is the hash of the plugin's content, None without one.
     """
@@ -125,7 +125,7 @@ class Job(NamedTuple):
 
     @property
     def failure(self):
-        """A file that is there if the last attempt failed, and says how."""
+        """A file that exists if the last attempt failed; it holds the reason."""
         return self.logs / f"{self.name}.failed"
 
 
@@ -216,7 +216,7 @@ def _determining(config):
 
 
 def _identity(config, plugin):
-    """A hash of all non-defaults, so that a setting to come does not give old runs new names."""
+    """A hash of all non-default settings: a setting added later does not rename old runs."""
     usual = defaults() | {"options": None}
     special = {k: v for k, v in _determining(config).items() if v != usual[k]}
     known = METHODS[config.method].options
@@ -270,10 +270,10 @@ def result_of(run, fingerprint):
 
 
 def run(jobs, launch, fingerprint):
-    """Run what is not done of ``jobs``. Returns a list of (job, reason) of those without a result.
+    """Run the unfinished ``jobs``. Returns a list of (job, reason) of those without a result.
 
     ``launch``: callable (list of jobs) -> iterator of (job, Outcome) as they end. A failed job does
-    not stop the others; it is tried again by the next call. Raises what ``launch`` raises.
+    not stop the others; the next call tries it again. Raises what ``launch`` raises.
     """
     jobs = list({job.name: job for job in jobs}.values())
     states = [state_of(job, fingerprint)[0] for job in jobs]

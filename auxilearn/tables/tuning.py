@@ -25,8 +25,7 @@ from auxilearn.tables.sweep import RunFlags
 class Hyperparameters:
     """The tuned hyper-parameters of a data set.
 
-    Args: ``file`` (None, or one that does not exist: nothing is tuned), ``dataset`` a key of
-    DATASETS.
+    Args: ``file`` (None, or a missing file: nothing is tuned), ``dataset`` a key of DATASETS.
     """
 
     def __init__(self, file, dataset):
@@ -36,7 +35,7 @@ class Hyperparameters:
         self.flags = RunFlags.read(self.entry["flags"]) if self.entry else None
 
     def of(self, table, row, flags):
-        """{setting or option: value} for a row of a table; {} where nothing was tuned.
+        """{setting or option: value} for a row of a table; {} if nothing was tuned.
 
         Settings given by ``flags`` (``RunFlags``) are left out, unless tuned under the same flags.
         """
@@ -62,7 +61,7 @@ class Hyperparameters:
             )
 
     def notes(self, table, names, flags, fingerprint):
-        """How the hyper-parameters of the rows ``names`` came about, a list of sentences.
+        """Sentences on the origin of the hyper-parameters of the rows ``names``.
 
         ``flags`` and ``fingerprint`` are those of the table's runs.
         """
@@ -95,7 +94,7 @@ class Hyperparameters:
         return sentences
 
     def check_origin(self, seeds, flags, fingerprint):
-        """UserError: the choices for this data set were made in another way."""
+        """UserError: the choices for this data set were made with other seeds, flags or data."""
         if self.entry and not (
             (self.entry["seeds"], self.entry["fingerprint"]) == (seeds, fingerprint)
             and flags.same(self.flags)
