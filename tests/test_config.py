@@ -19,6 +19,7 @@ from auxilearn.run.command_line import flags_of, parse
 from auxilearn.run.config import (
     FIELDS,
     GROUPS,
+    KINDS,
     UPPER,
     Config,
     check,
@@ -238,7 +239,7 @@ def test_every_field_is_a_flag_of_its_own():
             text = value = choices[-1]
         else:
             text, value = {bool: ("1", True), int: ("7", 7), float: ("0.5", 0.5)}.get(
-                info["kind"], ("word", "word")
+                KINDS[field.name], ("word", "word")
             )
         for flag in (name, *info["aliases"]):
             if flag == "plugin":
@@ -478,7 +479,7 @@ def test_every_bound_is_checked():
                 check(Config(**{name: value}))
         for bound in ("low", "high"):
             if info[bound] is not None and name != "labeled_per_class":
-                check(Config(**{name: info["kind"](info[bound])}))
+                check(Config(**{name: KINDS[field.name](info[bound])}))
     assert bounded > 30
     with pytest.raises(UserError, match="choose from"):
         check(Config(method="magic"))
@@ -639,7 +640,7 @@ OTHER_VALUES = {
 
 
 def test_every_setting_that_may_be_without_effect_is_listed():
-    upper = {name for name, field in FIELDS.items() if field.metadata["group"] == UPPER}
+    upper = set(UPPER)
     assert upper <= OTHER_VALUES.keys()
     baseline = {**OTHER_VALUES, "method": "single", "backbone": "convnet", "dev_epochs": 3}
     assert set(ineffective(Config(**baseline))) == OTHER_VALUES.keys()
