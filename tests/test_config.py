@@ -18,7 +18,8 @@ from auxilearn.run import config as config_module
 from auxilearn.run.command_line import flags_of, parse
 from auxilearn.run.config import (
     FIELDS,
-    MOST,
+    GROUPS,
+    KINDS,
     UPPER,
     Config,
     check,
@@ -238,7 +239,7 @@ def test_every_field_is_a_flag_of_its_own():
             text = value = choices[-1]
         else:
             text, value = {bool: ("1", True), int: ("7", 7), float: ("0.5", 0.5)}.get(
-                info["kind"], ("word", "word")
+                KINDS[field.name], ("word", "word")
             )
         for flag in (name, *info["aliases"]):
             if flag == "plugin":
@@ -358,7 +359,7 @@ def test_help(command):
     assert max(map(len, out.splitlines())) <= 100
     shown = re.findall(r"^  (--\w+)", out, re.MULTILINE)
     assert len(shown) == len(set(shown)) < 50
-    most = [f"--{name}" for name, field in FIELDS.items() if field.metadata["group"] == MOST]
+    most = [f"--{name}" for name in [*FIELDS][: [*FIELDS].index([*GROUPS][1])]]
     assert shown[: len(most)] == most and shown[0] == "--method"
     text = " ".join(out.split())
     for name, field in FIELDS.items():
@@ -428,7 +429,6 @@ BAD_VALUES = {
     "--main_lr inf": "--main_lr must be a finite number",
     "--aux_lr 0": "--upper_lr",
     "--epochs 0": "--epochs must be at least 1, not 0",
-    f"--seed {10**30}": "--seed must be at most",
     "--task_num 6": "--task_num 6",
     "--labeled_per_class 5": "--labeled_per_class 5",
     "--whether_aux 0 --task_num 3": "--whether_aux 0",
@@ -478,8 +478,8 @@ def test_every_bound_is_checked():
                 check(Config(**{name: value}))
         for bound in ("low", "high"):
             if info[bound] is not None and name != "labeled_per_class":
-                check(Config(**{name: info["kind"](info[bound])}))
-    assert bounded > 30
+                check(Config(**{name: KINDS[field.name](info[bound])}))
+    assert bounded > 25
     with pytest.raises(UserError, match="choose from"):
         check(Config(method="magic"))
     with pytest.raises(UserError, match="--record_dir must not be empty"):
@@ -639,7 +639,7 @@ OTHER_VALUES = {
 
 
 def test_every_setting_that_may_be_without_effect_is_listed():
-    upper = {name for name, field in FIELDS.items() if field.metadata["group"] == UPPER}
+    upper = set(UPPER)
     assert upper <= OTHER_VALUES.keys()
     baseline = {**OTHER_VALUES, "method": "single", "backbone": "convnet", "dev_epochs": 3}
     assert set(ineffective(Config(**baseline))) == OTHER_VALUES.keys()

@@ -17,9 +17,11 @@ from auxilearn.data import cub
 from auxilearn.data.split import INFO_FILE, SPLIT_FILES, load_split, write_split
 from auxilearn.errors import RunError, UserError
 from auxilearn.models import build_backbone
+from auxilearn.report import write
 from auxilearn.run.build import build
 from auxilearn.run.config import Config, resolve
 from auxilearn.run.record import description
+from auxilearn.tables.render import read_paper
 from tests.conftest import TINY, prepare
 from train_bilevel import train
 
@@ -225,3 +227,64 @@ def test_weights_that_are_not_finite(sound, tmp_path):
     torch.save(state, tmp_path / "weights.pt")
     with pytest.raises(UserError, match="weights.pt: .*values that are not finite"):
         build_backbone("convnet", 8, weights_path=str(tmp_path / "weights.pt"))
+
+
+@pytest.fixture
+def report(monkeypatch, tmp_path):
+    """``report(run)`` writes one without charts, which take seconds, outside the run's folder."""
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr("auxilearn.report.figures.CHARTS", ())
+    return lambda run: write.write_report(run, out=tmp_path / "report")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("config.json", b"{", "config.json is not valid JSON"),
+        ("config.json", b"[]", "config.json is not a configuration"),
+        (
+            "config.json",
+            b'{"config": {"method": "none"}}',
+            "config.json: recorded by another version",
+        ),
+        ("summary.json", b"\xff", "summary.json is not valid JSON"),
+        ("metrics.jsonl", b"\xff", "metrics.jsonl is not what a run writes"),
+        ("best.pt", b"no weights", "best.pt: not a weights file"),
+    ],
+)
+def test_damaged_files_of_a_run_are_one_line(sound, report, tmp_path, name, content, message):
+    run = Path(shutil.copytree(sound / "record/full/run", tmp_path / "run"))
+    (run / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        report(run)
+
+
+def test_a_report_writes_nowhere_that_a_configuration_names(sound, damaged, report, tmp_path):
+    run = sound / "record/full/run"
+
+    def elsewhere(data):
+        content = json.loads(data)
+        content["config"] |= {"cache_dir": str(tmp_path / "elsewhere")}
+        return json.dumps(content).encode()
+
+    damaged(run / "config.json", elsewhere, lambda: report(run))
+    assert (tmp_path / "report/index.html").exists()
+    assert not (tmp_path / "elsewhere").exists()
+
+
+@trying(12)
+@given(change=damage())
+@example(change=lambda data: b"[" * 200_000)
+@example(change=lambda data: data + b"cub,table2,joint,supervised," + b"9" * 200_000)
+@example(change=lambda data: data + b"cub,table2,joint,supervised,1e400\n")
+@example(change=lambda data: data + b'"' + b"x" * 200_000)
+@example(change=lambda data: data.replace(b"\n", b"\r\n"))
+def test_paper_numbers(tmp_path_factory, change):
+    path = tmp_path_factory.mktemp("paper") / "paper.csv"
+    path.write_bytes(
+        change(b"dataset,table,row,setting,accuracy\ncub,table2,single,supervised,50\n")
+    )
+    try:
+        read_paper(path)
+    except UserError as error:
+        assert str(path) in str(error)

@@ -581,6 +581,21 @@ def test_the_plugin_goes_with_the_runs_that_need_it(plugin, job_of):
     assert (rival.config.plugin, rival.plugin, rival.name) == (None, None, job_of("common").name)
 
 
+def test_the_example_is_a_row_of_a_table(places, tmp_path, command):
+    example = ROOT / "examples" / "weight_per_class.py"
+    wanted = ["table2", *places, "--methods", "per_class", "--seeds", "1", "--plugin", example]
+    try:
+        code, out, err = command(reproduce_tables.main, *wanted)
+    finally:
+        METHODS.pop("per_class", None)
+    assert code == 0, err
+    assert "| Weight per class" in out
+    with open(tmp_path / "sweeps/cub/tables/table2_runs.csv", newline="") as opened:
+        (run,) = csv.DictReader(opened)
+    (values,) = Run(run["directory"]).checkpoint["scheduler"].values()
+    assert values.shape == (4, 5) and values.abs().max() > 0  # classes x tasks, learned
+
+
 def test_a_method_of_a_plugin_in_a_table_and_in_tuning(plugin, places, tmp_path, command):
     file = tmp_path / "h.json"
     shared = [*places, "--methods", "common", "mine", "--plugin", plugin, "--hyperparameters", file]

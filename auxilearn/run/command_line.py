@@ -5,7 +5,7 @@ import textwrap
 
 from auxilearn.errors import Parser, UserError
 from auxilearn.methods import METHODS, load_plugin
-from auxilearn.run.config import FIELDS, MOST, Config, choices_of, default_of, defaults
+from auxilearn.run.config import FIELDS, GROUPS, KINDS, Config, choices_of, default_of, defaults
 
 # Settings of the released script that have no flag there, or another default for some methods.
 _AS_RELEASED = (
@@ -81,13 +81,12 @@ def _parser(description):
     parser = Parser(
         description=description, epilog=_methods_help(), argument_default=argparse.SUPPRESS
     )
-    groups = {}
-    for field in FIELDS.values():
-        info = field.metadata
-        if info["group"] not in groups:
-            groups[info["group"]] = parser.add_argument_group(info["group"])
-        groups[info["group"]].add_argument(*_names(field), **_argument(field))
-    groups[MOST].add_argument(
+    first = group = parser.add_argument_group(GROUPS["method"])
+    for name, field in FIELDS.items():
+        if name in GROUPS and name != "method":
+            group = parser.add_argument_group(GROUPS[name])
+        group.add_argument(*_names(field), **_argument(field))
+    first.add_argument(
         "--preset",
         choices=tuple(presets()),
         help="settings to start from; flags beside it win. paper: the paper's settings; released: "
@@ -108,12 +107,14 @@ def _argument(field):
     info, argument = field.metadata, {"dest": field.name}
     if field.name == "options":
         argument |= {"nargs": "+", "action": "extend", "metavar": "NAME=VALUE"}
-    elif info["kind"] is bool:  # a switch may stand alone
+    elif KINDS[field.name] is bool:  # a switch may stand alone
         argument |= {"type": _switch, "nargs": "?", "const": True, "metavar": "0|1"}
     else:
-        argument["type"] = info["kind"]
+        argument["type"] = KINDS[field.name]
         argument["choices"] = choices_of(field)
-        argument["metavar"] = info["metavar"] or {int: "N", float: "X"}.get(info["kind"], "NAME")
+        argument["metavar"] = info["metavar"] or {int: "N", float: "X"}.get(
+            KINDS[field.name], "NAME"
+        )
         if info["choices"]:
             argument["metavar"] = None
     argument["help"] = argparse.SUPPRESS if info["hidden"] else _help(field)

@@ -9,6 +9,7 @@ import glob
 import math
 import os
 from dataclasses import dataclass
+from typing import get_args, get_type_hints
 
 import torch
 
@@ -18,25 +19,28 @@ from auxilearn.models import BACKBONES
 
 LOG_EVERY = 10  # lower steps between two rows of metrics.jsonl
 
-MOST = "the flags that matter most"
-DATA = "data"
-MODEL = "task model"
-LOWER = "lower level: the task model, on scheduled training losses"
-UPPER = "upper level: the scheduler, on the development set"
-RUN = "run"
+# The groups of --help, each from this setting on.
+GROUPS = {
+    "method": "the flags that matter most",
+    "plugin": "task model",
+    "split_dir": "data",
+    "main_optimizer": "lower level: the task model, on scheduled training losses",
+    "upper_optimizer": "upper level: the scheduler, on the development set",
+    "record_dir": "run",
+}
 
 
-def _setting(default, group, text="", **more):
+def _setting(default, text="", **more):
     """A field of ``Config``.
 
-    ``more``: kind (default: the default's type), metavar, choices, low, high and above (bounds;
-    above is exclusive), aliases, hidden (accepted, but not in --help), neutral (no result depends
-    on it: a run may be continued with another value), by_method (None is left to the method; this
-    is the value of most methods).
+    ``more``: metavar; choices; low, high and above (bounds;
+    above is exclusive); aliases; hidden (accepted, but not in --help); neutral (no result depends
+    on it: a run may be continued with another value); by_method (None is left to the method; this
+    is what most methods take).
     """
     known = dict.fromkeys(("choices", "low", "high", "above", "by_method", "metavar"))
-    known |= {"aliases": (), "hidden": not text, "neutral": False, "kind": type(default)}
-    metadata = {"group": group, "help": text, **known, **more}
+    known |= {"aliases": (), "hidden": not text, "neutral": False}
+    metadata = {"help": text, **known, **more}
     if isinstance(default, dict):
         return dataclasses.field(default_factory=dict, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -46,16 +50,14 @@ def _setting(default, group, text="", **more):
 class Config:
     """The settings of one run. ``None`` is resolved by ``resolve``."""
 
-    method: str = _setting("joint", MOST, "how losses become one; see the list below")
+    method: str = _setting("joint", "how losses become one; see the list below")
     corrupted: bool = _setting(
         False,
-        MOST,
         "corrupt the training labels of the target task, once, by the seed (the paper's Table 4)",
         aliases=("corupted",),
     )
     corrupted_rate: float = _setting(
         0.2,
-        MOST,
         "with --corrupted: probability that a label is redrawn uniformly over all classes",
         aliases=("corupted_rate",),
         low=0,
@@ -63,44 +65,30 @@ class Config:
     )
     labeled_per_class: int = _setting(
         0,
-        MOST,
         "semi-supervised (Table 3): this many random images per class keep their target label, "
         "the others train the auxiliary tasks only; 0 is supervised",
         low=0,
     )
-    epochs: int = _setting(20, MOST, "passes over the training set", low=1, high=10**6)
-    train_batch_size: int = _setting(32, MOST, "images per lower step", low=1)
-    main_lr: float = _setting(1e-4, MOST, "learning rate of the task model", above=0)
-    aux_weight: float = _setting(1.0, MOST, "factor on the losses of all auxiliary tasks", low=0)
+    epochs: int = _setting(20, "passes over the training set", low=1)
+    train_batch_size: int = _setting(32, "images per lower step", low=1)
+    main_lr: float = _setting(1e-4, "learning rate of the task model", above=0)
+    aux_weight: float = _setting(1.0, "factor on the losses of all auxiliary tasks", low=0)
     hyperstep: int | None = _setting(
-        None, MOST, "lower steps between two upper steps", kind=int, by_method=20, low=1
+        None, "lower steps between two upper steps", by_method=20, low=1
     )
     upper_lr: float | None = _setting(
-        None,
-        MOST,
-        "learning rate of the scheduler",
-        kind=float,
-        by_method=1e-3,
-        aliases=("aux_lr",),
-        above=0,
+        None, "learning rate of the scheduler", by_method=1e-3, aliases=("aux_lr",), above=0
     )
     seed: int = _setting(
-        5,
-        MOST,
-        "determines initial weights, order, augmentation, corruption and labelled choice",
-        low=0,
-        high=2**63 - 1,
+        5, "determines initial weights, order, augmentation, corruption and labelled choice", low=0
     )
     exp_name: str | None = _setting(
         None,
-        MOST,
         "name of the run; a name that is taken is refused (default: made from method and seed, "
         "numbered so that it is new)",
-        kind=str,
     )
     resume: bool = _setting(
         False,
-        MOST,
         "continue the run EXP_NAME after its last checkpoint, to the same numbers as without the "
         "interruption; start it if it is not there",
         neutral=True,
@@ -108,217 +96,157 @@ class Config:
 
     plugin: str | None = _setting(
         None,
-        MODEL,
         "Python file that registers methods or backbones of your own, see docs/methods.md",
-        kind=str,
         metavar="FILE",
         neutral=True,  # its content is compared
     )
-    options: dict = _setting({}, MODEL, "the method's own settings, NAME=VALUE ...; see below")
-    backbone: str = _setting(
-        "resnet18", MODEL, "torchvision's ResNet-18, or convnet for small images"
-    )
-    feature_dim: int = _setting(
-        512, MODEL, "feature width d", aliases=("in_dim",), low=1, high=1 << 16
-    )
+    options: dict = _setting({}, "the method's own settings, NAME=VALUE ...; see below")
+    backbone: str = _setting("resnet18", "torchvision's ResNet-18, or convnet for small images")
+    feature_dim: int = _setting(512, "feature width d", aliases=("in_dim",), low=1)
     backbone_pretrain: bool | None = _setting(
         None,
-        MODEL,
         "start from torchvision's ImageNet weights (resnet18 only), 0: from random ones (default: "
         "1 for resnet18 without --backbone_weights)",
-        kind=bool,
     )
     backbone_weights: str | None = _setting(
         None,
-        MODEL,
         "file to start the backbone from: a torchvision state dict, or best.pt of another run",
-        kind=str,
         metavar="FILE",
     )
 
     split_dir: str = _setting(
-        "preprocess_data",
-        DATA,
-        "where data_preprocess.py wrote the split",
-        neutral=True,
-        metavar="DIR",
+        "preprocess_data", "where data_preprocess.py wrote the split", neutral=True, metavar="DIR"
     )
     data_root: str | None = _setting(
         None,
-        DATA,
         "folder that holds images/ (default: the one that was preprocessed)",
-        kind=str,
         metavar="DIR",
         neutral=True,
     )
     task_num: int | None = _setting(
-        None,
-        DATA,
-        "number of tasks K: the target and the first K - 1 attributes (default: all)",
-        kind=int,
-        low=1,
+        None, "number of tasks K: the target and the first K - 1 attributes (default: all)", low=1
     )
-    whether_aux: bool | None = _setting(None, DATA, kind=bool)
+    whether_aux: bool | None = _setting(None)
     image_size: int = _setting(
-        224,
-        DATA,
-        "side of the training crop in pixels; images are resized to 256/224 of it first",
-        low=8,
-        high=4096,
+        224, "side of the training crop in pixels; images are resized to 256/224 of it first", low=8
     )
     num_workers: int = _setting(
         min(4, os.cpu_count() or 1),
-        DATA,
         "processes that load and augment images (default here: %(default)s); 0: the main process",
         low=0,
-        high=1024,
         neutral=True,
     )
     cache_dir: str | None = _setting(
         None,
-        DATA,
         "folder for a file of the decoded and resized images, built once (CUB at 224 pixels: 3 "
         "GB); none: decode every time (default: cache in --split_dir)",
-        kind=str,
         metavar="DIR",
         neutral=True,
     )
 
     main_optimizer: str = _setting(
-        "adam", LOWER, "optimiser; sgd has momentum 0.9", choices=("adam", "sgd")
+        "adam", "optimiser; sgd has momentum 0.9", choices=("adam", "sgd")
     )
-    w_decay: float = _setting(5e-4, LOWER, "weight decay", low=0)
+    w_decay: float = _setting(5e-4, "weight decay", low=0)
     max_steps: int | None = _setting(
         None,
-        LOWER,
         "stop after this many lower steps, then go on as usual at the end: fine-tune, evaluate",
-        kind=int,
         low=1,
-        high=10**8 - 1,
     )
     dev_epochs: int = _setting(
         20,
-        LOWER,
         "joint_stable, common_dev: passes over the development set after --epochs, from the best "
         "checkpoint so far",
         low=0,
-        high=10**6,
     )
-    test_batch_size: int = _setting(128, LOWER, low=1)
+    test_batch_size: int = _setting(128, low=1)
 
     upper_optimizer: str | None = _setting(
         None,
-        UPPER,
         "optimiser of the scheduler; sgd has momentum 0.9; adam moves every parameter by about "
         "--upper_lr, whatever the size of the hypergradient",
-        kind=str,
         choices=("sgd", "adam"),
         by_method="sgd",
     )
-    upper_decay: float = _setting(1e-5, UPPER, "weight decay", aliases=("auxw_decay",), low=0)
+    upper_decay: float = _setting(1e-5, "weight decay", aliases=("auxw_decay",), low=0)
     warmup_epochs: int | None = _setting(
         None,
-        UPPER,
         "epochs before the first upper step; the default is half of --epochs at most",
-        kind=int,
         by_method=0,
         low=0,
     )
     dev_batch_size: int = _setting(
         50,
-        UPPER,
         "images in a development batch, fine-tuning included",
         aliases=("aux_batch_size",),
         low=1,
     )
     dev_batches: str = _setting(
         "random",
-        UPPER,
         "random: development batches in a fresh random order; first: the first one in file order "
         "every time, as the released code does (in class order, a quarter of CUB's classes)",
         choices=("random", "first"),
     )
-    n_meta_loss_accum: int = _setting(1, UPPER, low=1, high=10**4)
+    n_meta_loss_accum: int = _setting(1, low=1)
     n_meta_train_loss_accum: int | None = _setting(
-        None, UPPER, "training batches per upper step", kind=int, by_method=1, low=1, high=10**4
+        None, "training batches per upper step", by_method=1, low=1
     )
     hold_out_dev: bool | None = _setting(
         None,
-        UPPER,
         "keep the development images out of the lower level; 0: train on them as well, as methods "
         "without an upper level do",
-        kind=bool,
         by_method=True,
     )
     solver: str | None = _setting(
         None,
-        UPPER,
         "approximation of the inverse Hessian: neumann: truncated series; identity: none",
-        kind=str,
         choices=("neumann", "identity"),
         by_method="neumann",
     )
     neumann_alpha: float | None = _setting(
-        None, UPPER, "step alpha of the series (default: --main_lr)", kind=float, above=0
+        None, "step alpha of the series (default: --main_lr)", above=0
     )
-    neumann_terms: int = _setting(
-        3, UPPER, "Hessian-vector products of the series", low=0, high=10**4
-    )
+    neumann_terms: int = _setting(3, "Hessian-vector products of the series", low=0)
     precondition: str | None = _setting(
         None,
-        UPPER,
         "which optimiser the hypergradient assumes for the lower level: none: gradient descent; "
         "adam: Adam",
-        kind=str,
         choices=("none", "adam"),
         by_method="none",
     )
     max_grad_norm: float | None = _setting(
-        None,
-        UPPER,
-        "the hypergradient is clipped to this norm; 0: no clip",
-        kind=float,
-        by_method=10.0,
-        low=0,
+        None, "the hypergradient is clipped to this norm; 0: no clip", by_method=10.0, low=0
     )
 
     record_dir: str = _setting(
         "bird_record",
-        RUN,
         "runs are kept in RECORD_DIR/<full|semi|noisy>/EXP_NAME",
         neutral=True,
         metavar="DIR",
     )
     save_every: int = _setting(
         0,
-        RUN,
         "lower steps between checkpoints to continue from; 0: one at every epoch's end",
         low=0,
         neutral=True,
     )
-    overwrite: bool = _setting(False, RUN, "replace an earlier run of the same name", neutral=True)
+    overwrite: bool = _setting(False, "replace an earlier run of the same name", neutral=True)
     device: str | None = _setting(
         None,
-        RUN,
         "cpu, cuda or cuda:N (default: the first GPU that CUDA_VISIBLE_DEVICES shows, else cpu)",
-        kind=str,
     )
     threads: int | None = _setting(
         None,
-        RUN,
         "threads of PyTorch on the CPU (default: PyTorch's choice); results depend on it in the "
         "last digits, and small networks are fastest with 1",
-        kind=int,
         low=1,
-        high=4096,
     )
     amp: str = _setting(
         "off",
-        RUN,
         "bf16 runs the backbone in bfloat16, in both levels; the rest stays in float32",
         choices=("off", "bf16"),
     )
-    tf32: bool = _setting(False, RUN, "let GPUs round float32 products to TF32")
+    tf32: bool = _setting(False, "let GPUs round float32 products to TF32")
 
     @property
     def setting(self):
@@ -333,6 +261,12 @@ class Config:
 
 
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
+# {name: int, float, str, bool or dict}, None aside
+KINDS = {
+    name: next(kind for kind in (*get_args(hint), hint) if kind is not type(None))
+    for name, hint in get_type_hints(Config).items()
+}
+UPPER = [*FIELDS][[*FIELDS].index("upper_optimizer") : [*FIELDS].index("record_dir")]
 NEUTRAL = tuple(name for name, field in FIELDS.items() if field.metadata["neutral"])
 
 
@@ -552,7 +486,7 @@ def ineffective(config, needs_dev=False):
         for name, field in FIELDS.items()
         if name != "options"
         and getattr(config, name) != field.default
-        and not matters.get(name, method.bilevel or field.metadata["group"] != UPPER)
+        and not matters.get(name, method.bilevel or name not in UPPER)
     ]
 
 
