@@ -30,9 +30,9 @@ def _setting(default, group, text="", **more):
     """A field of ``Config``.
 
     ``more``: kind (default: the default's type), metavar, choices, low, high and above (bounds;
-    above is exclusive), aliases, hidden (accepted, but not in --help), neutral (no result depends on it: a
-    run may be continued with another value), by_method (None is left to the method; this is what
-    most methods take).
+    above is exclusive), aliases, hidden (accepted, but not in --help), neutral (no result depends
+    on it: a run may be continued with another value), by_method (None is left to the method; this
+    is what most methods take).
     """
     known = dict.fromkeys(("choices", "low", "high", "above", "by_method", "metavar"))
     known |= {"aliases": (), "hidden": not text, "neutral": False, "kind": type(default)}
