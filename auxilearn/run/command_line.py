@@ -30,7 +30,7 @@ NOT_REPRODUCED = (
     "--preset released does not reproduce these of the released code's behaviours: validation and "
     "test halves without a seed; one auxiliary task unless --task_num says more; batch norm's "
     "statistics moved by upper steps; n_meta_train_loss_accum ignored; NaN weights from a last "
-    "batch of one image; --method common failing at its end (README, Differences)"
+    "batch of one image; --method common failing at its end (docs/differences.md)"
 )
 
 

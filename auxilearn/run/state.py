@@ -5,7 +5,7 @@ import time
 
 import torch
 
-from auxilearn.errors import DivergenceError
+from auxilearn.errors import DivergenceError, UserError
 from auxilearn.run.history import ScheduleHistory
 from auxilearn.run.progress import Progress, named
 from auxilearn.run.record import START_FILE
@@ -51,6 +51,13 @@ class State:
         state = run.ranks.from_first(state)
         if state is None:
             return 0
+        before, now = len(state["random"]), run.ranks.size
+        if before != now:
+            raise UserError(
+                f"the run {run.config.exp_name} was trained by {before} process"
+                f"{'es' * (before > 1)}, not by {now}: continue it with torchrun --nproc_per_node "
+                f"{before}"
+            )
         run.bilevel.load_state_dict(state)
         if run.fine_tuning:
             run.fine_tuning.lower.load_state_dict(state["fine_tuning"])
