@@ -36,7 +36,7 @@ class State:
             "random": self.run.ranks.gathered(_random_state(self.run.device)),
             "best": self.best,
             "reported": self.progress.reported,
-            "window": vars(self.progress.window),
+            "window": self.run.ranks.gathered(vars(self.progress.window)),
             "history": self.history.state() if self.history else None,
             "seconds": time.perf_counter() - self._start,
         }
@@ -64,7 +64,7 @@ class State:
         _set_random_state(state["random"][run.ranks.rank], run.device)
         self.best = state["best"]
         self.progress.reported = state["reported"]
-        vars(self.progress.window).update(state["window"])
+        vars(self.progress.window).update(state["window"][run.ranks.rank])
         if self.history:
             self.history.restore(state["history"], run.device)
         self._start -= state["seconds"]
