@@ -214,19 +214,22 @@ def test_resumed_between_two_rows_it_writes_the_same_rows(split_dir, tmp_path, m
     flags = ["--plugin", str(tmp_path / "plugin.py"), "--method", "stopped", "--epochs", "3"]
 
     def rows(name, *more):
-        process = torchrun(split_dir, tmp_path, *flags, "--exp_name", name, *more)
+        process = torchrun(split_dir, tmp_path, *flags, *more)
         _, err = process.communicate(timeout=120)
         found = (tmp_path / "full" / name / "metrics.jsonl").read_text().splitlines()
         rows = [json.loads(line) for line in found]
         return [{k: v for k, v in row.items() if "seconds" not in k} for row in rows], err
 
-    whole, err = rows("whole")
+    whole, err = rows("whole", "--exp_name", "whole")
     assert [row["step"] for row in whole if row["kind"] == "step"] == [1, 10, 12], err
     monkeypatch.setenv("STOP_AT_3", "1")
-    _, err = rows("stopped")
+    name = "train_stopped_seed5"
+    _, err = rows(name)
     assert "stopped after step 3 of 12 as asked" in err
+    assert f"--exp_name {name}" in err
+    assert "--exp_name None" not in err
     monkeypatch.delenv("STOP_AT_3")
-    assert rows("stopped", "--resume", "1")[0] == whole
+    assert rows(name, "--exp_name", name, "--resume", "1")[0] == whole
 
 
 def test_a_rank_that_dies_ends_the_run(split_dir, tmp_path):
