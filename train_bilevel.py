@@ -12,6 +12,7 @@ summary.json, and ends with the test accuracy of the checkpoint that was best in
 import dataclasses
 import math
 import os
+import shlex
 import time
 from pathlib import Path
 
@@ -43,7 +44,8 @@ def train(config):
         run = build(resolve(config, split), split, ranks)
         record = open_record(run) if ranks.first else NoRecord()
         try:
-            summary = ranks.from_first(record.finished())
+            found = record.finished(), run.config.exp_name  # which the first rank has chosen
+            summary, run.config.exp_name = ranks.from_first(found)
             if summary is None:
                 needs_dev = run.bilevel.scheduler.needs_dev
                 return fit(run, record, ineffective(config, needs_dev))
@@ -89,7 +91,8 @@ def fit(run, record, ineffective=()):
     accuracy = evaluate(model, run.evaluation_batches("test"), run.ranks)
     summary = state.finish(accuracy)
     script = os.path.relpath(Path(__file__).with_name("inspect_schedule.py"))
-    state.progress.say(f"look at the schedule: python {script} {record.directory}")
+    command = shlex.join(["python", script, str(record.directory)])
+    state.progress.say(f"look at the schedule: {command}")
     state.progress.say(f"test accuracy: {accuracy:.4f}")
     return summary
 

@@ -59,7 +59,8 @@ class Bilevel:
         model: ``model(batch)`` returns ``TaskLosses``, whatever a batch is.
         scheduler: a ``HyperNet``.
         lower: optimiser of the task model; also of the scheduler's parameters where these are
-            learned on the training loss (uncertainty weights).
+            learned on the training loss (uncertainty weights). Parameters that it does not hold
+            are constants, to the hypergradient too.
         upper: optimiser of the scheduler; None without an upper level.
         solver: of ``implicit_diff`` (default: three Neumann terms, alpha the lower learning rate).
         max_norm: the hypergradient is clipped to this norm; None: no clip. Nothing else is clipped.
@@ -153,13 +154,22 @@ class Bilevel:
         """d L_dev / d phi at the present parameters, the solver's ``Solution``, and L_dev.
 
         The model is left as it was, batch norm's statistics included. The gradient is a list shaped
-        like the scheduler's parameters. Raises ValueError: an empty list of batches.
+        like the scheduler's parameters (that ``upper`` holds). Raises ValueError: an empty list of
+        batches.
         """
         self._check_mode()
         if not train_batches or not dev_batches:
             raise ValueError("an upper step needs at least one training and one development batch")
+        stepped = set(map(id, self._lower_parameters()))
+        theta = {name for name, p in self.model.named_parameters() if id(p) in stepped}
         derivatives = Derivatives(
-            self.model, self.scheduler, train_batches, self.aux_weight, self.average
+            self.model,
+            self.scheduler,
+            train_batches,
+            self.aux_weight,
+            self.average,
+            keep=theta.__contains__,
+            phi=self._phi(),
         )
         dev_loss, v = derivatives.development_gradient(dev_batches)
         solver = self.solver or neumann(alpha=self.lower.param_groups[0]["lr"], terms=3)
@@ -190,10 +200,13 @@ class Bilevel:
             self.upper.load_state_dict(state["upper"])
 
     def _phi(self):
-        return [p for p in self.scheduler.parameters() if p.requires_grad]
+        """What the upper level learns: what its optimiser holds of the scheduler's parameters."""
+        learned = [p for p in self.scheduler.parameters() if p.requires_grad]
+        held = set(map(id, _held(self.upper) if self.upper else learned))
+        return [p for p in learned if id(p) in held]
 
     def _lower_parameters(self):
-        return [p for group in self.lower.param_groups for p in group["params"] if p.requires_grad]
+        return [p for p in _held(self.lower) if p.requires_grad]
 
     def _phi_of_the_upper_level(self):
         """The scheduler's parameters that are constants to the lower level."""
@@ -208,3 +221,7 @@ class Bilevel:
                 "uses its running statistics; call model.train() first if that is not intended",
                 stacklevel=3,
             )
+
+
+def _held(optimizer):
+    return [p for group in optimizer.param_groups for p in group["params"]]

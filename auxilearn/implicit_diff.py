@@ -153,11 +153,17 @@ def preconditioned(solver: Solver, scale: Callable[[], Vector]) -> Solver:
 
     Residuals are measured in these coordinates.
 
-    Args: ``scale``: callable that returns D now, a list of tensors shaped like theta.
+    Args: ``scale``: callable that returns D now, a list of tensors shaped like theta: one for each
+    parameter of the model that the lower optimiser steps, in the model's order.
     """
 
     def solve(hvp, v):
         roots = [d.sqrt() for d in scale()]
+        if [r.shape for r in roots] != [t.shape for t in v]:
+            raise ValueError(
+                "scale() must give a tensor for each parameter that the lower optimiser steps, in "
+                "the model's order; frozen parameters have none"
+            )
 
         def divided(vector):
             return [t / r for t, r in zip(vector, roots, strict=True)]

@@ -45,7 +45,7 @@ class Problem(NamedTuple):
 class Option(NamedTuple):
     """A method's own setting, of its default's type (None: text).
 
-    A default that is a tuple takes several values, comma-separated.
+    A default that is a tuple or a list takes several values, comma-separated.
     """
 
     default: Any
@@ -54,7 +54,7 @@ class Option(NamedTuple):
 
     def parse(self, text: str):
         """The value that ``text`` says. ValueError: it says none."""
-        if isinstance(self.default, tuple):
+        if isinstance(self.default, (tuple, list)):
             kind = type(self.default[0]) if self.default else str
             value = tuple(self._one(word, kind) for word in text.split(","))
         else:
@@ -85,7 +85,7 @@ class Method:
     learned: the level whose optimiser trains the scheduler: "upper" (by hypergradients on the
     development set), "lower" (with the task model) or None. auxiliary: uses the auxiliary tasks.
     fine_tuned: training ends on the development set. baseline: tables compare schedules with it.
-    defaults: {setting of Config: value} that differ from most methods'. options: {name: Option}.
+    defaults: {setting of Config that is left to the method: value}. options: {name: Option}.
     tune: what tuning tries beside learning rates of the task model, dicts of settings and options;
     the aux_weight "near" is the table's own first factor on the auxiliary losses.
     """
@@ -263,6 +263,8 @@ def _naive(problem):
     options={"hidden_sizes": Option((10, 10, 10, 10), "sizes of the network's hidden layers")},
 )
 def _task(problem, hidden_sizes):
+    if min(hidden_sizes) < 1:
+        raise UserError("--option hidden_sizes: a layer has at least one unit")
     return MonoNonlinearHyperNet(0, problem.tasks, list(hidden_sizes), weight_normalization=False)
 
 

@@ -95,13 +95,23 @@ class TaskModel(nn.Module):
         """Features F (B, d) of uint8 images (B, 3, H, W); normalised here, on the device."""
         images = (images - self.pixel_mean) / self.pixel_std
         if not self.amp:
-            return self.backbone(images)
+            return self._checked(self.backbone(images))
         # torch.autocast does not see through torch.func, so the weights are cast by hand.
         weights = {
             name: weight.bfloat16() if name in self.cast_by_amp else weight
             for name, weight in self.backbone.named_parameters()
         }
-        return functional_call(self.backbone, weights, (images.bfloat16(),)).float()
+        features = functional_call(self.backbone, weights, (images.bfloat16(),))
+        return self._checked(features).float()
+
+    def _checked(self, features):
+        wanted = self.heads.linear.in_features
+        if features.dim() != 2 or features.shape[1] != wanted:
+            raise UserError(
+                f"--backbone: its features must be (B, {wanted}), with --feature_dim {wanted} "
+                f"columns, not {tuple(features.shape)}"
+            )
+        return features
 
     def forward(self, batch):
         features = self.features(batch.images)

@@ -32,18 +32,22 @@ def upper_adam(parameters, lr, weight_decay):
 def adam_scale(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor]) -> list[Tensor]:
     """What Adam divides the gradient of each of ``parameters`` by: sqrt(second moment) + eps.
 
-    The bias-corrected moment of the last step (Kingma and Ba, 2015, Algorithm 1); ones for a
-    parameter that has not been stepped. For ``implicit_diff.preconditioned``.
+    The bias-corrected moment of the last step (Kingma and Ba, 2015, Algorithm 1; with amsgrad the
+    largest so far); ones for a parameter that has not been stepped. For
+    ``implicit_diff.preconditioned``. Raises ValueError: the optimiser does not hold a parameter.
     """
     groups = {p: group for group in optimizer.param_groups for p in group["params"]}
     scales = []
     for parameter in parameters:
+        if parameter not in groups:
+            raise ValueError("adam_scale: give parameters that the optimiser holds, no others")
         state, group = optimizer.state.get(parameter), groups[parameter]
         if not state:
             scales.append(torch.ones_like(parameter))
             continue
         correction = 1 - group["betas"][1] ** float(state["step"])
-        scales.append((state["exp_avg_sq"] / correction).sqrt() + group["eps"])
+        moment = state.get("max_exp_avg_sq", state["exp_avg_sq"])
+        scales.append((moment / correction).sqrt() + group["eps"])
     return scales
 
 

@@ -181,8 +181,9 @@ def fit_stable(
             )
     scheduler = StableJoint(main_task, tasks, feature_dim).to(next(model.parameters()).device)
     solver = identity()
-    if "betas" in lower.defaults:
-        theta = [p for p in model.parameters() if p.requires_grad]
+    if isinstance(lower, (torch.optim.Adam, torch.optim.AdamW)):
+        held = {id(p) for group in lower.param_groups for p in group["params"]}
+        theta = [p for p in model.parameters() if p.requires_grad and id(p) in held]
         solver = preconditioned(solver, lambda: adam_scale(lower, theta))
     upper = upper_adam(scheduler.parameters(), RECIPE["upper_lr"], UPPER_DECAY)
     bilevel = Bilevel(model, scheduler, lower, upper, solver=solver, aux_weight=aux_weight)

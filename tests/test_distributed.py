@@ -192,6 +192,46 @@ def test_torchrun_trains_and_one_rank_writes(split_dir, tmp_path):
     assert [row["epoch"] for row in rows if row["kind"] == "epoch"] == [1, 2]
 
 
+STOPPED = """
+import os, signal
+from auxilearn import register
+from auxilearn.hypernet import Identity
+
+class Stopped(Identity):
+    calls = 0
+
+    def before_lower_step(self, *args):
+        self.calls += 1
+        if self.calls == 3 and os.environ.get("STOP_AT_3") == os.environ["RANK"]:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+register("stopped")(lambda problem: Stopped(0, problem.tasks))
+"""
+
+
+def test_resumed_between_two_rows_it_writes_the_same_rows(split_dir, tmp_path, monkeypatch):
+    (tmp_path / "plugin.py").write_text(STOPPED)
+    flags = ["--plugin", str(tmp_path / "plugin.py"), "--method", "stopped", "--epochs", "3"]
+
+    def rows(name, *more):
+        process = torchrun(split_dir, tmp_path, *flags, *more)
+        _, err = process.communicate(timeout=120)
+        found = (tmp_path / "full" / name / "metrics.jsonl").read_text().splitlines()
+        rows = [json.loads(line) for line in found]
+        return [{k: v for k, v in row.items() if "seconds" not in k} for row in rows], err
+
+    whole, err = rows("whole", "--exp_name", "whole")
+    assert [row["step"] for row in whole if row["kind"] == "step"] == [1, 10, 12], err
+    monkeypatch.setenv("STOP_AT_3", "1")
+    name = "train_stopped_seed5"
+    _, err = rows(name)
+    assert "stopped after step 3 of 12 as asked" in err
+    assert f"--exp_name {name}" in err
+    assert "--exp_name None" not in err
+    monkeypatch.delenv("STOP_AT_3")
+    assert rows(name, "--exp_name", name, "--resume", "1")[0] == whole
+
+
 def test_a_rank_that_dies_ends_the_run(split_dir, tmp_path):
     process = torchrun(split_dir, tmp_path, "--epochs", "100000")
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")

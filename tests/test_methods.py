@@ -189,6 +189,15 @@ class Doubling(nn.Module):
         return NoForwardMode.apply(inputs)
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+def test_where_all_that_is_shared_is_frozen_every_cosine_is_zero(weighted):
+    model, batch = cosine_problem()
+    for name, p in model.named_parameters():
+        p.requires_grad_(name.startswith("heads."))
+    weights = take(GradientCosine(0, len(COUNTS), weighted), model, batch)
+    assert weights.tolist() == [1.0] + [0.0 if weighted else 1.0] * (len(COUNTS) - 1)
+
+
 def test_without_forward_mode_it_takes_a_pass_per_task_and_warns_once(recwarn):
     model, batch = cosine_problem()
     scheduler = GradientCosine(0, len(COUNTS))

@@ -372,3 +372,10 @@ def test_code_in_a_file_in_the_download_folder_is_not_executed(zipped, torch_hom
     torch.save({"conv1.weight": Evil()}, path, _use_new_zipfile_serialization=zipped)
     assert str(torch_home) in download_refused()
     assert not (tmp_path / "executed").exists()
+
+
+def test_a_backbone_of_another_width_is_refused():
+    model = TaskModel(build_backbone("convnet", 8), feature_dim=16, class_counts=[3, 2])
+    images = torch.zeros(4, 3, 32, 32, dtype=torch.uint8)
+    with pytest.raises(UserError, match=r"--feature_dim 16 columns, not \(4, 8\)"):
+        model.predict(images)

@@ -7,6 +7,7 @@ from auxilearn import methods
 from auxilearn.errors import UserError
 from auxilearn.hypernet import FACTORS, Identity, MonoJoint, Naive_hyper
 from auxilearn.methods import METHODS, Option, Problem, load_plugin, register
+from auxilearn.run.config import Config, with_method_defaults
 from auxilearn.stable import RECIPE, StableJoint
 
 PROBLEM = Problem(tasks=3, feature_dim=5, samples=20, classes=(7, 2, 2))
@@ -41,6 +42,7 @@ def as_before():
         (True, "FALSE", False),
         ((10, 10), "5", (5,)),
         ((10, 10), "5,6,7", (5, 6, 7)),
+        ([10, 10], "5,6,7", (5, 6, 7)),
         ((0.5,), "1,2e-1", (1.0, 0.2)),
         ((), "a,b", ("a", "b")),
         (None, "a", "a"),
@@ -288,3 +290,16 @@ def test_a_plugin_may_hold_what_looks_for_its_module(tmp_path):
         "assert pickle.loads(pickle.dumps(Size(4))) == Size(4)\n"
     )
     load_plugin(path)
+
+
+def test_defaults_are_of_settings_that_are_left_to_methods():
+    register("eager", defaults={"hyperstep": 2})(lambda problem: Identity(0, problem.tasks))
+    assert with_method_defaults(Config(method="eager")).hyperstep == 2
+    register("odd", defaults={"epochs": 2})(lambda problem: Identity(0, problem.tasks))
+    with pytest.raises(UserError, match="--method odd: its defaults may not say epochs; these"):
+        with_method_defaults(Config(method="odd"))
+
+
+def test_a_layer_of_no_units_is_refused():
+    with pytest.raises(UserError, match="--option hidden_sizes: a layer has at least one unit"):
+        METHODS["task"].build(PROBLEM, hidden_sizes=(10, 0))

@@ -13,7 +13,7 @@ import train_bilevel
 from auxilearn.errors import Interrupted, UserError
 from auxilearn.methods import METHODS
 from auxilearn.run import record as record_module
-from auxilearn.run.processes import EXIT_CODES, StopRequest
+from auxilearn.run.processes import EXIT_CODES, Ranks, StopRequest
 from auxilearn.run.progress import Progress
 from auxilearn.run.record import RunRecord
 from auxilearn.run.state import State
@@ -335,3 +335,13 @@ def test_a_scheduler_gets_the_development_batches_that_it_needs(plugin, tiny_run
     run = tiny_run(method="drift", dev_batch_size=3, epochs=1, n_meta_loss_accum=2)
     assert run.checkpoint["scheduler"]["_extra_state"]["batches"] == [3, 1]  # of 4 images
     assert run.rows_of("upper") == []
+
+
+def test_another_number_of_processes_is_refused(run, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(Ranks, "gathered", lambda self, value: [value, value])  # as of two
+        kill_at(patch, train_bilevel, "validate", 2)
+        with pytest.raises(Killed):
+            run("two", method="common", save_every=1)
+    with pytest.raises(UserError, match="by 2 processes, not by 1: .*--nproc_per_node 2"):
+        run("two", method="common", save_every=1, resume=True)

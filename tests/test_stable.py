@@ -573,3 +573,18 @@ def test_fit_stable_needs_batches_in_every_pass(name):
     if name == "dev":
         with pytest.raises(ValueError, match="at least one batch"):
             fit([])
+
+
+@pytest.mark.parametrize("amsgrad", [False, True])
+def test_the_scale_is_what_adams_next_step_shows(amsgrad):
+    """A second step of Adam whose first moment is all gradient moves by lr g / scale."""
+    weights = torch.nn.Parameter(torch.zeros(3, dtype=torch.float64))
+    optimizer = torch.optim.Adam([weights], lr=0.1, betas=(0.0, 0.5), amsgrad=amsgrad)
+    for gradient in ([4.0, 1.0, 2.0], [1.0, 1.0, 0.5]):
+        before = weights.detach().clone()
+        weights.grad = torch.tensor(gradient, dtype=torch.float64)
+        optimizer.step()
+    (scale,) = adam_scale(optimizer, [weights])
+    torch.testing.assert_close(weights.detach() - before, -0.1 * weights.grad / scale)
+    with pytest.raises(ValueError, match="parameters that the optimiser holds"):
+        adam_scale(optimizer, [torch.nn.Parameter(torch.zeros(3))])

@@ -10,7 +10,8 @@ from torch import nn
 
 from auxilearn.bilevel import Bilevel
 from auxilearn.hypernet import HyperNet, MonoJoint
-from auxilearn.implicit_diff import identity, neumann
+from auxilearn.implicit_diff import identity, neumann, preconditioned
+from auxilearn.optim import adam_scale
 from auxilearn.weights import sample_weights
 from tests import reference, small
 from tests.small import SCHEDULERS, UPPER, Net, batch, drawn
@@ -486,3 +487,68 @@ def test_what_an_upper_step_needs():
     bilevel.upper = None
     with pytest.raises(ValueError, match="without an upper optimiser: give one as upper="):
         bilevel.upper_step([batch()], [batch()])
+
+
+# --------------------------------------------------------------------------------------------------
+# Optimisers that hold a part of the parameters
+# --------------------------------------------------------------------------------------------------
+
+
+def by_double_backward(bilevel, train, dev, theta, phi, alpha, terms):
+    """The hypergradient in ``phi`` through the response of ``theta`` alone, one flat tensor."""
+    outputs = bilevel.model(train)
+    named = dict(bilevel.scheduler.named_parameters())
+    losses = [small.by_hand("joint", named, outputs)]
+    dev_losses = [bilevel.model(dev).losses[:, 0].mean()]
+    return reference.flat(small.double_backward(losses, dev_losses, theta, phi, alpha, terms))
+
+
+def test_what_the_lower_optimiser_does_not_hold_is_a_constant_to_the_hypergradient():
+    bilevel, train, dev = joint(solver=neumann(0.02, 2)), batch(), batch()
+    heads, phi = list(bilevel.model.heads.parameters()), list(bilevel.scheduler.parameters())
+    bilevel.lower = torch.optim.SGD(heads, lr=LOWER_LR)
+    found, *_ = bilevel.hypergradient([train], [dev])
+    expected = by_double_backward(bilevel, train, dev, heads, phi, 0.02, 2)
+    close(reference.flat(found), expected, 1e-10)
+
+    for p in (*bilevel.model.body.parameters(), *bilevel.model.norm.parameters()):
+        p.requires_grad_(False)
+    same, *_ = bilevel.hypergradient([train], [dev])
+    assert all(torch.equal(a, b) for a, b in zip(found, same, strict=True))
+
+
+def test_adam_may_hold_a_part_of_the_model_in_another_order():
+    """The response is that of its own step: p = v / (sqrt(second moment) + eps)."""
+    bilevel, train, dev = joint(), batch(), batch()
+    heads, phi = bilevel.model.heads, list(bilevel.scheduler.parameters())
+    theta = [heads.weight, heads.bias]  # the model's order
+    bilevel.lower = torch.optim.Adam([heads.bias, heads.weight], lr=LOWER_LR)
+    bilevel.solver = preconditioned(identity(), lambda: adam_scale(bilevel.lower, theta))
+    bilevel.lower_step(train)
+    found, *_ = bilevel.hypergradient([train], [dev])
+    v = torch.autograd.grad(bilevel.model(dev).losses[:, 0].mean(), theta)
+    outputs = bilevel.model(train)
+    loss = small.by_hand("joint", dict(bilevel.scheduler.named_parameters()), outputs)
+    g = torch.autograd.grad(loss, theta, create_graph=True)
+    moments = [bilevel.lower.state[p]["exp_avg_sq"] / (1 - 0.999) for p in theta]
+    inner = sum((a * b / (m.sqrt() + 1e-8)).sum() for a, b, m in zip(g, v, moments, strict=True))
+    close(reference.flat(found), -reference.flat(torch.autograd.grad(inner, phi)), 1e-10)
+
+    everything = list(bilevel.model.parameters())
+    bilevel.solver = preconditioned(identity(), lambda: [p.square() + 1 for p in everything])
+    with pytest.raises(ValueError, match="a tensor for each parameter that the lower optimiser"):
+        bilevel.upper_step([train], [dev])
+
+
+def test_an_upper_optimiser_of_a_part_of_the_scheduler_is_clipped_by_that_part():
+    bilevel, train, dev = joint(max_norm=1e-3, solver=neumann(0.02, 1)), batch(), batch()
+    held = bilevel.scheduler.task_prior
+    bilevel.upper = torch.optim.SGD([held], lr=0.1)
+    theta = list(bilevel.model.parameters())
+    expected = by_double_backward(bilevel, train, dev, theta, [held], 0.02, 1)
+    before = {name: p.clone() for name, p in bilevel.scheduler.named_parameters()}
+    result = bilevel.upper_step([train], [dev])
+    assert result.hypergradient_norm == pytest.approx(expected.norm().item(), rel=1e-9)
+    close(held, before["task_prior"] - 0.1 * 1e-3 * expected / expected.norm(), 1e-8)
+    for name, p in bilevel.scheduler.named_parameters():
+        assert name == "task_prior" or torch.equal(p, before[name])

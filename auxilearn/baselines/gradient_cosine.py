@@ -54,7 +54,9 @@ class GradientCosine(HyperNet):
         Dropout draws the masks that it will draw in the step itself.
         """
         function = ModelFunction(model, keep=self.shared)
-        if self.weighted:
+        if not function.theta:  # what the tasks share is frozen: all gradients are zero
+            weights = torch.full_like(self.weights, 0.0 if self.weighted else 1.0)
+        elif self.weighted:
             products, norms = self._products_and_norms(function, batch, average)
             scale = norms * norms[self.main_task]
             weights = torch.where(scale > 0, products / scale, 0.0).clamp(min=0)

@@ -201,7 +201,9 @@ def build(config, split, ranks=None):
     plan = Plan.of(config, len(train_set), len(split.indices["dev"]))
     model = build_model(config, split)
     scheduler = build_scheduler(config, split, len(train_set))
-    theta, phi = list(model.parameters()), list(scheduler.parameters())
+    # A backbone of a plugin may have frozen parameters; the rest is what the levels differentiate.
+    theta = [p for p in model.parameters() if p.requires_grad]
+    phi = list(scheduler.parameters())
     lower = lower_optimizer(config, theta, config.main_lr)
     if method.learned == LOWER:
         lower.add_param_group({"params": phi, "weight_decay": 0.0})

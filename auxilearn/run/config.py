@@ -299,14 +299,20 @@ def with_method_defaults(config):
     """A copy in which the method has said what was left to it."""
     method = METHODS[config.method]
     own = dict(method.defaults)
+    open_ones = [n for n, field in FIELDS.items() if field.metadata["by_method"] is not None]
+    if odd := own.keys() - open_ones:
+        raise UserError(
+            f"--method {config.method}: its defaults may not say {', '.join(sorted(odd))}; these "
+            f"are left to methods: {', '.join(open_ones)}"
+        )
     if "warmup_epochs" in own:  # a short run is to have upper steps as well
         own["warmup_epochs"] = min(own["warmup_epochs"], config.epochs // 2)
     if config.main_optimizer == "sgd":
         own["precondition"] = "none"
     left = {
-        name: own.get(name, default_of(field))
-        for name, field in FIELDS.items()
-        if field.metadata["by_method"] is not None and getattr(config, name) is None
+        name: own.get(name, default_of(FIELDS[name]))
+        for name in open_ones
+        if getattr(config, name) is None
     }
     options = {name: option.default for name, option in method.options.items()} | config.options
     return dataclasses.replace(config, options=options, **left)

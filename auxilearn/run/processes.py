@@ -183,6 +183,8 @@ class StopRequest:
 
     def interrupted(self, message):
         """The error to end the run with."""
+        if self._before:  # a signal to the whole group ends workers too: no reports of that
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         return Interrupted(message, EXIT_CODES.get(self.signal, 143))
 
 
@@ -198,6 +200,11 @@ def machine_faults(config):
         if _is_of_a_dead_worker(error):
             # PyTorch's handler would raise the same again at the end of every other worker.
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            if "signal: Terminated" in first_line:  # timeout and Slurm signal a whole group
+                raise Interrupted(
+                    f"a signal ended the processes that load images; {advice}",
+                    EXIT_CODES[signal.SIGTERM],
+                ) from None
             raise RunError(
                 f"a process that loads images died ({first_line}), perhaps for want of memory; "
                 f"--num_workers sets their number; {advice}"

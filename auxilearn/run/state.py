@@ -5,7 +5,7 @@ import time
 
 import torch
 
-from auxilearn.errors import DivergenceError
+from auxilearn.errors import DivergenceError, UserError
 from auxilearn.run.history import ScheduleHistory
 from auxilearn.run.progress import Progress, named
 from auxilearn.run.record import START_FILE
@@ -36,7 +36,7 @@ class State:
             "random": self.run.ranks.gathered(_random_state(self.run.device)),
             "best": self.best,
             "reported": self.progress.reported,
-            "window": vars(self.progress.window),
+            "window": self.run.ranks.gathered(vars(self.progress.window)),
             "history": self.history.state() if self.history else None,
             "seconds": time.perf_counter() - self._start,
         }
@@ -51,13 +51,20 @@ class State:
         state = run.ranks.from_first(state)
         if state is None:
             return 0
+        before, now = len(state["random"]), run.ranks.size
+        if before != now:
+            raise UserError(
+                f"the run {run.config.exp_name} was trained by {before} process"
+                f"{'es' * (before > 1)}, not by {now}: continue it with torchrun --nproc_per_node "
+                f"{before}"
+            )
         run.bilevel.load_state_dict(state)
         if run.fine_tuning:
             run.fine_tuning.lower.load_state_dict(state["fine_tuning"])
         _set_random_state(state["random"][run.ranks.rank], run.device)
         self.best = state["best"]
         self.progress.reported = state["reported"]
-        vars(self.progress.window).update(state["window"])
+        vars(self.progress.window).update(state["window"][run.ranks.rank])
         if self.history:
             self.history.restore(state["history"], run.device)
         self._start -= state["seconds"]

@@ -91,17 +91,20 @@ def _load_forward_mode():
 class Derivatives(ModelFunction):
     """The fixed parts of one upper step, and means of derivatives over its batches.
 
-    Args: as for ``Bilevel``; ``train_batches`` are the upper step's.
+    Args: as for ``Bilevel``; ``train_batches`` are the upper step's; ``keep`` and ``phi``: which of
+    the model's and the scheduler's parameters the two levels learn (default: all).
     """
 
-    def __init__(self, model, scheduler, train_batches, aux_weight, average):
-        super().__init__(model)
+    def __init__(
+        self, model, scheduler, train_batches, aux_weight, average, keep=lambda name: True, phi=None
+    ):
+        super().__init__(model, keep)
         self.scheduler = scheduler
         self.train_batches = train_batches
         self.aux_weight = aux_weight
         self.average = average
         self.seed = int(torch.randint(2**31, ()))
-        self.phi = [p for p in scheduler.parameters() if p.requires_grad]
+        self.phi = [p for p in scheduler.parameters() if p.requires_grad] if phi is None else phi
 
     def development_gradient(self, dev_batches):
         """Mean target loss over the development batches (a float), and v, its gradient in theta."""
