@@ -129,8 +129,9 @@ def standardise(losses: Tensor, mask: Tensor | None = None) -> Tensor:
 class HyperNet(nn.Module):
     """A scheduler of ``input_dim`` tasks; column ``main_task`` is the target.
 
-    A scheduler of one's own overrides ``scheduled_loss``. Its ``state_dict`` must be all of its
-    state; ``needs_dev`` asks for development batches before every lower step.
+    A scheduler of one's own overrides ``scheduled_loss``, which upper steps call as well. Its
+    ``state_dict`` must be all of its state, the same on every process of a distributed run;
+    ``needs_dev`` asks for development batches before every lower step.
     """
 
     needs_dev = False
@@ -185,8 +186,9 @@ class TargetTask(HyperNet):
     """The target task alone, for fine-tuning. Nothing to learn."""
 
     def forward(self, losses, outputs=None, labels=None, data=None, *, mask=None):
-        target = losses[:, self.main_task]
-        return (target if mask is None else target[mask[:, self.main_task]]).mean()
+        if mask is None:
+            return losses[:, self.main_task].mean()
+        return masked_column_means(losses, mask)[self.main_task]
 
 
 class JointSchedule(MonoHyperNet):

@@ -171,7 +171,10 @@ def register_backbone(name: str, *, smallest: int = 1) -> Callable:
     """A decorator that makes a builder, d -> module, the ``--backbone`` called ``name``.
 
     The module takes images (B, 3, H, W), normalised as for ImageNet, and returns features (B, d).
+    Raises ValueError: the name is taken.
     """
+    if name in BACKBONES:
+        raise ValueError(f"there is a backbone {name!r} already: choose another name")
 
     def decorator(build):
         BACKBONES[name] = Backbone(build, smallest)

@@ -13,7 +13,8 @@ import train_bilevel
 from auxilearn.data import cub
 from auxilearn.data.split import load_split, write_split
 from auxilearn.errors import UserError
-from auxilearn.methods import METHODS
+from auxilearn.hypernet import Identity
+from auxilearn.methods import METHODS, register
 from auxilearn.run import config as config_module
 from auxilearn.run.command_line import flags_of, parse
 from auxilearn.run.config import (
@@ -734,3 +735,19 @@ def test_a_run_warns_of_a_gpu_that_is_hidden(monkeypatch, tiny_run, capfd):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
     tiny_run(method="single", max_steps=1)
     assert "warning: training on the CPU, though this machine" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("properties", "message"),
+    [
+        ({"learned": "upper"}, "no parameters"),
+        ({"defaults": {"hyperstep": 0}}, "--hyperstep must be at least 1"),
+    ],
+)
+def test_a_method_that_cannot_train_is_one_line(properties, message, tiny_config):
+    register("mine", **properties)(lambda problem: Identity(0, problem.tasks))
+    try:
+        with pytest.raises(UserError, match=message):
+            train_bilevel.train(tiny_config(method="mine"))
+    finally:
+        del METHODS["mine"]

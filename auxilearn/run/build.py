@@ -19,6 +19,7 @@ from auxilearn.data.dataset import (
     training_set,
 )
 from auxilearn.data.split import Split
+from auxilearn.errors import UserError
 from auxilearn.hypernet import TargetTask
 from auxilearn.implicit_diff import identity, neumann, preconditioned
 from auxilearn.methods import LOWER, METHODS, Method, Problem, load_plugin
@@ -204,6 +205,11 @@ def build(config, split, ranks=None):
     # A backbone of a plugin may have frozen parameters; the rest is what the levels differentiate.
     theta = [p for p in model.parameters() if p.requires_grad]
     phi = list(scheduler.parameters())
+    if method.learned and not phi:
+        raise UserError(
+            f"--method {config.method} is registered as learned on the {method.learned} level, but "
+            "its scheduler has no parameters"
+        )
     lower = lower_optimizer(config, theta, config.main_lr)
     if method.learned == LOWER:
         lower.add_param_group({"params": phi, "weight_decay": 0.0})

@@ -33,10 +33,9 @@ GROUPS = {
 def _setting(default, text="", **more):
     """A field of ``Config``.
 
-    ``more``: metavar; choices; low, high and above (bounds;
-    above is exclusive); aliases; hidden (accepted, but not in --help); neutral (no result depends
-    on it: a run may be continued with another value); by_method (None is left to the method; this
-    is what most methods take).
+    ``more``: metavar; choices; low, high and above (bounds; above is exclusive); aliases; hidden
+    (accepted, but not in --help); neutral (no result depends on it: a run may be continued with
+    another value); by_method (None is left to the method; this is what most methods take).
     """
     known = dict.fromkeys(("choices", "low", "high", "above", "by_method", "metavar"))
     known |= {"aliases": (), "hidden": not text, "neutral": False}
@@ -429,6 +428,7 @@ def resolve(config, split):
         neumann_alpha=config.neumann_alpha or config.main_lr,
         device=str(choose_device(config.device)),
     )
+    check(resolved)  # a method's own defaults too
     _check_batch_norm(resolved, split)
     return resolved
 
