@@ -748,6 +748,6 @@ def test_a_method_that_cannot_train_is_one_line(properties, message, tiny_config
     register("mine", **properties)(lambda problem: Identity(0, problem.tasks))
     try:
         with pytest.raises(UserError, match=message):
-            train_bilevel.train(tiny_config(method="mine"))
+            train_bilevel.train(tiny_config(method="mine", hyperstep=None))
     finally:
         del METHODS["mine"]
