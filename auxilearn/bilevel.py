@@ -18,7 +18,6 @@ from auxilearn.hypernet import (
     HyperNet,
     TaskLosses,
     loss_of_schedule,
-    scheduled_loss,
     times_aux_weight,
 )
 from auxilearn.implicit_diff import Solution, hypergradient, neumann
@@ -99,8 +98,7 @@ class Bilevel:
         caller's. Schedulers that look at gradients (``before_lower_step``) need ``lower_step``.
         """
         self._check_mode()
-        with frozen(self._phi_of_the_upper_level()):
-            return scheduled_loss(self.scheduler, self.model(batch), self.aux_weight)
+        return self._scheduled(batch)[2]
 
     def lower_step(self, batch: Any, dev_batches: Sequence[Any] | None = None) -> LowerStep:
         """One step of the lower optimiser on the scheduled loss of ``batch``.
@@ -114,11 +112,8 @@ class Bilevel:
                 "step: lower_step(batch, dev_batches)"
             )
         self.scheduler.before_lower_step(self.model, batch, dev_batches, self.average)
-        outputs = self.model(batch)
-        losses = times_aux_weight(outputs.losses, self.aux_weight, self.scheduler.main_task)
+        outputs, losses, loss = self._scheduled(batch)
         losses.retain_grad()  # N_k dS/d(a_k L_ik) is the weight that the step used
-        with frozen(self._phi_of_the_upper_level()):
-            loss = loss_of_schedule(self.scheduler, losses, outputs)
         parameters = self._lower_parameters()
         self.lower.zero_grad()
         loss.backward(inputs=parameters)
@@ -199,6 +194,15 @@ class Bilevel:
         if self.upper:
             self.upper.load_state_dict(state["upper"])
 
+    def _scheduled(self, batch):
+        """``TaskLosses`` of a batch, its a_k L_ik (B, K), and the scheduled loss."""
+        outputs = self.model(batch)
+        if not isinstance(outputs, TaskLosses):
+            raise TypeError(f"model(batch) must return TaskLosses, not {type(outputs).__name__}")
+        losses = times_aux_weight(outputs.losses, self.aux_weight, self.scheduler.main_task)
+        with frozen(self._constants()):
+            return outputs, losses, loss_of_schedule(self.scheduler, losses, outputs)
+
     def _phi(self):
         """What the upper level learns: what its optimiser holds of the scheduler's parameters."""
         learned = [p for p in self.scheduler.parameters() if p.requires_grad]
@@ -208,8 +212,8 @@ class Bilevel:
     def _lower_parameters(self):
         return [p for p in _held(self.lower) if p.requires_grad]
 
-    def _phi_of_the_upper_level(self):
-        """The scheduler's parameters that are constants to the lower level."""
+    def _constants(self):
+        """The scheduler's parameters that the lower level does not learn."""
         below = set(map(id, self._lower_parameters()))
         return [p for p in self.scheduler.parameters() if id(p) not in below]
 

@@ -249,6 +249,17 @@ def test_what_is_missing_is_not_asked_for():
     assert torch.isfinite(scheduled_loss(MonoJoint(0, K, D), losses_with()))
 
 
+def test_a_model_that_returns_something_else_is_named():
+    class Wrong(Net):
+        def forward(self, batch):
+            return tuple(super().forward(batch))
+
+    model = Wrong()
+    bilevel = Bilevel(model, Identity(0, K), torch.optim.SGD(model.parameters(), lr=0.1))
+    with pytest.raises(TypeError, match="must return TaskLosses, not tuple"):
+        bilevel.lower_step(batch(4))
+
+
 def test_a_missing_entry_is_named():
     losses = torch.rand(4, K)
     for name, missing in (
