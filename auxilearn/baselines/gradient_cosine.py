@@ -11,12 +11,12 @@ All K products <G_k, G_0> together are the directional derivative of the losses 
 backward and one forward-mode pass, whatever the number of tasks. The target's weight is 1.
 """
 
-import contextlib
 import warnings
 
 import torch
 
 from auxilearn.hypernet import HyperNet, masked_column_means
+from auxilearn.randomness import random_state_kept
 from auxilearn.second_order.double_backward import gradients
 from auxilearn.second_order.products import ModelFunction, lacks_forward_mode
 
@@ -83,19 +83,19 @@ class GradientCosine(HyperNet):
         return self._products_and_norms(function, batch, average)[0]
 
     def _forward_products(self, function, batch, average):
-        with _same_draws(function):
+        with random_state_kept(function.theta.values()):
             leaves = function.leaves()
             outputs = function.evaluate(leaves, batch)
             loss = masked_column_means(outputs.losses, outputs.mask)[self.main_task]
             target = average(gradients(loss, list(leaves.values())), [batch])
             del outputs, loss
-        with _same_draws(function):
+        with random_state_kept(function.theta.values()):
             outputs, derivative = function.directional_derivative(target, batch)
         return average([masked_column_means(derivative, outputs.mask)], [batch])[0]
 
     def _products_and_norms(self, function, batch, average):
         """<G_k, G_0> and |G_k| for all tasks, both (K,), by a backward pass per task."""
-        with _same_draws(function):
+        with random_state_kept(function.theta.values()):
             leaves = function.leaves()
             outputs = function.evaluate(leaves, batch)
             means = masked_column_means(outputs.losses, outputs.mask)
@@ -127,11 +127,3 @@ class GradientCosine(HyperNet):
 
     def forward(self, losses, outputs=None, labels=None, data=None, *, mask=None):
         return (self.weights * masked_column_means(losses, mask)).sum()
-
-
-@contextlib.contextmanager
-def _same_draws(function):
-    """Random numbers go on from where they are, and are put back there afterwards."""
-    devices = {p.device.index for p in function.theta.values() if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices=sorted(devices)):
-        yield

@@ -20,7 +20,7 @@ from torchvision.transforms.v2 import functional as pixels
 from auxilearn.data.cub import IMAGE_FORMATS, in_rgb
 from auxilearn.errors import UserError
 from auxilearn.models import Batch
-from auxilearn.randomness import derived_generator, derived_seed
+from auxilearn.randomness import derived_generator, derived_seed, random_state_kept
 
 RESIZE_RATIO = 256 / 224  # Resize(256) goes before every crop of 224
 
@@ -201,24 +201,13 @@ def random_view(image, size, seed):
     Equal to ``v2.RandomResizedCrop(size)`` and ``v2.RandomHorizontalFlip()`` after
     ``torch.manual_seed(seed)``, but the global generator does not change.
     """
-    with drawing_from(seed):
+    with random_state_kept(seed=seed):
         crop = v2.RandomResizedCrop.get_params(image, scale=[0.08, 1.0], ratio=[3 / 4, 4 / 3])
         flip = torch.rand(1).item() < 0.5
     # torch resizes uint8 twice as fast where the three channels of a pixel lie side by side.
     view = pixels.crop(image, *crop)[None].contiguous(memory_format=torch.channels_last)
     view = pixels.resize(view, [size, size], antialias=True)[0]
     return pixels.horizontal_flip(view) if flip else view
-
-
-@contextmanager
-def drawing_from(seed):
-    """Seed torch's CPU generator for the block, and put its state back afterwards."""
-    state = torch.default_generator.get_state()
-    torch.default_generator.manual_seed(seed)
-    try:
-        yield
-    finally:
-        torch.default_generator.set_state(state)
 
 
 class ImageDataset(Dataset):

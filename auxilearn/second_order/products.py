@@ -33,6 +33,7 @@ from auxilearn.hypernet import (
     scheduled_loss,
     times_aux_weight,
 )
+from auxilearn.randomness import random_state_kept
 from auxilearn.second_order.batch_norm import FastBatchNorm
 from auxilearn.second_order.convolution import FastConvolution
 from auxilearn.second_order.double_backward import double_backward_operators, gradients
@@ -126,7 +127,7 @@ class Derivatives(ModelFunction):
         """Mean over batches of a function that gives a list of tensors, under fixed randomness."""
         total = None
         for number, batch in enumerate(batches):
-            with seeded(self.seed + number, self.theta.values()):
+            with random_state_kept(self.theta.values(), self.seed + number):
                 values = function(batch)
             total = values if total is None else [t + v for t, v in zip(total, values, strict=True)]
             del values
@@ -246,12 +247,3 @@ def frozen(parameters):
     finally:
         for p, flag in zip(parameters, before, strict=True):
             p.requires_grad_(flag)
-
-
-@contextlib.contextmanager
-def seeded(seed, tensors):
-    """Global random generators seeded with ``seed`` for a while, then put back."""
-    devices = sorted({t.device.index for t in tensors if t.device.type == "cuda"})
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        yield
