@@ -165,7 +165,7 @@ class StopRequest:
                 self._before[number] = signal.signal(number, self._note)
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, kind=None, error=None, _trace=None):
         for number, handler in self._before.items():
             try:
                 signal.signal(number, handler)
@@ -174,6 +174,11 @@ class StopRequest:
                 # has died, which is no reason to leave ours installed.
                 self.__exit__()
                 raise
+        # timeout and Slurm signal a whole process group: loading processes end before the step.
+        if self.signal is not None and error is not None and _is_of_a_dead_worker(error):
+            raise self.interrupted(
+                "stopped as asked; continue from the last checkpoint with --resume 1"
+            ) from None
 
     def _note(self, number, _frame):
         if self.signal is not None:
@@ -200,11 +205,6 @@ def machine_faults(config):
         if _is_of_a_dead_worker(error):
             # PyTorch's handler would raise the same again at the end of every other worker.
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            if "signal: Terminated" in first_line:  # timeout and Slurm signal a whole group
-                raise Interrupted(
-                    f"a signal ended the processes that load images; {advice}",
-                    EXIT_CODES[signal.SIGTERM],
-                ) from None
             raise RunError(
                 f"a process that loads images died ({first_line}), perhaps for want of memory; "
                 f"--num_workers sets their number; {advice}"
