@@ -182,15 +182,6 @@ class Identity(HyperNet):
         return masked_column_means(losses, mask).sum()
 
 
-class TargetTask(HyperNet):
-    """The target task alone, for fine-tuning. Nothing to learn."""
-
-    def forward(self, losses, outputs=None, labels=None, data=None, *, mask=None):
-        if mask is None:
-            return losses[:, self.main_task].mean()
-        return masked_column_means(losses, mask)[self.main_task]
-
-
 class JointSchedule(MonoHyperNet):
     """A scheduler with a schedule W of features and losses; ``schedule`` is the subclass's."""
 

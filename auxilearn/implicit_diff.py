@@ -109,19 +109,6 @@ def neumann(alpha: float, terms: int = 3, scale: str = "released") -> Solver:
     return solve
 
 
-def stable_alpha(alpha, growth):
-    """The largest alpha for which a series that grew by ``growth`` at ``alpha`` converges, or None.
-
-    v_{j+1} = (I - alpha H) v_j is a power iteration: its terms turn towards the eigenvector of H
-    with the largest |1 - alpha lambda|, and grow by that factor in the end. Where they change sign
-    from one to the next, 1 - alpha lambda = -|growth|, so lambda = (1 + |growth|) / alpha, and the
-    series converges for alpha < 2 / lambda = 2 alpha / (1 + |growth|). After few terms the growth
-    is still below its limit, and the estimate too large. Where they grow without changing sign,
-    lambda is negative, and no alpha makes the series converge: None, as where they overflow.
-    """
-    return 2 * alpha / (1 - growth) if -math.inf < growth < 0 else None
-
-
 def identity(scale: float = 1.0) -> Solver:
     """H replaced by the identity, p = ``scale`` v: the T1-T2 approximation (Luketina et al. 2016).
 

@@ -1,4 +1,4 @@
-"""Solvers of H p = v beside the series of ``implicit_diff``: conjugate gradients, the dense solve.
+"""Beside the series of ``implicit_diff``: conjugate gradients, the dense solve, the stable alpha.
 
 Any callable (hvp, v) -> ``Solution`` is a solver.
 """
@@ -87,3 +87,16 @@ def _flatten(vector):
 def _unflatten(flat, like):
     pieces = flat.split([t.numel() for t in like])
     return [piece.reshape(t.shape) for piece, t in zip(pieces, like, strict=True)]
+
+
+def stable_alpha(alpha, growth):
+    """The largest alpha for which a series that grew by ``growth`` at ``alpha`` converges, or None.
+
+    v_{j+1} = (I - alpha H) v_j is a power iteration: its terms turn towards the eigenvector of H
+    with the largest |1 - alpha lambda|, and grow by that factor in the end. Where they change sign
+    from one to the next, 1 - alpha lambda = -|growth|, so lambda = (1 + |growth|) / alpha, and the
+    series converges for alpha < 2 / lambda = 2 alpha / (1 + |growth|). After few terms the growth
+    is still below its limit, and the estimate too large. Where they grow without changing sign,
+    lambda is negative, and no alpha makes the series converge: None, as where they overflow.
+    """
+    return 2 * alpha / (1 - growth) if -math.inf < growth < 0 else None

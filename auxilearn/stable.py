@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from auxilearn.bilevel import Bilevel
 from auxilearn.hypernet import (
     FACTORS,
+    HyperNet,
     JointSchedule,
-    TargetTask,
     checked_factors,
     masked_column_means,
     standardise,
@@ -136,6 +136,15 @@ class StableJoint(JointSchedule):
             means = masked_column_means(weights, mask)
             weights = weights / torch.where(means > 0, means, 1.0)
         return weights * task
+
+
+class TargetTask(HyperNet):
+    """The target task alone, for fine-tuning. Nothing to learn."""
+
+    def forward(self, losses, outputs=None, labels=None, data=None, *, mask=None):
+        if mask is None:
+            return losses[:, self.main_task].mean()
+        return masked_column_means(losses, mask)[self.main_task]
 
 
 def fit_stable(

@@ -25,10 +25,11 @@ from auxilearn.data.dataset import load_resized
 from auxilearn.data.split import load_split, write_split
 from auxilearn.errors import Interrupted, RunError, UserError
 from auxilearn.files import locked
-from auxilearn.implicit_diff import neumann, stable_alpha
+from auxilearn.implicit_diff import neumann
 from auxilearn.run.config import Config
 from auxilearn.run.history import ScheduleHistory
 from auxilearn.run.state import State
+from auxilearn.solvers import stable_alpha
 from tests.conftest import (
     TINY,
     Run,

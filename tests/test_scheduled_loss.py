@@ -5,9 +5,10 @@ import torch
 from torch import nn
 
 from auxilearn.bilevel import Bilevel
-from auxilearn.hypernet import HyperNet, Identity, MonoJoint, TargetTask, TaskLosses, scheduled_loss
+from auxilearn.hypernet import HyperNet, Identity, MonoJoint, TaskLosses, scheduled_loss
 from auxilearn.implicit_diff import neumann
 from auxilearn.second_order.products import DoubleBackwardOperators
+from auxilearn.stable import TargetTask
 from tests import small
 from tests.small import CLASSES, SCHEDULERS, SCHEDULES, UPPER, D, K, Net, batch, drawn
 

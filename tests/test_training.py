@@ -18,13 +18,13 @@ import train_bilevel
 from auxilearn.bilevel import Bilevel
 from auxilearn.data.split import load_split
 from auxilearn.errors import DivergenceError, UserError
-from auxilearn.hypernet import TargetTask
 from auxilearn.methods import METHODS
 from auxilearn.models import IMAGENET_MEAN, IMAGENET_STD
 from auxilearn.run.build import build
 from auxilearn.run.config import Config, resolve
 from auxilearn.run.record import RunRecord, description
 from auxilearn.run.state import State
+from auxilearn.stable import TargetTask
 from tests.conftest import Run, assert_one_error_line, assert_same_run, prepare, tiny_flags
 
 REPOSITORY = Path(__file__).parents[1]

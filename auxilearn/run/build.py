@@ -20,7 +20,6 @@ from auxilearn.data.dataset import (
 )
 from auxilearn.data.split import Split
 from auxilearn.errors import UserError
-from auxilearn.hypernet import TargetTask
 from auxilearn.implicit_diff import identity, neumann, preconditioned
 from auxilearn.methods import LOWER, METHODS, Method, Problem, load_plugin
 from auxilearn.models import TaskModel, build_backbone
@@ -28,7 +27,7 @@ from auxilearn.optim import adam_scale, upper_adam
 from auxilearn.randomness import derived_seed
 from auxilearn.run.config import Config, fine_tunes, training_set_name
 from auxilearn.run.processes import Ranks
-from auxilearn.stable import FINE_TUNING_DIVISOR
+from auxilearn.stable import FINE_TUNING_DIVISOR, TargetTask
 
 TRAINING, FINE_TUNING = "training", "fine-tuning"
 

@@ -3,9 +3,9 @@
 import torch
 from tqdm import tqdm
 
-from auxilearn.implicit_diff import stable_alpha
 from auxilearn.run.build import FINE_TUNING
 from auxilearn.run.config import slow_device
+from auxilearn.solvers import stable_alpha
 
 # Mean weights of a schedule over the samples of the last lower steps, in its collapse:
 VANISHING = 1e-4  # the largest of the tasks' is below
