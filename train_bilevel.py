@@ -44,8 +44,8 @@ def train(config):
         run = build(resolve(config, split), split, ranks)
         record = open_record(run) if ranks.first else NoRecord()
         try:
-            found = record.finished(), run.config.exp_name  # which the first rank has chosen
-            summary, run.config.exp_name = ranks.from_first(found)
+            found = record.finished(), run.config.exp_name
+            summary, run.config.exp_name = ranks.from_first(found)  # only the first knows it
             if summary is None:
                 needs_dev = run.bilevel.scheduler.needs_dev
                 return fit(run, record, ineffective(config, needs_dev))
