@@ -91,7 +91,8 @@ def fit(run, record, ineffective=()):
     accuracy = evaluate(model, run.evaluation_batches("test"), run.ranks)
     summary = state.finish(accuracy)
     script = os.path.relpath(Path(__file__).with_name("inspect_schedule.py"))
-    command = shlex.join(["python", script, str(record.directory)])
+    plugin = ["--plugin", run.config.plugin] if run.config.plugin else []
+    command = shlex.join(["python", script, str(record.directory), *plugin])
     state.progress.say(f"look at the schedule: {command}")
     state.progress.say(f"test accuracy: {accuracy:.4f}")
     return summary
