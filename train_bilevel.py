@@ -44,8 +44,8 @@ def train(config):
         run = build(resolve(config, split), split, ranks)
         record = open_record(run) if ranks.first else NoRecord()
         try:
-            found = record.finished(), run.config.exp_name  # which the first rank has chosen
-            summary, run.config.exp_name = ranks.from_first(found)
+            found = record.finished(), run.config.exp_name
+            summary, run.config.exp_name = ranks.from_first(found)  # only the first knows it
             if summary is None:
                 needs_dev = run.bilevel.scheduler.needs_dev
                 return fit(run, record, ineffective(config, needs_dev))
@@ -91,7 +91,8 @@ def fit(run, record, ineffective=()):
     accuracy = evaluate(model, run.evaluation_batches("test"), run.ranks)
     summary = state.finish(accuracy)
     script = os.path.relpath(Path(__file__).with_name("inspect_schedule.py"))
-    command = shlex.join(["python", script, str(record.directory)])
+    plugin = ["--plugin", run.config.plugin] if run.config.plugin else []
+    command = shlex.join(["python", script, str(record.directory), *plugin])
     state.progress.say(f"look at the schedule: {command}")
     state.progress.say(f"test accuracy: {accuracy:.4f}")
     return summary

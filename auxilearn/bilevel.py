@@ -3,6 +3,7 @@
     lower   theta <- theta - eta  d/dtheta S(theta, phi)       S the scheduled loss, phi constant
     upper   phi   <- phi   - eta' d/dphi   L_dev(theta*(phi))  by implicit differentiation
 
+theta* is never computed: the present theta stands in for it, and the hypergradient is taken there.
 Chen et al., ICML 2022; the upper gradient is Lorraine et al., AISTATS 2020, Algorithms 2 and 3: see
 ``implicit_diff``.
 """
@@ -52,6 +53,7 @@ class Bilevel:
             if step % 20 == 0:
                 bilevel.upper_step([next(more_train_batches)], [next(dev_batches)])
 
+    ``train_batches`` and ``dev_batches`` are lists; the training ones are read more than once.
     Neither step changes the mode of ``model``: call ``model.train()`` after an evaluation.
 
     Args:
@@ -88,7 +90,7 @@ class Bilevel:
         self.max_norm = max_norm
         self.aux_weight = aux_weight
         self.average = average or (lambda tensors, batches: tensors)
-        self._operators = FastOperators
+        self._operators = FastOperators  # a class; slower ones once these have failed
         self._warned = False
 
     def lower_loss(self, batch: Any) -> Tensor:
@@ -113,7 +115,7 @@ class Bilevel:
             )
         self.scheduler.before_lower_step(self.model, batch, dev_batches, self.average)
         outputs, losses, loss = self._scheduled(batch)
-        losses.retain_grad()  # N_k dS/d(a_k L_ik) is the weight that the step used
+        losses.retain_grad()  # times N_k, the samples with a loss under task k: W_ik
         parameters = self._lower_parameters()
         self.lower.zero_grad()
         loss.backward(inputs=parameters)

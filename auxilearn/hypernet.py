@@ -30,6 +30,9 @@ class TaskLosses(NamedTuple):
     losses (B, K) raw; features (B, d); sample_id (B,) places in the training set, for schedulers
     that hold a weight per sample; mask (B, K) bool, True where a loss exists, None for everywhere;
     labels (B, K). A scheduler that does not need an entry does without it.
+
+    Losses outside the mask are not read, but a label that is NaN makes the gradient of the model
+    that computed them NaN: put a finite number in its place before the loss.
     """
 
     losses: Tensor
@@ -129,7 +132,8 @@ def standardise(losses: Tensor, mask: Tensor | None = None) -> Tensor:
 class HyperNet(nn.Module):
     """A scheduler of ``input_dim`` tasks; column ``main_task`` is the target.
 
-    A scheduler of one's own overrides ``scheduled_loss``, which upper steps call as well. Its
+    A scheduler of one's own overrides ``scheduled_loss``. Upper steps call it as well, and
+    ``schedule_weights`` does in evaluation mode: buffers should change ``if self.training``. Its
     ``state_dict`` must be all of its state, the same on every process of a distributed run;
     ``needs_dev`` asks for development batches before every lower step.
     """
@@ -195,7 +199,9 @@ class JointSchedule(MonoHyperNet):
         """The scheduled loss sum_k mean_i W_ik L_ik, a scalar.
 
         ``to_train=True`` (lower level) holds W constant; ``to_train=False`` (upper level) leaves it
-        differentiable in the scheduler. With a ``mask`` each task's mean is over its own samples.
+        differentiable in the scheduler. ``Bilevel`` calls ``scheduled_loss`` instead, and freezes
+        the scheduler's parameters in lower steps. With a ``mask`` each task's mean is over its own
+        samples.
         """
         weights = self.schedule(features, losses, mask)
         return weighted_mean(weights.detach() if to_train else weights, losses, mask)

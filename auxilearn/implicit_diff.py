@@ -1,7 +1,7 @@
 """Hypergradients by implicit differentiation.
 
-Lower level: theta minimises the scheduled training loss f(theta, phi). With g = df/dtheta, its
-Jacobian H = dg/dtheta and v = d(development loss)/dtheta, the implicit function theorem gives
+Lower level: theta minimises the scheduled training loss f(theta, phi). With g = df/dtheta, H =
+dg/dtheta (the Hessian of f) and v = d(development loss)/dtheta, the implicit function theorem gives
 
     d(development loss)/dphi = - d/dphi < g(theta, phi), p >   at fixed p = H^-1 v
 
@@ -130,9 +130,10 @@ def preconditioned(solver: Solver, scale: Callable[[], Vector]) -> Solver:
         n steps          eta sum_{j<n} (I - eta D^-1 H)^j D^-1,  so one step  eta D^-1
         their limit      H^-1, or (H + D / (eta n))^-1 for about n of them
 
-    and p is that times v: the implicit function theorem on the optimiser's own step (Lorraine et
-    al. 2020, section 3) in place of plain gradient descent's. The solver is handed H and v in the
-    coordinates D^1/2 theta, where the step is plain gradient descent's:
+    and p is that times v, the factor eta left out where it stands in front: the implicit function
+    theorem on the optimiser's own step (Lorraine et al. 2020, section 3) in place of plain gradient
+    descent's. The solver is handed H and v in the coordinates D^1/2 theta, where the step is plain
+    gradient descent's:
 
         identity              D^-1 v
         neumann               sum_j (I - alpha D^-1 H)^j D^-1 v
