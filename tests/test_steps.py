@@ -479,6 +479,40 @@ def test_an_upper_step_leaves_the_model_and_its_gradients_as_they_are(name):
     assert not torch.equal(reference.flat(scheduler.parameters()), phi)
 
 
+class RunningMean(HyperNet):
+    """W_ik = exp(t_k m_k), m a running mean of the losses, half of it this batch's."""
+
+    def __init__(self, keeps):
+        super().__init__(0, small.K)
+        self.keeps = keeps
+        self.t = nn.Parameter(torch.linspace(-1, 1, small.K))
+        self.register_buffer("mean", torch.linspace(0, 1, small.K))
+
+    def scheduled_loss(self, losses, seen):
+        mean = (self.mean + seen.losses.mean(dim=0)) / 2
+        if self.keeps:
+            self.mean.copy_(mean)
+        return (torch.exp(self.t * mean) * losses.mean(dim=0)).sum()
+
+
+def test_a_schedulers_buffers_do_not_move_in_an_upper_step():
+    """Every product sees them as they were: as with a scheduler that does not keep its mean."""
+    model, train, dev = Net(), batch(), batch()
+    found = []
+    for keeps in (True, False):
+        scheduler = RunningMean(keeps)
+        upper = torch.optim.SGD(scheduler.parameters(), lr=0.1)
+        bilevel = Bilevel(model, scheduler, momentum(model), upper, solver=neumann(0.1, 3))
+        found.append(bilevel.hypergradient([train, dev], [dev])[0][0])
+        bilevel.upper_step([train], [dev])
+        assert torch.equal(scheduler.mean, torch.linspace(0, 1, small.K))
+    assert found[0].norm() > 1e-3
+    close(*found)
+    scheduler = RunningMean(keeps=True)
+    Bilevel(model, scheduler, momentum(model)).lower_step(train)
+    assert not torch.equal(scheduler.mean, torch.linspace(0, 1, small.K))  # there they do
+
+
 def test_what_an_upper_step_needs():
     bilevel = joint(solver=identity())
     for batches in (([], [batch()]), ([batch()], [])):

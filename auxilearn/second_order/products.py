@@ -127,7 +127,10 @@ class Derivatives(ModelFunction):
         """Mean over batches of a function that gives a list of tensors, under fixed randomness."""
         total = None
         for number, batch in enumerate(batches):
-            with random_state_kept(self.theta.values(), self.seed + number):
+            with (
+                random_state_kept(self.theta.values(), self.seed + number),
+                copied_buffers(self.scheduler),
+            ):
                 values = function(batch)
             total = values if total is None else [t + v for t, v in zip(total, values, strict=True)]
             del values
@@ -234,6 +237,19 @@ def lacks_forward_mode(error):
     if "autograd.Function" in text:
         return "a custom autograd.Function of the model"
     return None
+
+
+@contextlib.contextmanager
+def copied_buffers(module):
+    """A module with copies of its buffers for a while; its own stay as they are."""
+    own = [(m, name, b) for m in module.modules() for name, b in m._buffers.items()]
+    for owner, name, buffer in own:
+        owner._buffers[name] = None if buffer is None else buffer.clone()
+    try:
+        yield
+    finally:
+        for owner, name, buffer in own:
+            owner._buffers[name] = buffer
 
 
 @contextlib.contextmanager
