@@ -22,7 +22,7 @@ from auxilearn.hypernet import (
     times_aux_weight,
 )
 from auxilearn.implicit_diff import Solution, hypergradient, neumann
-from auxilearn.optim import apply_hypergradient
+from auxilearn.optim import apply_hypergradient, held
 from auxilearn.second_order.products import Derivatives, FastOperators, frozen, slower_operators
 from auxilearn.weights import samples_with_loss
 
@@ -208,11 +208,11 @@ class Bilevel:
     def _phi(self):
         """What the upper level learns: what its optimiser holds of the scheduler's parameters."""
         learned = [p for p in self.scheduler.parameters() if p.requires_grad]
-        held = set(map(id, _held(self.upper) if self.upper else learned))
-        return [p for p in learned if id(p) in held]
+        stepped = set(map(id, held(self.upper) if self.upper else learned))
+        return [p for p in learned if id(p) in stepped]
 
     def _lower_parameters(self):
-        return [p for p in _held(self.lower) if p.requires_grad]
+        return [p for p in held(self.lower) if p.requires_grad]
 
     def _constants(self):
         """The scheduler's parameters that the lower level does not learn."""
@@ -227,7 +227,3 @@ class Bilevel:
                 "uses its running statistics; call model.train() first if that is not intended",
                 stacklevel=3,
             )
-
-
-def _held(optimizer):
-    return [p for group in optimizer.param_groups for p in group["params"]]

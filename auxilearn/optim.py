@@ -21,6 +21,11 @@ def apply_hypergradient(meta_optimizer, aux_params, hypergrads, max_grad_norm):
     return norm.item()
 
 
+def held(optimizer):
+    """The parameters of all groups of an optimiser, a list."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
 def upper_adam(parameters, lr, weight_decay):
     """The upper level's Adam. Each parameter moves by about ``lr`` per step, whatever the size of
     the hypergradient."""
