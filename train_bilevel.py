@@ -80,6 +80,7 @@ def fit(run, record, ineffective=()):
                 state.load_best(fine_tuning=True)
             lower_step(run, state, step, batches, dev_batches)
             if step in (1, plan.total_steps) or step % LOG_EVERY == 0:
+                state.read()
                 state.progress.step_row(step)
             if plan.upper_step_follows(step):
                 upper_step(run, state, step, upper_batches)
@@ -108,26 +109,17 @@ def lower_step(run, state, step, batches, dev_batches):
     fine_tuning = step > run.plan.main_steps
     bilevel = run.fine_tuning if fine_tuning else run.bilevel
     result = bilevel.lower_step(batch, dev)
-    loss, norm = result.loss.item(), result.gradient_norm.item()
-    if not math.isfinite(loss):
-        raise state.diverged(step, f"the scheduled training loss is {loss}")
-    if not math.isfinite(norm):
-        raise state.diverged(
-            step, f"the lower level's gradient has norm {norm}, at a scheduled loss of {loss}"
-        )
     if state.history and not fine_tuning:
         state.history.add(result)
     with torch.no_grad():
         logits = bilevel.model.heads.target_logits(result.outputs.features)
-    window.add(loss, result.outputs, logits)
+    window.add(result, logits)
     window.lower_seconds += time.perf_counter() - clock
 
 
 def upper_step(run, state, step, batches):
     """One step of the scheduler along the hypergradient."""
-    if state.history:
-        state.progress.check_schedule(step, state.history.mean_weights())
-        state.history.write(step)
+    state.read(upper_step_after=step)
     clock = time.perf_counter()
     result = run.bilevel.upper_step(*next(batches))
     if result.hypergradient_norm is None:
@@ -142,6 +134,7 @@ def upper_step(run, state, step, batches):
 
 def validate(run, state, step, batches):
     """Validation accuracy at the end of an epoch; the best checkpoint is kept."""
+    state.read()
     clock = time.perf_counter()
     model = run.bilevel.model
     run.ranks.same_as_first(list(model.buffers()))  # batch norm's statistics differ
@@ -159,14 +152,14 @@ def evaluate(model, batches, ranks):
     NaN if any prediction is not finite. The model is in training mode afterwards.
     """
     model.eval()
-    hits = images = 0
+    hits, images = [], 0
     for batch in batches:
         logits = model.predict(batch.images)
-        hits += (logits.argmax(dim=1) == batch.labels[:, 0]).sum().item()
-        hits += 0.0 if torch.isfinite(logits).all() else math.nan
+        right = logits.argmax(dim=1) == batch.labels[:, 0]
+        hits.append(torch.where(torch.isfinite(logits).all(), right.sum(), math.nan))
         images += len(batch.images)
     model.train()
-    hits, images = ranks.total(hits, images)
+    hits, images = ranks.total(float(sum(hits)), images)
     return hits / images
 
 
@@ -175,7 +168,9 @@ def save_and_stop(run, state, step, stop):
     plan, config = run.plan, run.config
     every = config.save_every
     due = step % every == 0 if every else plan.epoch_ends(step)
-    stopping = run.ranks.total(stop.signal is not None)[0]
+    # Several ranks have to agree, and would wait for each other in every step.
+    heard = run.ranks.size == 1 or due or step % LOG_EVERY == 0
+    stopping = heard and run.ranks.total(stop.signal is not None)[0]
     if due or stopping:
         state.save(step)
     if stopping and step < plan.total_steps:

@@ -8,6 +8,7 @@ Chen et al., ICML 2022; the upper gradient is Lorraine et al., AISTATS 2020, Alg
 ``implicit_diff``.
 """
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ from auxilearn.hypernet import (
     loss_of_schedule,
     times_aux_weight,
 )
-from auxilearn.implicit_diff import Solution, hypergradient, neumann
+from auxilearn.implicit_diff import Solution, hypergradient, neumann, norm
 from auxilearn.optim import apply_hypergradient, held
 from auxilearn.second_order.products import Derivatives, FastOperators, frozen, slower_operators
 from auxilearn.weights import samples_with_loss
@@ -124,26 +125,27 @@ class Bilevel:
         if means is not reached:
             for gradient, mean in zip(reached, means, strict=True):
                 gradient.copy_(mean)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, torch.inf)  # clips nothing
+        size = norm([p.grad for p in parameters if p.grad is not None])
         self.lower.step()
         weights = losses.grad * samples_with_loss(outputs)
-        return LowerStep(loss.detach(), norm, outputs.detached(), weights)
+        return LowerStep(loss.detach(), size, outputs.detached(), weights)
 
     def upper_step(self, train_batches: Sequence[Any], dev_batches: Sequence[Any]) -> UpperStep:
         """One step of the upper optimiser down the hypergradient; ``clamp()`` follows it.
 
-        A hypergradient that is not finite is not stepped along. Raises ValueError: there is no
-        upper optimiser.
+        A hypergradient that is not finite is not stepped along. All numbers of the result are read
+        from the device at once. Raises ValueError: there is no upper optimiser.
         """
         self._check_mode()
         if self.upper is None:
             raise ValueError("Bilevel was built without an upper optimiser: give one as upper=")
-        gradient, solution, dev_loss = self.hypergradient(train_batches, dev_batches)
-        if not all(torch.isfinite(g).all() for g in gradient):
+        gradient, solution, dev_loss = self._hypergradient(train_batches, dev_batches)
+        solution, (dev_loss, size) = solution.read(dev_loss, norm(gradient))
+        if not math.isfinite(size):
             return UpperStep(dev_loss, None, solution)
-        norm = apply_hypergradient(self.upper, self._phi(), gradient, self.max_norm)
+        apply_hypergradient(self.upper, self._phi(), gradient, self.max_norm)
         self.scheduler.clamp()
-        return UpperStep(dev_loss, norm, solution)
+        return UpperStep(dev_loss, size, solution)
 
     def hypergradient(
         self, train_batches: Sequence[Any], dev_batches: Sequence[Any]
@@ -155,6 +157,12 @@ class Bilevel:
         batches.
         """
         self._check_mode()
+        gradient, solution, dev_loss = self._hypergradient(train_batches, dev_batches)
+        solution, (dev_loss,) = solution.read(dev_loss)
+        return gradient, solution, dev_loss
+
+    def _hypergradient(self, train_batches, dev_batches):
+        """``hypergradient``, whose numbers are scalars that stay on the device."""
         if not train_batches or not dev_batches:
             raise ValueError("an upper step needs at least one training and one development batch")
         stepped = set(map(id, self._lower_parameters()))

@@ -12,9 +12,8 @@ on given graphs (``Hypergrad``) or the faster ones of ``second_order.products``.
 Vectors in the space of theta are lists of tensors, one per parameter.
 """
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -33,12 +32,23 @@ class Solution:
     products: how many Hessian-vector products were spent.
     growth: of a series' last term over the one before it, with the sign of their inner product; or
         None.
+
+    A solver leaves residual and growth on the device, as scalar tensors, so that the processor does
+    not wait for it; ``read`` makes floats of them.
     """
 
     vector: Vector
-    residual: float
+    residual: float | Tensor
     products: int
-    growth: float | None = None
+    growth: float | Tensor | None = None
+
+    def read(self, *others: Tensor) -> tuple["Solution", list[float]]:
+        """(This solution with floats, the floats of ``others``), by one read from the device."""
+        given = [*others, self.residual, *([] if self.growth is None else [self.growth])]
+        numbers = read_scalars(*given)
+        rest = numbers[len(others) :]
+        growth = None if self.growth is None else rest[1]
+        return replace(self, residual=rest[0], growth=growth), numbers[: len(others)]
 
     @property
     def diverging(self) -> bool:
@@ -95,15 +105,14 @@ def neumann(alpha: float, terms: int = 3, scale: str = "released") -> Solver:
         term, before = v, None
         total = [t.clone() for t in v]
         for _ in range(terms):
-            before, product = term, hvp(term)
-            term = [t - alpha * h for t, h in zip(before, product, strict=True)]
-            total = [s + t for s, t in zip(total, term, strict=True)]
-        growth = None
+            before, term = term, torch._foreach_add(term, hvp(term), alpha=-alpha)
+            torch._foreach_add_(total, term)
+        size, growth = norm(term), None
         if before is not None:
-            growth = math.copysign(ratio(norm(term), norm(before)), dot(term, before))
-        solution = Solution(total, ratio(norm(term), norm(v)), terms, growth)
+            growth = torch.copysign(ratio(size, norm(before)), dot(term, before))
+        solution = Solution(total, ratio(size, norm(v)), terms, growth)
         if scale == "alpha":
-            solution.vector = [alpha * s for s in solution.vector]
+            solution.vector = torch._foreach_mul(total, alpha)
         return solution
 
     return solve
@@ -163,16 +172,31 @@ def preconditioned(solver: Solver, scale: Callable[[], Vector]) -> Solver:
     return solve
 
 
-def dot(a, b):
-    return sum(torch.sum(x * y).item() for x, y in zip(a, b, strict=True))
+def dot(a: Vector, b: Vector) -> Tensor:
+    """<a, b>, a scalar on the device."""
+    return torch.dot(flat(a), flat(b))
 
 
-def norm(vector):
-    return math.sqrt(dot(vector, vector))
+def norm(vector: Vector) -> Tensor:
+    """|vector|, a scalar on the device."""
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(vector)))
 
 
-def ratio(part, whole):
-    return part / whole if whole > 0 else 0.0
+def ratio(part: Tensor, whole: Tensor) -> Tensor:
+    """part / whole, and 0 where there is nothing to compare with."""
+    return torch.where(whole > 0, part / whole, 0.0)
+
+
+def flat(vector: Vector) -> Tensor:
+    """All numbers of a vector, (n,)."""
+    return torch.cat([t.reshape(-1) for t in vector])
+
+
+def read_scalars(*scalars: float | Tensor) -> list[float]:
+    """Floats of numbers and scalar tensors, by one read from the device."""
+    tensors = [s for s in scalars if isinstance(s, Tensor)]
+    numbers = iter(torch.stack([t.detach().double() for t in tensors]).tolist() if tensors else ())
+    return [next(numbers) if isinstance(s, Tensor) else float(s) for s in scalars]
 
 
 # --------------------------------------------------------------------------------------------------

@@ -9,16 +9,12 @@ from auxilearn.implicit_diff import Hypergrad
 
 
 def apply_hypergradient(meta_optimizer, aux_params, hypergrads, max_grad_norm):
-    """Clip ``hypergrads`` to ``max_grad_norm`` (None or 0: no clip) and take the optimiser's step.
-
-    Returns the norm before clipping, a float.
-    """
+    """Clip ``hypergrads`` to ``max_grad_norm`` (None or 0: no clip), in place, and take a step."""
     for parameter, gradient in zip(aux_params, hypergrads, strict=True):
         parameter.grad = gradient
-    limit = max_grad_norm or float("inf")
-    norm = torch.nn.utils.clip_grad_norm_(aux_params, limit)
+    if max_grad_norm:
+        torch.nn.utils.clip_grad_norm_(aux_params, max_grad_norm)
     meta_optimizer.step()
-    return norm.item()
 
 
 def held(optimizer):
@@ -50,7 +46,9 @@ def adam_scale(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor]) -
         if not state:
             scales.append(torch.ones_like(parameter))
             continue
-        correction = 1 - group["betas"][1] ** float(state["step"])
+        # The step may be counted on the device, where it stays.
+        steps = torch.as_tensor(state["step"], dtype=torch.float64)
+        correction = 1 - group["betas"][1] ** steps
         moment = state.get("max_exp_avg_sq", state["exp_avg_sq"])
         scales.append((moment / correction).sqrt() + group["eps"])
     return scales

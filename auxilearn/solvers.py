@@ -7,7 +7,7 @@ import math
 
 import torch
 
-from auxilearn.implicit_diff import Solution, Solver, dot, norm, ratio
+from auxilearn.implicit_diff import Solution, Solver, dot, flat, norm, ratio, read_scalars
 
 
 def conjugate_gradient(
@@ -22,31 +22,34 @@ def conjugate_gradient(
     """
 
     def solve(hvp, v):
-        solution = [torch.zeros_like(t) for t in v]
-        residual = [t.clone() for t in v]
-        direction = [t.clone() for t in v]
-        start = square = dot(residual, residual)
+        solution, residual, direction = [torch.zeros_like(t) for t in v], v, v
+        start = square = dot(v, v)
         products = 0
-        while products < iterations and square > tolerance**2 * start and start > 0:
-            product = [h + damping * d for h, d in zip(hvp(direction), direction, strict=True)]
-            products += 1
+        for products in range(1, iterations + 1):
+            product = torch._foreach_add(hvp(direction), direction, alpha=damping)
             curvature = dot(direction, product)
-            if not curvature > 0:
-                if products == 1:
-                    solution = direction
-                    residual = [r - h for r, h in zip(residual, product, strict=True)]
-                    square = dot(residual, residual)
-                break
             step = square / curvature
-            solution = [s + step * d for s, d in zip(solution, direction, strict=True)]
-            residual = [r - step * h for r, h in zip(residual, product, strict=True)]
-            previous, square = square, dot(residual, residual)
-            direction = [
-                r + (square / previous) * d for r, d in zip(residual, direction, strict=True)
-            ]
-        return Solution(solution, ratio(math.sqrt(square), math.sqrt(start)), products)
+            moved = _plus(solution, step, direction)
+            left = _plus(residual, -step, product)
+            before, square = square, dot(left, left)
+            # The move is made before its sign is known, so that one read a product is enough.
+            curved, size, whole = read_scalars(curvature, square, start)
+            if not curved > 0 and products == 1:
+                left = torch._foreach_sub(v, product)
+                return Solution(v, ratio(norm(left), norm(v)), products)
+            if not curved > 0:
+                return Solution(solution, ratio(before, start).sqrt(), products)
+            solution, residual = moved, left
+            if size <= tolerance**2 * whole:
+                break
+            direction = _plus(residual, square / before, direction)
+        return Solution(solution, ratio(square, start).sqrt(), products)
 
     return solve
+
+
+def _plus(vector, factor, other):
+    return [a + factor * b for a, b in zip(vector, other, strict=True)]
 
 
 EXACT_LIMIT = 5000  # parameters of the task model
@@ -66,26 +69,22 @@ def exact(damping: float = 0.0, max_parameters: int = EXACT_LIMIT) -> Solver:
                 f"the exact solver builds a {size} x {size} matrix; it is for models of at most "
                 f"{max_parameters} parameters: use neumann or conjugate_gradient"
             )
-        flat = _flatten(v)
-        hessian = flat.new_empty(size, size)
+        right = flat(v)
+        hessian = right.new_empty(size, size)
         for column in range(size):
-            unit = torch.zeros_like(flat)
+            unit = torch.zeros_like(right)
             unit[column] = 1.0
-            hessian[:, column] = _flatten(hvp(_unflatten(unit, v)))
+            hessian[:, column] = flat(hvp(_unflatten(unit, v)))
         hessian.diagonal().add_(damping)
-        solution = torch.linalg.solve(hessian, flat)
-        residual = torch.linalg.vector_norm(flat - hessian @ solution).item()
+        solution = torch.linalg.solve(hessian, right)
+        residual = torch.linalg.vector_norm(right - hessian @ solution)
         return Solution(_unflatten(solution, v), ratio(residual, norm(v)), size)
 
     return solve
 
 
-def _flatten(vector):
-    return torch.cat([t.reshape(-1) for t in vector])
-
-
-def _unflatten(flat, like):
-    pieces = flat.split([t.numel() for t in like])
+def _unflatten(numbers, like):
+    pieces = numbers.split([t.numel() for t in like])
     return [piece.reshape(t.shape) for piece, t in zip(pieces, like, strict=True)]
 
 

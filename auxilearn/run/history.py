@@ -31,7 +31,7 @@ class ScheduleHistory:
         names: of the K tasks, the target first.
         corrupted: (n,) bool, whose target label is wrong, by place in the training set; or None.
 
-    ``add`` every lower step, ``write`` at every upper step.
+    ``add`` every lower step; at every upper step ``write`` what ``waiting`` holds on the device.
     """
 
     def __init__(self, path, names, corrupted=None):
@@ -50,13 +50,6 @@ class ScheduleHistory:
         wrong = samples.targets.numpy() != split.labels[samples.positions]
         corrupted = run.config.effective_corrupted_rate > 0
         return cls(Path(directory) / SCHEDULE_FILE, names, wrong if corrupted else None)
-
-    def mean_weights(self):
-        """The mean weight of every task since the last row, a list of K numbers."""
-        return (self.total / self._counts()).tolist()
-
-    def _counts(self):
-        return self.count.clamp(min=1) if isinstance(self.count, torch.Tensor) else self.count
 
     def _start(self):
         self.total = self.count = 0
@@ -83,11 +76,32 @@ class ScheduleHistory:
         labeled = None if outputs.mask is None else outputs.mask[:, 0]
         self.target.append((weights[:, 0], outputs.sample_id, labeled))
 
-    def write(self, step):
-        """Append the row of the steps since the last one."""
+    def waiting(self):
+        """What the steps since the last row left on the device, a list of tensors: the total weight
+        and the number of losses of every task, and of every sample in every step its target weight,
+        its place in the training set and whether it has a target label."""
         if not self.target:
-            return
-        weights, places = self._target_weights()
+            return []
+        weights, places, labeled = zip(*self.target, strict=True)
+        weights = torch.cat(weights)
+        known = torch.ones_like(weights) if labeled[0] is None else torch.cat(labeled)
+        return [
+            self.total,
+            self.total.new_zeros(()) + self.count,
+            weights,
+            torch.cat(places),
+            known,
+        ]
+
+    def write(self, step, waiting):
+        """Append the row of the steps since the last one: of ``waiting()``, read into arrays.
+
+        Returns the mean weight of every task, a list of K numbers.
+        """
+        total, count, weights, places, known = waiting
+        means = (total / np.maximum(count, 1)).tolist()
+        samples, known = len(weights), known > 0
+        weights, places = weights[known], places[known].astype(int)
         groups = {"all": weights}
         if self.corrupted is not None:
             wrong = self.corrupted[places]
@@ -95,8 +109,8 @@ class ScheduleHistory:
         row = {
             "kind": "schedule",
             "step": step,
-            "samples": sum(len(weights) for weights, _, _ in self.target),
-            "mean_weight": _short(self.mean_weights()),
+            "samples": samples,
+            "mean_weight": _short(means),
             "target_weight": {
                 name: _short(np.quantile(values, QUANTILES).tolist())
                 for name, values in groups.items()
@@ -105,15 +119,7 @@ class ScheduleHistory:
         }
         self._append(row)
         self._start()
-
-    def _target_weights(self):
-        """(weights, places in the training set) of the samples that have a target label."""
-        weights, places, labeled = zip(*self.target, strict=True)
-        weights, places = torch.cat(weights), torch.cat(places)
-        if labeled[0] is not None:
-            kept = torch.cat(labeled)
-            weights, places = weights[kept], places[kept]
-        return weights.float().cpu().numpy(), places.cpu().numpy()
+        return means
 
     def _append(self, row):
         with open(self.path, "a", encoding="utf-8") as file:

@@ -1,5 +1,7 @@
 """What a person sees of a run while it trains, and the rows of metrics.jsonl."""
 
+import math
+
 import torch
 from tqdm import tqdm
 
@@ -166,34 +168,67 @@ def named(best):
 
 
 class Window:
-    """Means over the lower steps since the last row of metrics."""
+    """Means over the lower steps since the last row of metrics.
+
+    ``add`` leaves the numbers of a step on the device, ``take`` counts them once they are read.
+    """
 
     def __init__(self, start=0):
         self.start = start
+        self.taken = start  # the step up to which numbers are counted
         self.loss = self.target_loss = self.aux_loss = 0.0
         self.hits = self.known = self.labeled_steps = 0
         self.data_seconds = self.lower_seconds = 0.0
+        self._waiting = []
 
     @torch.no_grad()
-    def add(self, loss, outputs, logits):
-        """Count a step: its scheduled loss, and its plain mean losses of target and other tasks.
+    def add(self, step, logits):
+        """Take down a ``LowerStep``; ``logits`` (B, C) of the target task, after it."""
+        losses, _, _, mask, labels = step.outputs
+        right = logits.argmax(dim=1) == labels[:, 0]
+        if mask is None:
+            known, others = losses.new_full((), len(losses)), losses[:, 1:].mean()
+        else:
+            right, known = right & mask[:, 0], mask[:, 0].sum()
+            losses = losses.masked_fill(~mask, 0.0)
+            others = losses[:, 1:].sum() / mask[:, 1:].sum()
+        numbers = step.loss, step.gradient_norm, losses[:, 0].sum(), others, right.sum(), known
+        self._waiting.append(torch.stack([n.to(losses.dtype) for n in numbers]))
 
-        ``logits`` (B, C): of the target task, after the step.
+    def waiting(self):
+        """The numbers of the steps that are not counted yet: a tensor (steps, 6) in a list, or
+        none."""
+        return [torch.stack(self._waiting)] if self._waiting else []
+
+    def take(self, numbers=()):
+        """Count what ``waiting`` holds, read into lists.
+
+        Returns (step, loss, norm of its gradient) of the first step that is not finite, or None.
         """
-        losses = outputs.losses
-        known = slice(None) if outputs.mask is None else outputs.mask[:, 0]
-        target = losses[known, 0]
-        self.loss += loss
-        if len(target):
-            self.target_loss += target.mean().item()
-            self.labeled_steps += 1
-        self.aux_loss += losses[:, 1:].mean().item() if losses.shape[1] > 1 else 0.0
-        hits = (logits.argmax(dim=1) == outputs.labels[:, 0])[known]
-        self.hits += hits.sum().item()
-        self.known += len(hits)
+        self._waiting.clear()
+        for loss, norm, target, others, hits, known in numbers:
+            self.taken += 1
+            if not math.isfinite(loss + norm):
+                return self.taken, loss, norm
+            self.loss += loss
+            if known:
+                self.target_loss += target / known
+                self.labeled_steps += 1
+            self.aux_loss += 0.0 if math.isnan(others) else others
+            self.hits += int(hits)
+            self.known += int(known)
+        return None
+
+    def state(self):
+        """What is counted, for a checkpoint."""
+        return {name: value for name, value in vars(self).items() if name != "_waiting"}
+
+    def restore(self, state):
+        """Go on from ``state()``."""
+        vars(self).update(state)
 
     def close(self, step, ranks):
-        """The row of the steps up to ``step``; starts over.
+        """The row of the steps up to ``step``, all of them counted; starts over.
 
         Losses and seconds are per step, the target's per step that had a label (None: there was
         none); over several ranks, losses are the mean of theirs.

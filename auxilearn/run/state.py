@@ -1,8 +1,10 @@
 """What a run carries from step to step: kept in checkpoints, put back to the same bits."""
 
 import dataclasses
+import math
 import time
 
+import numpy as np
 import torch
 
 from auxilearn.errors import DivergenceError, UserError
@@ -26,8 +28,34 @@ class State:
         self.best = {}
         self._start = time.perf_counter()
 
+    def read(self, upper_step_after=None):
+        """Read what the last lower steps left on the device: nothing else of them is waited for.
+
+        ``upper_step_after``: the lower step that an upper step is to follow; the schedule's row is
+        written then. Raises DivergenceError: a lower step was not finite.
+        """
+        clock = time.perf_counter()
+        window, history = self.progress.window, self.history
+        of_steps = window.waiting()
+        of_schedule = history.waiting() if history and upper_step_after else []
+        arrays = _on_host(of_steps + of_schedule)
+        diverged = window.take(*(a.tolist() for a in arrays[: len(of_steps)]))
+        window.lower_seconds += time.perf_counter() - clock  # a GPU works on the steps meanwhile
+        if diverged:
+            step, loss, norm = diverged
+            reason = f"the scheduled training loss is {loss}"
+            if math.isfinite(loss):
+                reason = (
+                    f"the lower level's gradient has norm {norm}, at a scheduled loss of {loss}"
+                )
+            raise self.diverged(step, reason)
+        if of_schedule:
+            means = history.write(upper_step_after, arrays[len(of_steps) :])
+            self.progress.check_schedule(upper_step_after, means)
+
     def save(self, step):
         """Save all that the steps to come depend on. The batches follow from the step."""
+        self.read()
         fine_tuning = self.run.fine_tuning
         state = {
             "step": step,
@@ -36,7 +64,7 @@ class State:
             "random": self.run.ranks.gathered(_random_state(self.run.device)),
             "best": self.best,
             "reported": self.progress.reported,
-            "window": self.run.ranks.gathered(vars(self.progress.window)),
+            "window": self.run.ranks.gathered(self.progress.window.state()),
             "history": self.history.state() if self.history else None,
             "seconds": time.perf_counter() - self._start,
         }
@@ -64,7 +92,7 @@ class State:
         _set_random_state(state["random"][run.ranks.rank], run.device)
         self.best = state["best"]
         self.progress.reported = state["reported"]
-        vars(self.progress.window).update(state["window"][run.ranks.rank])
+        self.progress.window.restore(state["window"][run.ranks.rank])
         if self.history:
             self.history.restore(state["history"], run.device)
         self._start -= state["seconds"]
@@ -131,6 +159,15 @@ class State:
         self.record.summarise(summary)
         self.progress.say(f"best validation accuracy {best['valid_accuracy']:.4f} in {named(best)}")
         return summary
+
+
+def _on_host(tensors):
+    """Float64 arrays of tensors on one device, by one read."""
+    if not tensors:
+        return []
+    numbers = torch.cat([t.reshape(-1).double() for t in tensors]).cpu().numpy()
+    ends = np.cumsum([t.numel() for t in tensors])[:-1]
+    return [a.reshape(t.shape) for a, t in zip(np.split(numbers, ends), tensors, strict=True)]
 
 
 def _random_state(device):

@@ -104,11 +104,11 @@ class Derivatives(ModelFunction):
         self.train_batches = train_batches
         self.aux_weight = aux_weight
         self.average = average
-        self.seed = int(torch.randint(2**31, ()))
+        self.seed = torch.randint(2**31, ()).item()  # of the host's generator
         self.phi = [p for p in scheduler.parameters() if p.requires_grad] if phi is None else phi
 
     def development_gradient(self, dev_batches):
-        """Mean target loss over the development batches (a float), and v, its gradient in theta."""
+        """Mean target loss over the development batches, a scalar, and v, its gradient."""
 
         def loss_and_gradient(batch):
             theta = self.leaves()
@@ -117,7 +117,7 @@ class Derivatives(ModelFunction):
             return [loss.detach(), *gradients(loss, list(theta.values()))]
 
         loss, *v = self.average(self.mean_over(dev_batches, loss_and_gradient), dev_batches)
-        return loss.item(), v
+        return loss, v
 
     def training_mean(self, function):
         """Mean of ``function`` over the training batches of all processes."""
