@@ -27,7 +27,9 @@ def upper_adam(parameters, lr, weight_decay):
     the hypergradient."""
     # Upper steps are few: the usual second beta of 0.999 remembers a thousand of them. AdamW: a
     # decay inside Adam would move what has no hypergradient by full steps.
-    return torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay)
+    return torch.optim.AdamW(
+        parameters, lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True
+    )
 
 
 def adam_scale(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor]) -> list[Tensor]:

@@ -519,21 +519,21 @@ def test_losses_of_a_row_are_plain_means(tiny_config, tmp_path):
 def test_an_upper_step_moves_the_scheduler_alone(method, tiny_config, tmp_path, monkeypatch):
     """The batch-norm policy: running statistics belong to the lower level."""
     run = built(tiny_config(method=method, upper_lr=0.1, n_meta_train_loss_accum=2))
-    compute, calls = Bilevel.hypergradient, []
+    take, calls = Bilevel.upper_step, []
 
     def watched(self, *batches):
         before = copy.deepcopy(self.model.state_dict())
-        result = compute(self, *batches)
+        calls.append(copy.deepcopy(self.scheduler.state_dict()))
+        result = take(self, *batches)
         after = self.model.state_dict()
         assert before.keys() == after.keys()
         for name, tensor in before.items():
             assert torch.equal(tensor, after[name]), name
         assert self.model.training
         assert all(p.grad is None or not p.grad.requires_grad for p in self.model.parameters())
-        calls.append(copy.deepcopy(self.scheduler.state_dict()))
         return result
 
-    monkeypatch.setattr(Bilevel, "hypergradient", watched)
+    monkeypatch.setattr(Bilevel, "upper_step", watched)
     monkeypatch.setattr(State, "load_best", lambda self, fine_tuning=False: None)
     fit(run, tmp_path / "run")
     assert len(calls) == (4 if method == "joint_stable" else 3)

@@ -279,17 +279,19 @@ def training_set_of(config, split):
 
 
 def lower_optimizer(config, theta, lr):
-    """The optimiser of the task model."""
+    """The optimiser of the task model; one kernel steps all of it."""
+    settings = {"lr": lr, "weight_decay": config.w_decay, "fused": True}
     if config.main_optimizer == "adam":
-        return torch.optim.Adam(theta, lr=lr, weight_decay=config.w_decay)
-    return torch.optim.SGD(theta, lr=lr, momentum=0.9, weight_decay=config.w_decay)
+        return torch.optim.Adam(theta, **settings)
+    return torch.optim.SGD(theta, momentum=0.9, **settings)
 
 
 def upper_optimizer(config, phi):
     """The optimiser of the scheduler."""
     if config.upper_optimizer == "adam":
         return upper_adam(phi, config.upper_lr, config.upper_decay)
-    return torch.optim.SGD(phi, lr=config.upper_lr, momentum=0.9, weight_decay=config.upper_decay)
+    decay = config.upper_decay
+    return torch.optim.SGD(phi, config.upper_lr, momentum=0.9, weight_decay=decay, fused=True)
 
 
 def solver_of(config, lower, theta):

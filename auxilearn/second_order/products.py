@@ -104,7 +104,7 @@ class Derivatives(ModelFunction):
         self.train_batches = train_batches
         self.aux_weight = aux_weight
         self.average = average
-        self.seed = torch.randint(2**31, ()).item()  # of the host's generator
+        self.seed = int(torch.randint(2**31, ()).numpy())  # the host's, so nothing is waited for
         self.phi = [p for p in scheduler.parameters() if p.requires_grad] if phi is None else phi
 
     def development_gradient(self, dev_batches):
