@@ -60,13 +60,13 @@ def test_row_1_development_batches_reach_every_class_in_a_fresh_order_every_pass
 
 def test_row_1_upper_steps_of_a_run_see_every_class(tiny_run, monkeypatch):
     seen = []
-    compute = Bilevel.hypergradient
+    compute = Bilevel.upper_step
 
     def watched(self, train_batches, dev_batches):
         seen.extend(batch.labels[:, 0].tolist() for batch in dev_batches)
         return compute(self, train_batches, dev_batches)
 
-    monkeypatch.setattr(Bilevel, "hypergradient", watched)
+    monkeypatch.setattr(Bilevel, "upper_step", watched)
     tiny_run(method="linear", hyperstep=1, dev_batch_size=1)
     assert len(seen) == 6
     assert {label for labels in seen[:4] for label in labels} == {0, 1, 2, 3}
@@ -364,13 +364,13 @@ def test_row_11_every_upper_step_gets_the_stated_number_of_new_batches(
     method, train_count, dev_count, tiny_run, monkeypatch
 ):
     taken = []
-    compute = Bilevel.hypergradient
+    compute = Bilevel.upper_step
 
     def watched(self, train_batches, dev_batches):
         taken.append(([b.sample_id for b in train_batches], [b.sample_id for b in dev_batches]))
         return compute(self, train_batches, dev_batches)
 
-    monkeypatch.setattr(Bilevel, "hypergradient", watched)
+    monkeypatch.setattr(Bilevel, "upper_step", watched)
     counts = {"n_meta_train_loss_accum": train_count, "n_meta_loss_accum": dev_count}
     tiny_run(method=method, train_batch_size=4, dev_batch_size=2, max_steps=4, **counts)
     assert [(len(ours), len(dev)) for ours, dev in taken] == [(train_count, dev_count)] * 2
