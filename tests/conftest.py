@@ -16,6 +16,10 @@ from auxilearn.models import BACKBONES
 from auxilearn.run.config import Config
 from tests.cub_shape import write_cub_shape
 
+ROOT = Path(__file__).resolve().parent.parent
+GPU = torch.cuda.is_available()
+gpu = pytest.mark.skipif(not GPU, reason="needs a CUDA GPU")
+
 # Tiny tensors: a second thread costs more than it brings, and far more on a busy machine.
 torch.set_num_threads(1)
 
@@ -93,6 +97,14 @@ def prepare(root, split_dir, **shape):
     write_cub_shape(root, **shape)
     write_split(split_dir, cub.read_annotations(root))
     return split_dir
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu(request, monkeypatch):
+    """Where no --device is given, it is the CPU on every machine: there runs repeat to the bit."""
+    if gpu.mark not in request.node.iter_markers():
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ import torch
 from benchmarks import side_by_side
 from benchmarks.side_by_side import Measured, compare_numbers
 from benchmarks.sides import Package, Plain, Worker, Workload, run_script_settings
+from tests.conftest import gpu
 
 TINY = {"batch": 4, "dev_batch": 3, "image_size": 40, "tasks": 5, "classes": 6, "threads": 1}
 
@@ -178,13 +179,12 @@ def test_arguments():
             side_by_side.parse_arguments(wrong)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_without_a_gpu_it_says_so(monkeypatch, capsys):
     assert run_script(monkeypatch, "--device", "cuda") == 0
     assert capsys.readouterr().out.startswith("Skipped: ")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+@gpu
 def test_on_a_gpu(monkeypatch, capfd):
     parts = "exactness,data,lower,memory,floor"
     assert run_script(monkeypatch, "--device", "cuda", "--only", parts) == 0
