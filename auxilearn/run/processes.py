@@ -27,13 +27,14 @@ class RankError(RunError):
 
 
 class Ranks:
-    """The processes of a run. Alone (size 1), everything here does nothing.
+    """The processes of a run. Without torchrun there is one, and everything here does nothing.
 
     Args: ``rank`` and ``size`` as torchrun numbers them; ``device`` as tensors are on.
     """
 
     def __init__(self, rank=0, size=1, device="cpu"):
         self.rank, self.size, self.device = rank, size, torch.device(device)
+        self.alone = not dist.is_initialized()
 
     @property
     def first(self):
@@ -42,7 +43,7 @@ class Ranks:
 
     def average(self, tensors, weight):
         """Mean of a list of tensors over the ranks, each weighted by its ``weight`` (samples)."""
-        if self.size == 1:
+        if self.alone:
             return tensors
         flat = torch.cat([t.reshape(-1) for t in tensors] + [tensors[0].new_ones(1)]) * weight
         with _rank_errors():
@@ -53,7 +54,7 @@ class Ranks:
 
     def total(self, *numbers):
         """Sums of numbers over the ranks."""
-        if self.size == 1:
+        if self.alone:
             return numbers
         sums = torch.tensor(numbers, dtype=torch.float64 if self.device.type == "cpu" else None)
         sums = sums.to(self.device)
@@ -63,14 +64,14 @@ class Ranks:
 
     def same_as_first(self, tensors):
         """Overwrite ``tensors`` by those of the first rank."""
-        if self.size > 1:
+        if not self.alone:
             with _rank_errors():
                 for tensor in tensors:
                     dist.broadcast(tensor, 0)
 
     def gathered(self, value):
         """Every rank's ``value`` (anything that pickles), a list in the order of ranks."""
-        if self.size == 1:
+        if self.alone:
             return [value]
         values = [None] * self.size
         with _rank_errors():
@@ -79,7 +80,7 @@ class Ranks:
 
     def from_first(self, value):
         """The first rank's ``value`` (anything that pickles), on every rank."""
-        if self.size == 1:
+        if self.alone:
             return value
         box = [value]
         with _rank_errors():
@@ -94,11 +95,11 @@ def joined(device=None):
     ``device`` as for ``--device``: by default each rank takes the GPU of its local number.
     Raises UserError: fewer GPUs than ranks.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1:
+    if not os.environ.keys() >= {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}:
         yield Ranks()
         return
-    rank, local = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    local = int(os.environ.get("LOCAL_RANK", "0"))
     on_gpu = torch.cuda.is_available() if device is None else device.startswith("cuda")
     if on_gpu and local >= torch.cuda.device_count():
         raise UserError(
