@@ -48,7 +48,7 @@ def parse_arguments():
         "--num_workers",
         metavar="N",
         type=int,
-        help="processes that load images (default: the run's)",
+        help="threads that decode images where there is no cache (default: the run's)",
     )
     add(
         "--tensorboard",

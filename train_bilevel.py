@@ -34,7 +34,7 @@ def train(config):
 
     Everything is checked and built before the run's directory is made, so bad input (UserError)
     leaves nothing behind. Raises DivergenceError where the numbers stop being finite, RunError
-    where the disk is full or a worker process dies.
+    where the disk is full.
     """
     with machine_faults(config), joined(config.device) as ranks:
         if ranks.size > 1:

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from auxilearn.data.dataset import OrderedBatches, Stream, sample_set  # noqa: E402
+from auxilearn.data.dataset import Stream, in_order, sample_set  # noqa: E402
 from auxilearn.implicit_diff import identity, neumann  # noqa: E402
 from auxilearn.run import config as settings  # noqa: E402
 from auxilearn.run.build import build  # noqa: E402
@@ -252,8 +252,8 @@ class Package(Side):
     def _views(self, samples, size):
         """The centre crops of the first ``size`` samples, as one batch."""
         images, pixels = self.run.images, self.workload.image_size
-        order = OrderedBatches(len(samples), size)
-        options = {"augment": False, "seed": 0, "name": "benchmark", "workers": 0}
+        order = in_order(len(samples), size)
+        options = {"augment": False, "seed": 0, "name": "benchmark"}
         return next(iter(Stream(images, samples, order, pixels, self.device, **options)))
 
     def lower(self):

@@ -1,13 +1,10 @@
 """What a machine does to a run: each fault ends in one line, and the run can go on from it."""
 
 import errno
-import gc
 import itertools
-import multiprocessing
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,13 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import get_worker_info
 
 import data_preprocess
 import train_bilevel
-from auxilearn.data import cache as cache_module
 from auxilearn.data import cub
-from auxilearn.data.dataset import load_resized
+from auxilearn.data.pixels import load_resized
 from auxilearn.data.split import load_split, write_split
 from auxilearn.errors import Interrupted, RunError, UserError
 from auxilearn.files import locked
@@ -63,7 +58,6 @@ def attempt(tmp_path, command, tiny_split):
         places = {"split_dir": tiny_split, "record_dir": tmp_path / folder}
         flags = tiny_flags(**{**FLAGS, **places, **changes})
         code, _, err = command(train_bilevel.main, *flags)
-        gc.collect()  # loading processes end here, not in the middle of another test
         return code, err, Run(tmp_path / folder / "full" / "run")
 
     return run
@@ -224,32 +218,8 @@ def test_a_damaged_best_checkpoint_gives_no_accuracy(attempt, monkeypatch):
 
 
 # --------------------------------------------------------------------------------------------------
-# Workers, images, clocks
+# Data
 # --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("asked", "code", "words"),
-    [
-        (False, 1, ("a process that loads images died", "--num_workers", "--resume 1")),
-        (True, 143, ("stopped", "--resume 1")),  # as timeout and Slurm signal a whole group
-    ],
-)
-def test_a_killed_worker(attempt, monkeypatch, assert_goes_on, asked, code, words):
-    def kill(_):
-        if asked:
-            os.kill(os.getpid(), signal.SIGTERM)
-        os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
-
-    with monkeypatch.context() as patch:
-        # PyTorch installs its handler once in a process, and an earlier test's end removed it.
-        patch.setattr(torch.utils.data._utils.signal_handling, "_SIGCHLD_handler_set", False)
-        at_step(patch, 5, kill)
-        found, err, run = attempt("faulty", method="common", num_workers=1)
-    assert found == code
-    assert_one_error_line(err, *words)
-    assert checkpoints(run)[0] == 4
-    assert_goes_on(method="common", num_workers=1)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -277,24 +247,6 @@ def test_nothing_is_written_into_the_data_root(attempt, own_split):
     code, _, _ = attempt("run", split_dir=own_split, cache_dir=own_split / "cache")
     assert code == 0
     assert sorted((p, p.stat().st_mtime_ns) for p in data.rglob("*")) == before
-
-
-def test_a_killed_worker_that_builds_the_cache(attempt, monkeypatch, own_split, assert_goes_on):
-    def die(path, side):
-        if get_worker_info().id == 1:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return load_resized(path, side)
-
-    flags = {"method": "common", "cache_dir": own_split / "cache", "num_workers": 2}
-    flags["split_dir"] = own_split
-    with monkeypatch.context() as patch:
-        patch.setattr(cache_module, "load_resized", die)
-        code, err, run = attempt("faulty", **flags)
-    assert code == 1
-    assert_one_error_line(err, "a process that loads images died", "--num_workers")
-    assert not run.directory.exists()
-    assert [path.name for path in (own_split / "cache").iterdir()] == [".lock"]
-    assert_goes_on(**flags)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import train_bilevel
 from auxilearn.errors import Interrupted, UserError
 from auxilearn.methods import METHODS
 from auxilearn.run import record as record_module
-from auxilearn.run.processes import EXIT_CODES, Ranks, StopRequest
+from auxilearn.run.processes import Ranks
 from auxilearn.run.progress import Progress
 from auxilearn.run.record import RunRecord
 from auxilearn.run.state import State
@@ -136,23 +136,6 @@ def test_a_signal_ends_after_the_step_with_a_checkpoint(run, tmp_path, monkeypat
     (checkpoint,) = (tmp_path / "record/full/run").glob("step-*.pt")
     assert checkpoint.name.startswith("step-00000002.")
     assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
-
-
-def test_handlers_are_put_back_though_that_of_another_signal_raises(monkeypatch):
-    """A dead worker's SIGCHLD may come when the run has ended, and be raised by signal.signal."""
-    before = {number: signal.getsignal(number) for number in EXIT_CODES}
-    original, raised = signal.signal, []
-
-    def interrupted(number, handler):
-        if number == signal.SIGTERM and not raised:
-            raised.append(number)
-            raise RuntimeError("a worker is killed")
-        return original(number, handler)
-
-    with pytest.raises(RuntimeError, match="a worker is killed"), StopRequest():
-        assert all(signal.getsignal(number) != before[number] for number in before)
-        monkeypatch.setattr(signal, "signal", interrupted)
-    assert {number: signal.getsignal(number) for number in EXIT_CODES} == before
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_used(run, capsys):

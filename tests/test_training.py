@@ -3,7 +3,6 @@
 import copy
 import hashlib
 import math
-import multiprocessing
 import os
 import subprocess
 import sys
@@ -277,7 +276,7 @@ def test_the_same_settings_give_the_same_run_bit_for_bit(method, tiny_run):
     assert_same_run(first, tiny_run(method=method, upper_lr=0.1))
 
 
-def test_the_number_of_workers_changes_nothing(tiny_run):
+def test_the_number_of_threads_that_decode_changes_nothing(tiny_run):
     settings = {"method": "joint", "upper_lr": 0.1, "n_meta_train_loss_accum": 2}
     assert_same_run(tiny_run(**settings), tiny_run(**settings, num_workers=2))
 
@@ -604,25 +603,6 @@ def test_an_unreadable_image_is_named(name, own_data, tmp_path, command):
     code, _, err = command(train_bilevel.main, *tiny_flags(**flags, hyperstep=1))
     assert code == 2
     assert_one_error_line(err, path)
-
-
-def test_a_finished_run_leaves_no_workers_behind(tiny_run):
-    """They would be waited for, 5 seconds each, whenever the garbage collector comes by."""
-    before = multiprocessing.active_children()
-    tiny_run(method="linear", num_workers=1, max_steps=2)
-    assert set(multiprocessing.active_children()) <= set(before)
-
-
-def test_a_failed_run_leaves_no_workers_behind(own_data, tiny_run):
-    path = damage(own_data, "full_train")
-    before = multiprocessing.active_children()
-    message = ""
-    try:
-        tiny_run(method="common", split_dir=str(own_data), num_workers=1, train_batch_size=12)
-    except UserError as error:
-        message = str(error)
-    assert str(path) in message
-    assert set(multiprocessing.active_children()) <= set(before)
 
 
 def test_an_unreadable_image_is_found_at_the_start_by_the_cache(own_data, tiny_run, tiny_config):

@@ -66,7 +66,7 @@ class Thumbnails:
     def add(self, places):
         for place in {*map(int, places)} - self.encoded.keys():
             image = self.evaluation.images.load(self.evaluation.samples.positions[place])
-            picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
+            picture = Image.fromarray(image)
             picture.thumbnail((2 * HEIGHT, HEIGHT))
             data = io.BytesIO()
             picture.save(data, "JPEG", quality=74)

@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 
 from auxilearn.data.cache import open_images
-from auxilearn.data.dataset import OrderedBatches, SampleSet, Stream
+from auxilearn.data.dataset import SampleSet, Stream, in_order
 from auxilearn.data.split import Split, load_split
 from auxilearn.errors import UserError
 from auxilearn.files import read_json, read_rows
@@ -137,7 +137,7 @@ class Evaluation:
     split: Split
     samples: SampleSet  # with the labels that were trained on
     table: ScheduleTable
-    images: object  # ``images.load(position)`` gives a uint8 image (3, H, W)
+    images: object  # ``images.load(position)`` gives a uint8 image (height, width, 3)
     epoch: int  # of the checkpoint, from 1 in its phase
     phase: str
     valid_accuracy: float  # of the checkpoint
@@ -172,7 +172,7 @@ def evaluate_run(run, *, split_dir=None, data_root=None, device=None, num_worker
         cache_dir = f"{split_dir}/cache"
     # The folder is what config.json says: it is read, and nothing is written to it.
     images = open_images(split, config.image_size, cache_dir, workers, build=False)
-    order = OrderedBatches(len(samples), config.test_batch_size)
+    order = in_order(len(samples), config.test_batch_size)
     batches = tqdm(
         Stream(
             images,
@@ -183,7 +183,6 @@ def evaluate_run(run, *, split_dir=None, data_root=None, device=None, num_worker
             augment=False,
             seed=config.seed,
             name="report",
-            workers=workers,
         ),
         total=-(-len(samples) // config.test_batch_size),
         desc="weights of the training set",

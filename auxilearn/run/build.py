@@ -9,15 +9,15 @@ import torch
 from auxilearn.bilevel import Bilevel
 from auxilearn.data.cache import open_images
 from auxilearn.data.dataset import (
-    EndlessBatches,
-    FirstBatch,
-    OrderedBatches,
     SampleSet,
-    Shard,
     Stream,
+    first_batch,
+    in_order,
     sample_set,
+    shuffled,
     training_set,
 )
+from auxilearn.data.pixels import near
 from auxilearn.data.split import Split
 from auxilearn.errors import UserError
 from auxilearn.implicit_diff import identity, neumann, preconditioned
@@ -120,14 +120,13 @@ class Run:
         """Training batches, then those of fine-tuning, after the first ``after`` steps."""
         config, main = self.config, self.plan.main_steps
         if after < main:
-            order = self._endless(self.train_set, config.train_batch_size, "lower")
-            stream = self._stream(self.train_set, order, "lower", augment=True).after(after)
+            stream = self._shuffled(self.train_set, config.train_batch_size, "lower", augment=True)
+            stream = stream.after(after)
             for _ in range(after, main):
                 yield next(stream)
         if self.plan.passes:
-            dev = self._set("dev")
-            order = self._endless(dev, config.dev_batch_size, "fine-tuning")
-            stream = self._stream(dev, order, "fine-tuning", augment=True, workers=1)
+            size = config.dev_batch_size
+            stream = self._shuffled(self._set("dev"), size, "fine-tuning", augment=True)
             yield from stream.after(max(0, after - main))
 
     def dev_batches_of_lower_steps(self, after):
@@ -143,8 +142,7 @@ class Run:
     def upper_batches(self, after):
         """(training batches, development batches) of every upper step after the first ``after``."""
         config = self.config
-        order = self._endless(self.train_set, config.train_batch_size, "upper")
-        train = self._stream(self.train_set, order, "upper", augment=True, workers=1)
+        train = self._shuffled(self.train_set, config.train_batch_size, "upper", augment=True)
         train = train.after(after * config.n_meta_train_loss_accum)
         dev = self._dev_stream("dev").after(after * config.n_meta_loss_accum)
         while True:
@@ -155,9 +153,8 @@ class Run:
 
     def evaluation_batches(self, name):
         """All of a set once, without augmentation, this rank's share of every batch."""
-        samples = self._set(name)
-        share = self.ranks.rank, self.ranks.size
-        order = OrderedBatches(len(samples), self.config.test_batch_size, *share)
+        samples, size = self._set(name), self.config.test_batch_size
+        order = in_order(len(samples), size, self.ranks.rank, self.ranks.size)
         return self._stream(samples, order, name, augment=False)
 
     def _set(self, name):
@@ -165,17 +162,17 @@ class Run:
 
     def _dev_stream(self, name):
         dev, size = self._set("dev"), self.config.dev_batch_size
-        first = self.config.dev_batches == "first"
-        order = FirstBatch(len(dev), size) if first else self._endless(dev, size, name)
-        return self._stream(dev, order, name, augment=False, workers=1)
+        if self.config.dev_batches == "first":
+            order = first_batch(len(dev), size, self.ranks.rank, self.ranks.size)
+            return self._stream(dev, order, name, augment=False)
+        return self._shuffled(dev, size, name, augment=False)
 
-    def _endless(self, samples, size, name):
-        return EndlessBatches(len(samples), size, self.config.seed, name)
+    def _shuffled(self, samples, size, name, *, augment):
+        share = self.ranks.rank, self.ranks.size
+        order = shuffled(len(samples), size, self.config.seed, name, *share)
+        return self._stream(samples, order, name, augment=augment)
 
-    def _stream(self, samples, order, name, *, augment, workers=None):
-        limit = self.config.num_workers
-        if self.ranks.size > 1 and not isinstance(order, OrderedBatches):
-            order = Shard(order, self.ranks.rank, self.ranks.size)
+    def _stream(self, samples, order, name, *, augment):
         return Stream(
             self.images,
             samples,
@@ -185,7 +182,6 @@ class Run:
             augment=augment,
             seed=self.config.seed,
             name=name,
-            workers=limit if workers is None else min(workers, limit),
         )
 
 
@@ -231,6 +227,7 @@ def build(config, split, ranks=None):
         fresh = lower_optimizer(config, theta, config.main_lr / FINE_TUNING_DIVISOR)
         fine_tuning = Bilevel(model, TargetTask(0, config.task_num), fresh, average=average)
     images = open_images(split, config.image_size, config.cache_dir, config.num_workers)
+    images = near(images, torch.device(config.device))
     return Run(config, split, ranks, method, plan, train_set, bilevel, fine_tuning, images)
 
 

@@ -131,7 +131,8 @@ class Config:
     )
     num_workers: int = _setting(
         min(4, os.cpu_count() or 1),
-        "processes that load and augment images (default here: %(default)s); 0: the main process",
+        "threads that decode images where there is no cache, or build it (default here: "
+        "%(default)s); 0: the main thread",
         low=0,
         neutral=True,
     )

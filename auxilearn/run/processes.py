@@ -150,11 +150,7 @@ EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: 143}
 
 
 class StopRequest:
-    """While active, the first signal is noted in ``signal`` and a second one ends the process.
-
-    To be entered before worker processes start, so that Ctrl-C, which reaches them too, leaves them
-    alive for the step that is still to be finished.
-    """
+    """While active, the first signal is noted in ``signal`` and a second one ends the process."""
 
     def __init__(self):
         self.signal = None
@@ -166,20 +162,9 @@ class StopRequest:
                 self._before[number] = signal.signal(number, self._note)
         return self
 
-    def __exit__(self, kind=None, error=None, _trace=None):
+    def __exit__(self, *_):
         for number, handler in self._before.items():
-            try:
-                signal.signal(number, handler)
-            except BaseException:
-                # It first runs handlers that are due: PyTorch's for SIGCHLD raises where a worker
-                # has died, which is no reason to leave ours installed.
-                self.__exit__()
-                raise
-        # timeout and Slurm signal a whole process group: loading processes end before the step.
-        if self.signal is not None and error is not None and _is_of_a_dead_worker(error):
-            raise self.interrupted(
-                "stopped as asked; continue from the last checkpoint with --resume 1"
-            ) from None
+            signal.signal(number, handler)
 
     def _note(self, number, _frame):
         if self.signal is not None:
@@ -189,37 +174,20 @@ class StopRequest:
 
     def interrupted(self, message):
         """The error to end the run with."""
-        if self._before:  # a signal to the whole group ends workers too: no reports of that
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         return Interrupted(message, EXIT_CODES.get(self.signal, 143))
 
 
 @contextmanager
 def machine_faults(config):
-    """A full or failing disk and dead worker processes, in one line."""
-    name = config.exp_name or "NAME"
-    advice = f"what was recorded is kept: continue with --exp_name {name} --resume 1"
+    """A full or failing disk, in one line."""
     try:
         yield
-    except (OSError, EOFError, RuntimeError) as error:
-        first_line = str(error).strip().split("\n")[0]
-        if _is_of_a_dead_worker(error):
-            # PyTorch's handler would raise the same again at the end of every other worker.
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            raise RunError(
-                f"a process that loads images died ({first_line}), perhaps for want of memory; "
-                f"--num_workers sets their number; {advice}"
-            ) from None
-        if not isinstance(error, OSError) or isinstance(error, BrokenPipeError):
-            raise
+    except BrokenPipeError:
+        raise
+    except OSError as error:
         place = error.filename or f"the run's folder in {config.record_dir}"
-        raise RunError(f"{place}: {error.strerror or first_line}; {advice}") from None
-
-
-def _is_of_a_dead_worker(error):
-    """Whether PyTorch raises ``error`` where a worker, or its end of a socket, has gone."""
-    sockets = (ConnectionResetError, ConnectionRefusedError, EOFError)
-    return isinstance(error, sockets) or (
-        isinstance(error, RuntimeError)
-        and any(text in str(error) for text in ("DataLoader worker (pid", "ancillary data"))
-    )
+        reason = error.strerror or str(error).strip().split("\n")[0]
+        raise RunError(
+            f"{place}: {reason}; what was recorded is kept: continue with --exp_name "
+            f"{config.exp_name or 'NAME'} --resume 1"
+        ) from None

@@ -26,7 +26,7 @@ BEST_FILE, SUMMARY_FILE = "best.pt", "summary.json"
 START_FILE = "fine_tuning_start.pt"
 LOCK_FILE = ".lock"
 CHECKPOINTS_KEPT = 2
-LOCK_PATIENCE = 6  # seconds: worker processes of a killed run hold its lock until they notice
+LOCK_PATIENCE = 6  # seconds: a run whose sweep was killed ends after its step
 
 
 class RunRecord:
