@@ -33,7 +33,7 @@ from auxilearn.hypernet import (
     times_aux_weight,
 )
 from auxilearn.randomness import random_state_kept
-from auxilearn.second_order.batch_norm import FastBatchNorm
+from auxilearn.second_order.batch_norm import SMALL, FastBatchNorm
 from auxilearn.second_order.convolution import FastConvolution
 from auxilearn.second_order.double_backward import double_backward_operators, gradients
 
@@ -66,7 +66,7 @@ class ModelFunction:
     def directional_derivative(self, vector, batch):
         """(``TaskLosses`` without graph, D (B, K)): D = d/de L(theta + e vector), forward mode."""
         _load_forward_mode()
-        with torch.no_grad(), FastBatchNorm(), forward_ad.dual_level():
+        with torch.no_grad(), FastBatchNorm(SMALL), forward_ad.dual_level():
             theta = {
                 name: forward_ad.make_dual(value, tangent)
                 for (name, value), tangent in zip(self.theta.items(), vector, strict=True)
