@@ -16,8 +16,6 @@ and the tangents of g_x and g_weight for x and weight. These follow from s' = -s
 x_hat' = s P(x').
 """
 
-import inspect
-
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
@@ -110,32 +108,48 @@ class _BatchNormBackward(torch.autograd.Function):
         return grad_t, grad_x_t, count * e_g_xhat_t, None, None
 
 
+# Below so many elements on a CPU, PyTorch's own forward mode is faster (benchmarks/batch_norm.py).
+SMALL = 2**17
+
+
 class FastBatchNorm(TorchFunctionMode):
     """While active, batch norms in train mode (of any module) use the functions above.
 
-    Running statistics are not updated. PyTorch handles batch norms without weight and bias, and
-    those in evaluation mode.
+    PyTorch handles batch norms without weight and bias, those in evaluation mode and, on a CPU,
+    those of fewer than ``smallest`` elements. The others do not update running statistics.
     """
+
+    def __init__(self, smallest=0):
+        super().__init__()
+        self.smallest = smallest
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if function in (torch.batch_norm, F.batch_norm):
-            call = _SIGNATURES[function].bind(*args, **kwargs).arguments
-            x, weight, bias = call["input"], call.get("weight"), call.get("bias")
+        arguments = _ARGUMENTS.get(function)
+        if arguments:
+            x, weight, bias, training, eps = arguments(*args, **kwargs)
             if (
-                call.get("training")
+                training
                 and weight is not None
                 and bias is not None
                 and (x.dtype == weight.dtype or weight.dtype == torch.float32)
+                and (x.is_cuda or x.numel() >= self.smallest)
             ):
-                return _BatchNorm.apply(x, weight, bias, call.get("eps", 1e-5))[0]
+                return _BatchNorm.apply(x, weight, bias, eps)[0]
         return function(*args, **kwargs)
 
 
-# F.batch_norm has a Python signature; torch.batch_norm is built in and called with all arguments.
-_SIGNATURES = {
-    F.batch_norm: inspect.signature(F.batch_norm),
-    torch.batch_norm: inspect.signature(
-        lambda input, weight, bias, running_mean, running_var, training, momentum, eps, cudnn: None
-    ),
-}
+def _of_functional(
+    input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5
+):
+    return input, weight, bias, training, eps
+
+
+def _of_builtin(
+    input, weight, bias, running_mean, running_var, training, momentum, eps, cudnn_enabled
+):
+    return input, weight, bias, training, eps
+
+
+# Called as the function is, they pick what counts.
+_ARGUMENTS = {F.batch_norm: _of_functional, torch.batch_norm: _of_builtin}

@@ -11,8 +11,6 @@ gradients of <g, y> in x and w; from a, c, the gradients of these two, its own b
 which are four convolutions' time.
 """
 
-import inspect
-
 import torch
 import torch.nn.functional as F
 from torch.nn.modules.utils import _pair
@@ -108,9 +106,7 @@ class FastConvolution(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if function is F.conv2d:
-            call = _SIGNATURE.bind(*args, **kwargs)
-            call.apply_defaults()
-            x, weight, bias, stride, padding, dilation, groups = call.args
+            x, weight, bias, stride, padding, dilation, groups = _arguments(*args, **kwargs)
             if (
                 x.dim() == 4
                 and x.dtype == weight.dtype
@@ -122,7 +118,6 @@ class FastConvolution(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
-# F.conv2d is built in and has no Python signature.
-_SIGNATURE = inspect.signature(
-    lambda input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1: None
-)
+def _arguments(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+    """Called as ``F.conv2d`` is, which is built in and has no Python signature."""
+    return input, weight, bias, stride, padding, dilation, groups

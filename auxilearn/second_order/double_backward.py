@@ -3,32 +3,31 @@
 import torch
 
 
-def gradients(output, inputs, **kwargs):
-    """``torch.autograd.grad`` as a list, with zeros for inputs that ``output`` does not depend on.
+def gradients(outputs, inputs, directions=None, **kwargs):
+    """``torch.autograd.grad`` as a list, with zeros for inputs that no output depends on.
 
-    Inputs that do not require a gradient (frozen parameters) also get zeros.
+    ``outputs``: a scalar, or a list of tensors with ``directions``, a list shaped like it. Outputs
+    and inputs that do not require a gradient (frozen parameters) count as constants.
     """
-    found = [torch.zeros_like(i) for i in inputs]
+    found = [None] * len(inputs)
     places = [place for place, i in enumerate(inputs) if i.requires_grad]
-    if not output.requires_grad or not places:
-        return found
-    reached = torch.autograd.grad(
-        output, [inputs[place] for place in places], allow_unused=True, **kwargs
-    )
-    for place, gradient in zip(places, reached, strict=True):
-        if gradient is not None:
+    if directions is None:
+        outputs, directions = [outputs], [None]
+    reached = [(o, d) for o, d in zip(outputs, directions, strict=True) if o.requires_grad]
+    if reached and places:
+        outputs, directions = zip(*reached, strict=True)
+        of_places = torch.autograd.grad(
+            outputs, [inputs[place] for place in places], directions, allow_unused=True, **kwargs
+        )
+        for place, gradient in zip(places, of_places, strict=True):
             found[place] = gradient
-    return found
+    return [torch.zeros_like(i) if g is None else g for g, i in zip(found, inputs, strict=True)]
 
 
 def double_backward_operators(g, params, aux_params):
     """(hvp, mixed) of the gradient ``g`` (with its graph) by differentiating it once more."""
-    reached = [i for i, t in enumerate(g) if t.requires_grad]
 
     def product(vector, inputs):
-        if not reached:
-            return [torch.zeros_like(i) for i in inputs]
-        inner = sum(torch.sum(g[i] * vector[i]) for i in reached)
-        return gradients(inner, inputs, retain_graph=True)
+        return gradients(g, inputs, vector, retain_graph=True)
 
     return (lambda u: product(u, params)), (lambda p: product(p, aux_params))

@@ -24,7 +24,6 @@ import warnings
 
 import torch
 from torch.autograd import forward_ad
-from torch.func import functional_call, jvp
 
 from auxilearn.hypernet import (
     TaskLosses,
@@ -34,7 +33,7 @@ from auxilearn.hypernet import (
     times_aux_weight,
 )
 from auxilearn.randomness import random_state_kept
-from auxilearn.second_order.batch_norm import FastBatchNorm
+from auxilearn.second_order.batch_norm import SMALL, FastBatchNorm
 from auxilearn.second_order.convolution import FastConvolution
 from auxilearn.second_order.double_backward import double_backward_operators, gradients
 
@@ -47,38 +46,38 @@ class ModelFunction:
 
     def __init__(self, model, keep=lambda name: True):
         self.model = model
-        self.theta = {
-            name: p.detach()
-            for name, p in model.named_parameters()
-            if p.requires_grad and keep(name)
+        self._parameters = {
+            name: p for name, p in model.named_parameters() if p.requires_grad and keep(name)
         }
+        self.theta = {name: p.detach() for name, p in self._parameters.items()}
 
     def named(self, vector):
         return dict(zip(self.theta, vector, strict=True))
 
     def leaves(self):
-        return {name: value.clone().requires_grad_() for name, value in self.theta.items()}
+        return {name: value.detach().requires_grad_() for name, value in self.theta.items()}
 
     def evaluate(self, theta, batch):
         """``TaskLosses`` of ``batch`` at ``theta``."""
-        # Cloned here, inside whatever transform is active: torch.func refuses in-place updates of
-        # tensors that come from outside it.
-        buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
-        return functional_call(self.model, theta | buffers, (batch,))
+        stand_ins = {self._parameters[name]: value for name, value in theta.items()}
+        with replaced(self.model, stand_ins):
+            return self.model(batch)
 
     def directional_derivative(self, vector, batch):
         """(``TaskLosses`` without graph, D (B, K)): D = d/de L(theta + e vector), forward mode."""
-
-        def losses_and_rest(theta):
-            outputs = self.evaluate(theta, batch)._asdict()
-            return outputs.pop("losses"), {k: v for k, v in outputs.items() if v is not None}
-
         _load_forward_mode()
-        with torch.no_grad(), FastBatchNorm():
-            losses, derivative, rest = jvp(
-                losses_and_rest, (self.theta,), (self.named(vector),), has_aux=True
-            )
-        return TaskLosses(losses, **rest), derivative
+        with torch.no_grad(), FastBatchNorm(SMALL), forward_ad.dual_level():
+            theta = {
+                name: forward_ad.make_dual(value, tangent)
+                for (name, value), tangent in zip(self.theta.items(), vector, strict=True)
+            }
+            outputs = self.evaluate(theta, batch)
+            derivative = forward_ad.unpack_dual(outputs.losses).tangent
+            entries = [None if e is None else forward_ad.unpack_dual(e).primal for e in outputs]
+        outputs = TaskLosses(*entries)
+        if derivative is None:  # no loss depends on theta
+            derivative = torch.zeros_like(outputs.losses)
+        return outputs, derivative
 
 
 @functools.cache
@@ -129,7 +128,7 @@ class Derivatives(ModelFunction):
         for number, batch in enumerate(batches):
             with (
                 random_state_kept(self.theta.values(), self.seed + number),
-                copied_buffers(self.scheduler),
+                replaced(self.scheduler),
             ):
                 values = function(batch)
             total = values if total is None else [t + v for t, v in zip(total, values, strict=True)]
@@ -240,16 +239,26 @@ def lacks_forward_mode(error):
 
 
 @contextlib.contextmanager
-def copied_buffers(module):
-    """A module with copies of its buffers for a while; its own stay as they are."""
-    own = [(m, name, b) for m in module.modules() for name, b in m._buffers.items()]
-    for owner, name, buffer in own:
-        owner._buffers[name] = None if buffer is None else buffer.clone()
+def replaced(module, stand_ins=None):
+    """A module with copies of its buffers for a while, and ``stand_ins`` {parameter: tensor}.
+
+    Like ``torch.func.functional_call``, in a quarter of its time.
+    """
+    stand_ins = {buffer: buffer.clone() for buffer in module.buffers()} | (stand_ins or {})
+    own = [
+        (table, name, tensor)
+        for owner in module.modules()
+        for table in (owner._parameters, owner._buffers)
+        for name, tensor in table.items()
+        if tensor in stand_ins
+    ]
+    for table, name, tensor in own:
+        table[name] = stand_ins[tensor]
     try:
         yield
     finally:
-        for owner, name, buffer in own:
-            owner._buffers[name] = buffer
+        for table, name, tensor in own:
+            table[name] = tensor
 
 
 @contextlib.contextmanager
