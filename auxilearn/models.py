@@ -73,14 +73,14 @@ class TaskHeads(nn.Module):
 class TaskModel(nn.Module):
     """A backbone and its heads: ``model(batch)`` is the ``TaskLosses`` of a ``Batch``.
 
-    With ``amp`` the backbone computes in bfloat16; features, heads and losses are float32.
+    With ``bf16`` the backbone computes in bfloat16; features, heads and losses are float32.
     """
 
-    def __init__(self, backbone, feature_dim, class_counts, amp=False):
+    def __init__(self, backbone, feature_dim, class_counts, bf16=False):
         super().__init__()
         self.backbone = backbone
-        self.amp = amp
-        self.cast_by_amp = {
+        self.bf16 = bf16
+        self.cast = {
             f"{prefix}.{name}" if prefix else name
             for prefix, module in backbone.named_modules()
             if not isinstance(module, NORMALISATIONS)  # these keep their parameters in float32
@@ -94,11 +94,11 @@ class TaskModel(nn.Module):
     def features(self, images):
         """Features F (B, d) of uint8 images (B, 3, H, W); normalised here, on the device."""
         images = (images - self.pixel_mean) / self.pixel_std
-        if not self.amp:
+        if not self.bf16:
             return self._checked(self.backbone(images))
         # torch.autocast does not see through torch.func, so the weights are cast by hand.
         weights = {
-            name: weight.bfloat16() if name in self.cast_by_amp else weight
+            name: weight.bfloat16() if name in self.cast else weight
             for name, weight in self.backbone.named_parameters()
         }
         features = functional_call(self.backbone, weights, (images.bfloat16(),))

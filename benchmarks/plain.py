@@ -35,21 +35,29 @@ class PlainModel(nn.Module):
         backbone: module from images to features (B, feature_dim).
         feature_dim: width of the features.
         class_counts: number of classes of each of the K tasks, the target first.
+        bf16: whether the backbone computes under torch.autocast.
     """
 
-    def __init__(self, backbone, feature_dim, class_counts):
+    def __init__(self, backbone, feature_dim, class_counts, bf16=False):
         super().__init__()
-        self.backbone = backbone
+        self.backbone, self.bf16 = backbone, bf16
         self.heads = nn.ModuleList([nn.Linear(feature_dim, classes) for classes in class_counts])
 
     def forward(self, images):
         """Features (B, feature_dim) and a list of K logits (B, classes of the task)."""
-        features = self.backbone(images)
+        features = self.features(images)
         return features, [head(features) for head in self.heads]
 
     def target_logits(self, images):
         """The target task's logits alone."""
-        return self.heads[0](self.backbone(images))
+        return self.heads[0](self.features(images))
+
+    def features(self, images):
+        """Features (B, feature_dim) alone."""
+        if not self.bf16:
+            return self.backbone(images)
+        with torch.autocast(images.device.type, torch.bfloat16):
+            return self.backbone(images).float()
 
 
 def loss_matrix(logits_list, labels, aux_weight=1.0):

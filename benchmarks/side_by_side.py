@@ -36,6 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from auxilearn.errors import UserError  # noqa: E402
 from auxilearn.run.command_line import given_settings  # noqa: E402
+from auxilearn.run.config import FIELDS, choices_of  # noqa: E402
 from auxilearn.run.record import environment  # noqa: E402
 from benchmarks.sides import (  # noqa: E402
     ALPHA,
@@ -240,7 +241,6 @@ def print_head(workload):
             f"of each its own: {threads} threads; package {_variables(variables | added)}, "
             f"plain {_variables(plain)}"
         )
-    precision = "TF32" if workload.tf32 else "float32"
     print("## Side by side\n")
     print(f"- machine: {machine}; load average at the start {os.getloadavg()[0]:.1f}")
     print(f"- versions: Python {facts['python']}, {packages}; revision {facts['git_revision']}")
@@ -249,7 +249,8 @@ def print_head(workload):
     print(
         f"- workload: ResNet-18 from random weights, batch {workload.batch} + "
         f"{workload.dev_batch} for development, {workload.image_size} pixels, {workload.tasks} "
-        f"tasks, {workload.classes} classes, alpha {ALPHA:g}, {precision} on {workload.device}"
+        f"tasks, {workload.classes} classes, alpha {ALPHA:g}, {workload.precision} on "
+        f"{workload.device}"
     )
     if workload.package_flags:
         print(f"- the package alone with `{shlex.join(workload.package_flags)}`")
@@ -425,18 +426,23 @@ def parse_arguments(argv=None):
     )
     parser.add_argument("--threads", type=int, help="of each side; default: torch's own choice")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--tf32", action="store_true", help="TF32 on the GPU, for both")
+    parser.add_argument(
+        "--precision",
+        choices=choices_of(FIELDS["precision"]),
+        default="tf32",
+        help="of both sides, as for train_bilevel.py; plain's bf16 is torch.autocast; default: "
+        "%(default)s, which on the CPU is fp32",
+    )
     parser.add_argument(
         "--own_settings",
         action="store_true",
         help="each side as its users run it: the package with the process settings of "
         "run_bilevel.sh, plain without them; default: both with those of this process",
     )
-    parser.add_argument("--amp", help="the package's --amp, such as bf16; plain stays in float32")
     parser.add_argument(
         "--package_flags",
         default="",
-        help="any flags of train_bilevel.py, for the package: --package_flags='--tf32 1'",
+        help="any flags of train_bilevel.py, for the package: --package_flags='--aux_weight 0.5'",
     )
     parser.add_argument(
         "--float64",
@@ -458,8 +464,6 @@ def parse_arguments(argv=None):
     if min(args.tasks, args.repeats, *args.task_counts) < 1:
         parser.error("--tasks, --task_counts and --repeats must be at least 1")
     args.package_flags = shlex.split(args.package_flags)
-    if args.amp:
-        args.package_flags += ["--amp", args.amp]
     try:
         given_settings(args.package_flags)
     except UserError as error:
@@ -491,7 +495,8 @@ def run_parts(workload, args):
     if "exactness" in args.parts:
         result = check_exactness(workload, args.float64)
         print_exactness(result)
-        if not args.package_flags:  # which may change the rounding, or what is computed
+        in_float32 = args.precision == "fp32" or (args.precision, args.device) == ("tf32", "cpu")
+        if in_float32 and not args.package_flags:  # which may change what is computed
             code = print_verdict(result["package against plain"])
     wanted = {quantity for part in args.parts for quantity in CHOICES[part]}
     timed = {quantity for part in args.parts if part in TIMED for quantity in CHOICES[part]}

@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from auxilearn.data.dataset import Stream, in_order, sample_set  # noqa: E402
 from auxilearn.implicit_diff import identity, neumann  # noqa: E402
 from auxilearn.run import config as settings  # noqa: E402
-from auxilearn.run.build import build  # noqa: E402
+from auxilearn.run.build import build, set_precision  # noqa: E402
 from auxilearn.run.command_line import given_settings  # noqa: E402
 from auxilearn.solvers import conjugate_gradient  # noqa: E402
 from benchmarks import plain  # noqa: E402
@@ -50,8 +50,9 @@ TRAIN_BATCHES = 4  # in the generated training set
 class Workload:
     """The workload: its sizes, its device and its process settings.
 
-    ``package_flags`` are further flags of train_bilevel.py. With ``own_settings`` the package has
-    the process settings of run_bilevel.sh, and plain has none of them.
+    ``precision`` is that of both sides: as for train_bilevel.py, where plain's bf16 is
+    torch.autocast. ``package_flags`` are further flags of train_bilevel.py. With ``own_settings``
+    the package has the process settings of run_bilevel.sh, and plain has none of them.
     """
 
     root: Path
@@ -62,7 +63,7 @@ class Workload:
     classes: int = 200
     threads: int | None = None
     device: str = "cpu"
-    tf32: bool = False
+    precision: str = "tf32"
     package_flags: tuple = ()
     own_settings: bool = False
 
@@ -85,11 +86,11 @@ class Workload:
             attribute_names=[f"attribute_{number}" for number in range(self.tasks - 1)],
         )
 
-    def initial_models(self):
+    def initial_models(self, bf16=False):
         """The task model and the scheduler that both sides start from, as plain modules."""
         torch.manual_seed(0)
         counts = [self.classes] + [2] * (self.tasks - 1)
-        model = plain.PlainModel(plain.resnet18_backbone(), FEATURES, counts)
+        model = plain.PlainModel(plain.resnet18_backbone(), FEATURES, counts, bf16)
         return model, plain.PlainScheduler(self.tasks, FEATURES)
 
 
@@ -105,8 +106,7 @@ class Side:
         self.workload = workload
         self.device = torch.device(workload.device)
         self.actions = {}
-        torch.backends.cudnn.allow_tf32 = workload.tf32
-        torch.set_float32_matmul_precision("high" if workload.tf32 else "highest")
+        set_precision(workload.precision)
 
     def measure(self, quantity):
         """Do it once: the seconds it took."""
@@ -133,7 +133,8 @@ class Plain(Side):
     def __init__(self, workload, dtype=torch.float32, memory_format="contiguous"):
         super().__init__(workload)
         self.options = {"dtype": dtype, "memory_format": FORMATS[memory_format]}
-        model, scheduler = workload.initial_models()
+        bf16 = workload.precision == "bf16" and dtype == torch.float32
+        model, scheduler = workload.initial_models(bf16)
         self.initial_scheduler = copy.deepcopy(scheduler.state_dict())
         self.model = model.to(self.device, **self.options).train()
         self.scheduler = scheduler.to(self.device, dtype)
@@ -220,7 +221,7 @@ class Package(Side):
             max_grad_norm=MAX_NORM,
             neumann_alpha=ALPHA,
             neumann_terms=TERMS["neumann"],
-            tf32=workload.tf32,
+            precision=workload.precision,
             device=workload.device,
         )
         given = given_settings(workload.package_flags)
@@ -278,7 +279,10 @@ class Package(Side):
 
 
 class Convolutions(Side):
-    """The forward convolutions of a ResNet-18. Quantities: (images, memory format)."""
+    """The forward convolutions of a ResNet-18, in the workload's precision.
+
+    Quantities: (images, memory format).
+    """
 
     def __init__(self, workload):
         super().__init__(workload)
@@ -303,8 +307,12 @@ class Convolutions(Side):
     @torch.inference_mode()
     def run(self, images, name):
         if (images, name) not in self.inputs:  # made in the untimed turn
+            bf16 = self.workload.precision == "bf16"
             placed = functools.partial(
-                torch.Tensor.to, device=self.device, memory_format=FORMATS[name]
+                torch.Tensor.to,
+                device=self.device,
+                dtype=torch.bfloat16 if bf16 else torch.float32,
+                memory_format=FORMATS[name],
             )
             self.inputs[images, name] = [
                 (placed(torch.randn(images, *shape)), placed(module.weight), module)

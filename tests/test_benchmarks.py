@@ -47,6 +47,18 @@ def test_a_single_task(workload):
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
+def test_both_sides_have_the_precision(workload):
+    """In bfloat16 both are off by its rounding; the control in float64 is not."""
+    bf16 = dataclasses.replace(workload, precision="bf16")
+    exact, *losses = (
+        Plain(workload, torch.float64).lower().item(),
+        Plain(bf16).lower().item(),
+        Package(bf16).lower().item(),
+    )
+    assert all(1e-6 < abs(loss - exact) / exact < 2e-2 for loss in losses)
+    assert Plain(bf16, torch.float64).lower().item() == exact
+
+
 def test_a_wrong_hypergradient_is_noticed(capsys):
     numbers = {"neumann": {"a": np.ones(3)}, "identity": {"a": np.ones(3)}, "loss": 2.0}
     assert side_by_side.print_verdict(compare_numbers(numbers, numbers)) == 0
@@ -172,9 +184,14 @@ def test_growth_with_tasks(capsys):
 def test_arguments():
     args = side_by_side.parse_arguments(["--only", "lower,floor"])
     assert args.parts == ["lower", "floor"]
-    args = side_by_side.parse_arguments(["--amp", "bf16", "--package_flags=--tf32 1"])
-    assert args.package_flags == ["--tf32", "1", "--amp", "bf16"]
-    for wrong in (["--only", "lowre"], ["--package_flags=--no_such_flag 1"], ["--batch", "1"]):
+    args = side_by_side.parse_arguments(["--package_flags=--aux_weight 0.5"])
+    assert (args.package_flags, args.precision) == (["--aux_weight", "0.5"], "tf32")
+    for wrong in (
+        ["--only", "lowre"],
+        ["--precision", "fp16"],
+        ["--package_flags=--no_such_flag 1"],
+        ["--batch", "1"],
+    ):
         with pytest.raises(SystemExit):
             side_by_side.parse_arguments(wrong)
 
@@ -187,5 +204,5 @@ def test_without_a_gpu_it_says_so(monkeypatch, capsys):
 @gpu
 def test_on_a_gpu(monkeypatch, capfd):
     parts = "exactness,data,lower,memory,floor"
-    assert run_script(monkeypatch, "--device", "cuda", "--only", parts) == 0
+    assert run_script(monkeypatch, "--device", "cuda", "--precision", "fp32", "--only", parts) == 0
     assert "memory of tensors on the GPU" in capfd.readouterr().out

@@ -129,10 +129,10 @@ def test_forward_mode_equals_double_backward(method, masked, dropout):
     assert sum(t.abs().sum() for t in plain) > 1e-8  # the comparison is not of zeros
 
 
-@pytest.mark.parametrize(("amp", "low", "high"), [(False, 1e-9, 1e-4), (True, 1e-5, 3e-3)])
+@pytest.mark.parametrize(("bf16", "low", "high"), [(False, 1e-9, 1e-4), (True, 1e-5, 3e-3)])
 @pytest.mark.parametrize("operators", [FastOperators, DoubleBackwardOperators])
-def test_low_precision_is_off_by_its_rounding_only(operators, amp, low, high):
-    """A smooth network against float64: float32, and a thousandth with ``--amp bf16``.
+def test_low_precision_is_off_by_its_rounding_only(operators, bf16, low, high):
+    """A smooth network against float64: float32, and a thousandth with ``--precision bf16``.
 
     (A network of ReLU has no such bound in any precision: what is zero but for rounding.)
     """
@@ -158,7 +158,7 @@ def test_low_precision_is_off_by_its_rounding_only(operators, amp, low, high):
         return levels.hypergradient([train_batch], [dev_batch])[0]
 
     expected = hypergradient(model, scheduler)
-    model.amp = amp
+    model.bf16 = bf16
     model = model.float().to(memory_format=torch.channels_last)
     assert low < relative_error(hypergradient(model, scheduler.float()), expected) < high
 

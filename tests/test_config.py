@@ -262,8 +262,8 @@ def test_a_recorded_configuration_is_read_again(tiny_split):
     recorded = json.loads(json.dumps(dataclasses.asdict(config)))
     assert recorded["options"] == {"hidden_sizes": [3, 4]}
     assert from_record(recorded) == config
-    with pytest.raises(UserError, match="another version of this program .*amp"):
-        from_record({name: value for name, value in recorded.items() if name != "amp"})
+    with pytest.raises(UserError, match="another version of this program .*precision"):
+        from_record({name: value for name, value in recorded.items() if name != "precision"})
     with pytest.raises(UserError, match="--method mine is not known: .*--plugin"):
         from_record(recorded | {"method": "mine"})
 

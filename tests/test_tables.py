@@ -232,7 +232,7 @@ def test_options_go_to_the_methods_that_have_them(job_of):
 def test_a_default_that_is_given_names_the_same_run(job_of):
     """Nor does a setting to come, whose default is what was done before."""
     plain = job_of("joint_stable").identity
-    flags = ["--precondition", "adam", "--amp", "off", "--option", "target_share=auto"]
+    flags = ["--precondition", "adam", "--precision", "tf32", "--option", "target_share=auto"]
     assert job_of("joint_stable", flags=flags).identity == plain
     assert job_of("joint_stable", flags=["--precondition", "none"]).identity != plain
     other = job_of("joint_stable", flags=["--option", "target_share=free"])

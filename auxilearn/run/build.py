@@ -190,8 +190,6 @@ def build(config, split, ranks=None):
     ranks = ranks or Ranks()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
-    torch.backends.cudnn.allow_tf32 = config.tf32
     method = METHODS[config.method]
     train_set = training_set_of(config, split)
     plan = Plan.of(config, len(train_set), len(split.indices["dev"]))
@@ -232,17 +230,29 @@ def build(config, split, ranks=None):
 
 
 def build_model(config, split, pretrained=True):
-    """The task model of a resolved ``Config``, on its device.
+    """The task model of a resolved ``Config``, on its device, and the process's precision.
 
     ``pretrained=False`` leaves its weights random, to be loaded from a checkpoint.
     """
+    set_precision(config.precision)
     torch.manual_seed(derived_seed(config.seed, "task model"))
     weights = (config.backbone_pretrain, config.backbone_weights) if pretrained else ()
     backbone = build_backbone(config.backbone, config.feature_dim, *weights)
     model = TaskModel(
-        backbone, config.feature_dim, class_counts(config, split), amp=config.amp == "bf16"
+        backbone, config.feature_dim, class_counts(config, split), bf16=config.precision == "bf16"
     )
     return model.to(config.device, memory_format=torch.channels_last)
+
+
+def set_precision(precision):
+    """Set how this process computes in float32, in full: nothing is left of an earlier run.
+
+    Only ``tf32`` allows TF32, and in CUDA's convolutions alone. Matrix products are always float32,
+    on the CPU too, which PyTorch's "high" would reach.
+    """
+    # The newer fp32_precision needs PyTorch 2.9, and makes torch.backends.cudnn.flags() raise.
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    torch.set_float32_matmul_precision("highest")
 
 
 def build_scheduler(config, split, samples):

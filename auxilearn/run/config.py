@@ -241,12 +241,13 @@ class Config:
         "last digits, and small networks are fastest with 1",
         low=1,
     )
-    amp: str = _setting(
-        "off",
-        "bf16 runs the backbone in bfloat16, in both levels; the rest stays in float32",
-        choices=("off", "bf16"),
+    precision: str = _setting(
+        "tf32",
+        "tf32: GPUs may round the inputs of convolutions to TF32, as PyTorch does by default, and "
+        "the rest is float32; fp32: all is float32 (on the CPU the same as tf32); bf16: the "
+        "backbone computes in bfloat16, in both levels",
+        choices=("tf32", "fp32", "bf16"),
     )
-    tf32: bool = _setting(False, "let GPUs round float32 products to TF32")
 
     @property
     def setting(self):

@@ -34,7 +34,7 @@ def _backward(grad, x, weight, geometry, of_x, of_weight):
 
 
 def _is_leaf(tensor):
-    """Whether it is a leaf of the graph, or one in another dtype (as with ``--amp``)."""
+    """Whether it is a leaf of the graph, or one in another dtype (as with ``--precision bf16``)."""
     node = tensor.grad_fn
     if node is not None and node.name() == "ToCopyBackward0":
         node = node.next_functions[0][0]
