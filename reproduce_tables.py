@@ -3,7 +3,7 @@
   python reproduce_tables.py table4 --dataset mini       run what is missing, then print the table
   python reproduce_tables.py all --dataset digits        tables 2 to 4
   python reproduce_tables.py tune --dataset digits       choose the hyper-parameters, on validation
-  python reproduce_tables.py table2 --dry_run            print the commands, run nothing
+  python reproduce_tables.py table2 --dry_run            print the commands and how long they take
 
 table2 is supervised, table3 semi-supervised (5 labels per class), table4 has corrupted labels (20,
 40 and 60 %). A finished run is never run again: interrupt this at any moment and type it again. One
@@ -29,6 +29,7 @@ from auxilearn.errors import Parser, RunError, UserError, run_script
 from auxilearn.files import locked
 from auxilearn.methods import load_plugin
 from auxilearn.tables import local, slurm, sweep
+from auxilearn.tables.estimate import estimate
 from auxilearn.tables.protocol import DATASETS, SETTINGS, TABLES, rows, usual_rows
 from auxilearn.tables.render import Sheet, markdown, notes_on, read_paper, write_table
 from auxilearn.tables.statistics import evaluate, need_packages
@@ -96,7 +97,12 @@ def parse_arguments(argv=None):
         help="tune writes it and tables use it; 'none': the data set's settings for every row "
         f"(default: {_shown(RESULTS / 'hyperparameters.json')})",
     )
-    add("--dry_run", action="store_true", help="print the commands, run nothing")
+    add(
+        "--dry_run",
+        action="store_true",
+        help="print the commands and the hours of what is not done; short trainings measure "
+        "the speed of methods of which no run is done",
+    )
     add("--collect_only", action="store_true", help="run nothing, print the table of finished runs")
     add = parser.add_argument_group("places").add_argument
     add(
@@ -232,6 +238,8 @@ def main(argv=None):
     if args.dry_run:
         print(shlex.join([*sweep.script("data_preprocess.py"), *preprocess_flags]))
         print("\n".join(dict.fromkeys(job.command for job in jobs)))
+        for line in duration(args, places, jobs):
+            print(f"# {line}", flush=True)  # the commands and these lines are a shell script
         return
     figures = {}
     if args.what != "tune":  # find errors now, not after days of training
@@ -311,8 +319,7 @@ def launcher(args, places, jobs):
             array_parallelism=args.jobs or 256,
         )
     gpus, cores = local.chosen_gpus(args.gpus), local.usable_cores()
-    threads = max(job.config.threads or cores for job in jobs)
-    count = args.jobs or len(gpus) or (cores if threads == 1 else 1)
+    threads, count = at_a_time(args, jobs, gpus, cores)
     if not gpus and count > 1 and threads > 1 and min(count, len(jobs)) * threads > cores:
         # Threads that wait for one another keep their core busy all the while.
         print(
@@ -321,6 +328,33 @@ def launcher(args, places, jobs):
             file=sys.stderr,
         )
     return lambda jobs: local.launch(jobs, count, train_bilevel.main, gpus)
+
+
+def at_a_time(args, jobs, gpus, cores):
+    """(Threads of a run, number of runs at the same time) of ``jobs`` on this machine."""
+    threads = max(job.config.threads or cores for job in jobs)
+    return threads, args.jobs or len(gpus) or (cores if threads == 1 else 1)
+
+
+def duration(args, places, jobs):
+    """Lines on the number of ``jobs`` and the hours of those that are not done."""
+    try:
+        split = load_split(str(places.split_dir), str(places.data_root))
+    except UserError as error:
+        yield f"{len({job.name for job in jobs})} runs; their hours are not known: {error}"
+        return
+    left, said = sweep.unfinished(jobs, split.fingerprint)
+    yield said
+    if not left:
+        return
+    gpus, count = local.chosen_gpus(args.gpus), None
+    if args.launcher == "local":
+        _, count = at_a_time(args, left, gpus, local.usable_cores())
+    found = estimate(
+        *(left, places, split),
+        lambda jobs: local.launch(jobs, 1, train_bilevel.main, gpus[:1]),
+    )
+    yield from found.lines(count)
 
 
 def own_data(dataset, split):

@@ -93,6 +93,12 @@ def plugin(tmp_path):
         del METHODS[name]
 
 
+@pytest.fixture
+def no_estimate(monkeypatch):
+    """A dry run prints the commands alone: its estimate trains, and has tests of its own."""
+    monkeypatch.setattr(reproduce_tables, "duration", lambda *args: [])
+
+
 def train_as(job):
     """What a launcher does, in this process."""
     try:
@@ -521,7 +527,7 @@ def test_hyperparameters_that_cannot_be_read(tmp_path):
         Hyperparameters(tmp_path / "h.json", "digits")
 
 
-def test_tune_writes_what_the_tables_use(places, tmp_path, command):
+def test_tune_writes_what_the_tables_use(places, tmp_path, command, no_estimate):
     file = tmp_path / "h.json"
     shared = [*places, "--hyperparameters", str(file), "--methods", "single"]
     code, out, err = command(reproduce_tables.main, "tune", *shared, "--seeds", "9")
@@ -640,7 +646,7 @@ def test_every_cell_is_computed_once(places, command, monkeypatch):
     assert len(compared) == len(set(compared)) == 2 * 5  # two tested rows in five settings
 
 
-def test_some_tables_of_all(places, command):
+def test_some_tables_of_all(places, command, no_estimate):
     wanted = ["all", *places, "--seeds", "1", "--methods", "single", "--dry_run"]
     code, out, _ = command(reproduce_tables.main, *wanted, "--tables", "table3", "table2")
     assert (code, len(out.splitlines())) == (0, 3)
@@ -650,7 +656,7 @@ def test_some_tables_of_all(places, command):
     assert code == 2 and "--tables goes with all and tune" in err
 
 
-def test_some_columns_of_a_table(places, command):
+def test_some_columns_of_a_table(places, command, no_estimate):
     wanted = ["all", *places, "--seeds", "1", "2", "--methods", "single", "--dry_run", "--settings"]
     code, out, _ = command(reproduce_tables.main, *wanted, "corrupted_0.6", "supervised")
     assert (code, len(out.splitlines())) == (0, 5)
@@ -667,8 +673,11 @@ def test_every_command_of_a_dry_run_runs(places, tmp_path, command):
     assert code == 0
     assert not (tmp_path / "sweeps").exists()
     lines = out.splitlines()
-    assert len(lines) == 3
-    for line in lines:
+    assert [line.startswith("#") for line in lines] == 3 * [False] + 3 * [True]
+    assert lines[3] == "# 2 runs: 2 to do"
+    assert "hours of training in all (2 by a short training of each of 2 kinds here)" in lines[4]
+    assert lines[5].endswith(" hours with 2 runs at a time")
+    for line in lines[:3]:
         subprocess.run(line, shell=True, check=True, capture_output=True)
     code, out, _ = command(reproduce_tables.main, *wanted)
     assert out.splitlines()[0] == "2 runs: 2 done"

@@ -264,6 +264,15 @@ def result_of(run, fingerprint):
     return Result(run.row, run.setting, job.config.seed, state, *accuracies, *how)
 
 
+def unfinished(jobs, fingerprint):
+    """(Those of ``jobs`` that are not done, each once; a line that counts all by their state)."""
+    jobs = list({job.name: job for job in jobs}.values())
+    states = [state_of(job, fingerprint)[0] for job in jobs]
+    left = [job for job, state in zip(jobs, states, strict=True) if state != "done"]
+    counts = {state: states.count(state) for state in dict.fromkeys(states)}
+    return left, f"{len(jobs)} runs: {', '.join(f'{n} {state}' for state, n in counts.items())}"
+
+
 # --------------------------------------------------------------------------------------------------
 # Running
 # --------------------------------------------------------------------------------------------------
@@ -275,11 +284,8 @@ def run(jobs, launch, fingerprint):
     ``launch``: callable (list of jobs) -> iterator of (job, Outcome) as they end. A failed job does
     not stop the others; the next call tries it again. Raises what ``launch`` raises.
     """
-    jobs = list({job.name: job for job in jobs}.values())
-    states = [state_of(job, fingerprint)[0] for job in jobs]
-    left = [job for job, state in zip(jobs, states, strict=True) if state != "done"]
-    counts = {state: states.count(state) for state in dict.fromkeys(states)}
-    print(f"{len(jobs)} runs: {', '.join(f'{n} {state}' for state, n in counts.items())}")
+    left, said = unfinished(jobs, fingerprint)
+    print(said)
     failed, start, logged = [], time.monotonic(), {}
     with tqdm(total=len(left), unit="run", dynamic_ncols=True, disable=None) as bar:
         for job in left:
