@@ -95,7 +95,7 @@ else
         --data_root "$data_root" --out_dir "$split_dir"
     epochs=$mini_epochs train_batch_size=$mini_train_batch_size main_lr=$mini_main_lr
     set -- --record_dir "$here/miniature/bird_record" --backbone convnet --image_size 64 \
-        --num_workers 1 --dev_batch_size 20 "$@"
+        --dev_batch_size 20 "$@"
 fi
 
 if [ "$preset" != command_line ]; then # whose settings would not win over flags

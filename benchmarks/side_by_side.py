@@ -316,7 +316,7 @@ def print_times(results, workload):
     print(
         "Ratios of what was timed are medians over neighbouring turns; computed rows follow from "
         "the medians;\nin rows (neumann; identity) plain has the one solver, the package the "
-        "other. Data is loaded in the process\nitself, without workers; steps are timed without "
+        "other. Data is loaded in the main\nthread; steps are timed without "
         "it, an epoch is the sum of both.\n"
     )
 

@@ -58,7 +58,7 @@ def config(folder, method, workers, epochs):
         dev_epochs=epochs // 4,
         save_every=1,
         num_workers=workers,
-        cache_dir=None if workers else "none",
+        cache_dir="none" if workers else None,
         device="cpu",
         threads=1,
     )
@@ -84,7 +84,7 @@ def storm(folder, method, kills, workers=0, epochs=60, seed=0, margin=MARGIN):
     one, other = (Path(c.record_dir) / c.setting / "run" for c in (killed, undisturbed))
     summary = json.loads((other / "summary.json").read_text())
     start_up -= summary["seconds"]
-    # Not the mean, which contains the start of the loading processes.
+    # Not the mean, which contains what a first step costs.
     step_seconds = statistics.median(
         row["lower_seconds"] + row["data_seconds"]
         for row in map(json.loads, (other / "metrics.jsonl").read_text().splitlines())
@@ -97,9 +97,7 @@ def storm(folder, method, kills, workers=0, epochs=60, seed=0, margin=MARGIN):
     for number, target in enumerate(targets, start=1):
         at_start = generator.random() < AT_START
         began = time.time_ns()
-        process = subprocess.Popen(
-            _command(killed), env=ENVIRONMENT, stdout=subprocess.DEVNULL, start_new_session=True
-        )
+        process = subprocess.Popen(_command(killed), env=ENVIRONMENT, stdout=subprocess.DEVNULL)
         if at_start:
             time.sleep(generator.uniform(0, start_up))
         else:
@@ -107,8 +105,7 @@ def storm(folder, method, kills, workers=0, epochs=60, seed=0, margin=MARGIN):
             time.sleep(generator.uniform(0, 2 * step_seconds))
         if process.poll() is not None:
             raise RuntimeError(f"kill {number}: the run ended before it; more --epochs make room")
-        # Alone, as the kernel does where memory runs out, or with its loading processes.
-        (os.killpg if generator.random() < 0.5 else os.kill)(process.pid, signal.SIGKILL)
+        process.kill()
         if process.wait() != -signal.SIGKILL:
             raise RuntimeError(f"kill {number}: the process had ended, exit {process.returncode}")
         step, phase = _found(one, began, undisturbed, steps)
@@ -249,7 +246,9 @@ def main():
     )
     parser.add_argument("--method", choices=BILEVEL, default="joint")
     parser.add_argument("--kills", type=int, default=50, metavar="N")
-    parser.add_argument("--num_workers", type=int, default=0, metavar="N")
+    parser.add_argument(
+        "--num_workers", type=int, default=0, metavar="N", help="0: from a cache; else N threads"
+    )
     parser.add_argument("--epochs", type=int, default=60, metavar="N")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the moments")
     args = parser.parse_args()

@@ -108,7 +108,7 @@ def test_row_2_the_checkpoint_of_every_method_is_the_one_that_is_tested(
         model.eval()
         for image, label in zip(images, split.labels[split.indices["test"]], strict=True):
             top, left = (round((side - 16) / 2) for side in image.shape[:2])
-            view = torch.from_numpy(image[top : top + 16, left : left + 16]).permute(2, 0, 1)
+            view = torch.tensor(image[top : top + 16, left : left + 16]).permute(2, 0, 1)
             hits += int(model.predict(view[None]).argmax()) == label
     assert hits / len(images) == run.summary["test_accuracy"]
 

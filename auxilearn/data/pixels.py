@@ -113,7 +113,6 @@ class DecodedImages:
     def __init__(self, split, image_size, workers):
         self.paths = [split.image_path(position) for position in range(len(split.paths))]
         self.side = resized_side(image_size)
-        self.workers = workers
         self.shapes = None
         self._pool = ThreadPoolExecutor(workers) if workers else None
 
@@ -160,7 +159,7 @@ class DecodedImages:
         targets = windows.numpy()
 
         def fill(i):
-            _put(targets[i], self.load(wanted.positions[i]), *wanted.boxes[i, :4])
+            _put(targets[i], self.load(wanted.positions[i]), *wanted.boxes[i])
 
         return windows, self._map(fill, range(len(targets)))
 
@@ -176,7 +175,7 @@ def _empty_windows(boxes, pinned):
     return torch.empty(len(boxes), height, width, 3, dtype=torch.uint8, pin_memory=pinned)
 
 
-def _put(window, image, top, left, height, width):
+def _put(window, image, top, left, height, width, _flip):
     window[:height, :width] = image[top : top + height, left : left + width]
 
 
@@ -198,16 +197,18 @@ class PackedImages:
         self.pixels, self.shapes, self.starts = pixels, shapes, starts
 
     def load(self, position):
-        height, width = self.shapes[position]
-        start = self.starts[position]
+        return self._image(self.starts[position], *self.shapes[position])
+
+    def _image(self, start, height, width):
         return self.pixels[start : start + height * width].reshape(height, width, 3)
 
     def windows(self, requests, pinned=False):
         for here, there in requests:
             windows = _empty_windows(here.boxes, pinned)
-            rows = zip(windows.numpy(), here.positions, here.boxes.tolist(), strict=True)
-            for window, position, box in rows:
-                _put(window, self.load(position), *box[:4])
+            starts, shapes = self.starts[here.positions], self.shapes[here.positions]
+            columns = (column.tolist() for column in (starts, shapes, here.boxes))
+            for window, start, shape, box in zip(windows.numpy(), *columns, strict=True):
+                _put(window, self._image(start, *shape), *box)
             yield here, there, windows
 
 

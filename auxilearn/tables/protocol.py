@@ -133,7 +133,7 @@ class DataSet(NamedTuple):
     settings: dict
 
 
-_SMALL = {"backbone": "convnet", "feature_dim": 128, "num_workers": 0, "threads": 1}
+_SMALL = {"backbone": "convnet", "feature_dim": 128, "threads": 1}
 _SMALL |= {"main_lr": 2e-3, "dev_epochs": 10}
 DATASETS = {
     "cub": DataSet(
