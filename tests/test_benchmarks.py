@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import side_by_side
+from benchmarks import on_gpu, side_by_side
 from benchmarks.side_by_side import Measured, compare_numbers
 from benchmarks.sides import Package, Plain, Worker, Workload, run_script_settings
 from tests.conftest import gpu
@@ -206,3 +206,33 @@ def test_on_a_gpu(monkeypatch, capfd):
     parts = "exactness,data,lower,memory,floor"
     assert run_script(monkeypatch, "--device", "cuda", "--precision", "fp32", "--only", parts) == 0
     assert "memory of tensors on the GPU" in capfd.readouterr().out
+
+
+# --------------------------------------------------------------------------------------------------
+# on_gpu.py
+# --------------------------------------------------------------------------------------------------
+
+
+def test_the_share_of_time_in_which_a_device_is_busy():
+    """Kernels of several streams may overlap, or lie within one another."""
+    assert on_gpu.covered([(0, 2), (1, 3), (6, 10), (7, 8)]) == pytest.approx(7 / 10)
+    assert on_gpu.covered([(5, 6)]) == 1.0
+
+
+def test_data_of_cubs_proportions(tmp_path):
+    split = on_gpu.cub_shaped(tmp_path, images=300, tasks=4)
+    sizes = {name: len(places) for name, places in split.indices.items()}
+    classes = len(split.class_names)
+    assert sizes["full_train"] == 152 == sizes["rest_train"] + sizes["dev"]  # 5,994 of 11,788
+    assert sizes["full_train"] + sizes["valid"] + sizes["test"] == 300
+    assert sorted(split.labels[split.indices["dev"]]) == list(range(classes))
+    assert split.attributes.shape == (300, 3)
+    assert len(set(split.paths)) == 300
+    assert all(split.image_path(position).exists() for position in (0, 299))
+
+
+def test_without_a_gpu_nothing_is_measured(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        on_gpu.main([])
+    assert stopped.value.code == 2
+    assert "there is no CUDA device here: nothing was measured" in capsys.readouterr().err
