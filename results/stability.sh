@@ -2,7 +2,7 @@
 # The commands behind docs/stability.md, under its headings; run from the repository's root.
 #
 #   sh results/stability.sh              all of it: more than 500 runs
-#   sh results/stability.sh --dry_run    the commands of all runs of tables; trains nothing
+#   sh results/stability.sh --dry_run    the commands of all runs of tables, and their hours
 #
 # Pick the lines you need. The numbers of the page were made with earlier revisions (258af48 and
 # before), whose --aux_lr, --aux_batch_size and --in_dim are --upper_lr, --dev_batch_size and

@@ -57,10 +57,12 @@ def test_a_run_of_a_single_step_has_a_speed(tmp_path):
     assert Speed.of_run(finished(tmp_path, rows, summary)) == pytest.approx((9, 0, 3, 3))
 
 
-def test_a_run_without_upper_steps_does_not_say_how_long_they_take(tmp_path):
+def test_a_run_that_lacks_rows_has_no_speed(tmp_path):
     rows = [row for row in ROWS if row["kind"] != "upper"]
     assert Speed.of_run(finished(tmp_path, rows)) is None
     assert Speed.of_run(finished(tmp_path, rows, {**SUMMARY, "method": "gcs"})).upper == 0
+    (tmp_path / "metrics.jsonl").unlink()
+    assert Speed.of_run(tmp_path) is None
 
 
 def test_from_a_speed_to_the_seconds_of_a_run():

@@ -54,7 +54,7 @@ class Speed(NamedTuple):
     @classmethod
     def of_run(cls, directory):
         """The speed of a finished run. Its first lower and upper step, which warm up, are left out
-        of the means. None: it has an upper level, but took no upper step."""
+        of the means. None: rows are missing, of upper steps because it took none."""
         summary = read_json(directory / SUMMARY_FILE)
         rows = read_rows(directory / METRICS_FILE)
         of_steps = [row for row in rows if row["kind"] == "step"]
@@ -63,7 +63,7 @@ class Speed(NamedTuple):
         lower = [row["data_seconds"] + row["lower_seconds"] for row in of_steps]
         upper = [row["upper_seconds"] for row in rows if row["kind"] == "upper"]
         valid = [row["valid_seconds"] for row in rows if row["kind"] == "epoch"]
-        if METHODS[summary["method"]].bilevel and not upper:
+        if not (lower and valid) or (METHODS[summary["method"]].bilevel and not upper):
             return None
         test = fmean(valid)  # the split has as many images for the test as for validation
         spent = float(np.dot(steps, lower)) + sum(upper)
@@ -120,7 +120,8 @@ def estimate(jobs, places, split, launch):
     """The ``Estimate`` of ``jobs`` on ``split``, by finished runs in ``places``, or measured here.
 
     A run of each kind of which none is finished is trained for ``LOWER_STEPS`` steps by ``launch``,
-    which is as for ``sweep.run`` and should run one at a time. Nothing is left of it.
+    which is as for ``sweep.run`` and should run one at a time. Nothing is left of it. A run that
+    was interrupted counts in full.
     """
     plans, kinds, refused = {}, {}, {}
     for job in jobs:
@@ -161,7 +162,7 @@ def finished_speeds(folder, wanted):
     for summary in sorted(Path(folder).glob(f"*/*/{SUMMARY_FILE}")):
         try:
             config = from_record(read_json(summary.parent / CONFIG_FILE)["config"])
-        except UserError:
+        except (UserError, KeyError):
             continue  # of another version or of a plugin that is not given: nothing to compare
         kind = kind_of(config)
         if kind in wanted and (speed := Speed.of_run(summary.parent)):
