@@ -284,6 +284,26 @@ def test_a_missing_image_is_named(split, directory):
         open_cache(split, directory)
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("shape", [(110, 100), (2000, 2)])
+def test_an_image_too_large_for_pillow_is_named(split, directory, monkeypatch, workers, shape):
+    """The second one only once its shorter side is resized to 32 pixels."""
+    path = split.image_path(5)
+    Image.new("RGB", shape).save(path)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
+    for place in (directory, "none"):
+        with pytest.raises(UserError, match=re.escape(f"{path}: not a readable image (")):
+            open_images(split, IMAGE_SIZE, place, workers)
+
+
+def test_an_image_that_changes_during_a_run_is_named(split):
+    images = open_images(split, IMAGE_SIZE, "none", 0)
+    path = split.image_path(5)
+    Image.new("RGB", (300, 20)).save(path)
+    with pytest.raises(UserError, match=re.escape(f"{path}: the image has changed")):
+        images.load(5)
+
+
 def no_disk_space(directory, monkeypatch):
     monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: SimpleNamespace(free=100_000))
     return directory, r"takes 0\.2 MB, but .* has 0\.1 MB free"

@@ -1,6 +1,9 @@
 """Views: their distribution, and their pixels against torchvision's, bit-identical in any batch."""
 
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,9 +19,10 @@ from auxilearn.data.views import (
     _triangles,
     central_views,
     draw_views,
-    float32_products,
     largest_side,
 )
+
+ROOT = Path(__file__).resolve().parent.parent
 
 # --------------------------------------------------------------------------------------------------
 # Which boxes
@@ -226,20 +230,36 @@ def test_views_do_not_depend_on_batch_padding_and_threads(size):
         torch.set_num_threads(threads)
 
 
-def test_views_do_not_depend_on_the_precision_of_products():
-    boxes = boxes_of(*RAGGED[32])
-    windows, on_device = windows_of(boxes), torch.from_numpy(boxes)
-    resizer = Resizer(32, 64, "cpu")
-    expected = resizer.products(windows, on_device)
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    try:
-        with float32_products():
-            assert torch.get_float32_matmul_precision() == "highest"
-        assert torch.equal(resizer.products(windows, on_device), expected)
-        assert torch.get_float32_matmul_precision() == "medium"
-    finally:
-        torch.set_float32_matmul_precision(before)
+SWITCHES = {
+    "nothing": "",
+    "old": "torch.set_float32_matmul_precision('medium')",
+    "new": "torch.backends.cuda.matmul.fp32_precision = 'tf32'; "
+    "torch.backends.mkldnn.matmul.fp32_precision = 'bf16'",
+}
+
+
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_the_precision_of_products_is_full_and_put_back(switch):
+    """In a process of its own: PyTorch does not let anybody go back from the new switch."""
+    if switch == "new" and not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+        pytest.skip("PyTorch before 2.9")
+    program = f"""
+import numpy as np, torch
+from auxilearn.data.views import Resizer, float32_products
+windows = torch.randint(256, (4, 40, 40, 3), dtype=torch.uint8)
+boxes = torch.tensor([[0, 0, 40, 30, 1]] * 4)
+resizer = Resizer(32, 40, "cpu")
+expected = resizer.products(windows, boxes)
+{SWITCHES[switch]}
+a = torch.randn(64, 64)
+rounded = a @ a
+with float32_products():
+    full = a @ a
+assert torch.allclose(full.double(), a.double() @ a.double(), atol=1e-4)
+assert torch.equal(a @ a, rounded)
+assert torch.equal(resizer.products(windows, boxes), expected)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
 
 
 @pytest.mark.parametrize("colour", [0, 1, 127, 254, 255])

@@ -97,7 +97,8 @@ class Resizer:
         # threads or on the device: weights are multiples of 2^-16 in the first and of 2^-12 in the
         # second product, what is between them is rounded to sixteenths. All terms are positive and
         # their sum is below 256, so every partial sum is a multiple of 2^-16 below 2^8: 24 bits,
-        # which is what a float32 has. (The factors 16 make sixteenths the unit in between.)
+        # which is what a float32 has. (The factors 16 make sixteenths the unit in between. With 24
+        # taps at most, what rounding the weights adds stays under a grey level.)
         down = np.rint(shares * 2**16) / 2**16 * 16
         across = np.rint(shares * 2**12) / 2**12 / 16
         across = np.concatenate([across, across[:, ::-1]])  # then those of flipped boxes
@@ -163,9 +164,21 @@ def _triangles(size, largest):
 @contextlib.contextmanager
 def float32_products():
     """Matrix products of float32 are not rounded to fewer bits in the block, as TF32 would."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+    # The older of PyTorch's two switches cannot be read once somebody has used the newer one.
+    if hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # from PyTorch 2.9 on
+        switches = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+        before = [switch.fp32_precision for switch in switches]
+        try:
+            for switch in switches:
+                switch.fp32_precision = "ieee"
+            yield
+        finally:
+            for switch, precision in zip(switches, before, strict=True):
+                switch.fp32_precision = precision
+    else:
+        before = torch.get_float32_matmul_precision()
+        try:
+            torch.set_float32_matmul_precision("highest")
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
