@@ -93,7 +93,7 @@ class TaskModel(nn.Module):
 
     def features(self, images):
         """Features F (B, d) of uint8 images (B, 3, H, W); normalised here, on the device."""
-        images = (images - self.pixel_mean) / self.pixel_std
+        images = (images - self.pixel_mean).div_(self.pixel_std)
         if not self.bf16:
             return self._checked(self.backbone(images))
         # torch.autocast does not see through torch.func, so the weights are cast by hand.

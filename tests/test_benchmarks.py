@@ -1,6 +1,8 @@
 """The benchmark that sets the package beside a plain implementation, on a tiny workload."""
 
 import dataclasses
+import itertools
+import json
 import os
 from pathlib import Path
 
@@ -8,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import on_gpu, side_by_side
+from auxilearn.errors import RunError, UserError
+from auxilearn.run.command_line import parse
+from benchmarks import beside_revision, on_gpu, side_by_side
 from benchmarks.side_by_side import Measured, compare_numbers
 from benchmarks.sides import Package, Plain, Worker, Workload, run_script_settings
 from tests.conftest import gpu
@@ -236,3 +240,73 @@ def test_without_a_gpu_nothing_is_measured(capsys):
         on_gpu.main([])
     assert stopped.value.code == 2
     assert "there is no CUDA device here: nothing was measured" in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------------------------------
+# Beside another revision
+# --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", beside_revision.METHODS)
+def test_the_commands_beside_a_revision_are_known_here(size):
+    args = beside_revision.parse_arguments(["--image_size", str(size), "--batch", "3"])
+    for method, flags in beside_revision.METHODS[size].items():
+        config = parse(beside_revision.flags(args, method))
+        assert config.image_size == size and config.threads == 1
+        assert f"--method {config.method}" in flags
+        assert size == 16 or config.train_batch_size == config.dev_batch_size == 3
+
+
+def test_a_revision_is_unpacked(tmp_path):
+    try:
+        name = beside_revision.unpack("HEAD", tmp_path)
+    except UserError as error:
+        pytest.skip(f"no history here: {error}")
+    assert len(name) >= 7
+    assert (tmp_path / "train_bilevel.py").is_file()
+    for wrong in ("no_such_revision", "--help", "HEAD:auxilearn"):
+        with pytest.raises(UserError, match=f"--revision {wrong}: "):
+            beside_revision.unpack(wrong, tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_tree_keeps_its_times(tmp_path, monkeypatch, capsys):
+    """Medians over the rows but for the first, then over the turns, and their ratio."""
+
+    def script(tree, name, words):
+        if name == "train_bilevel.py":
+            record, scale = Path(words[words.index("--record_dir") + 1]), scales[tree.name].pop()
+            rows = [
+                {"kind": "step", "lower_seconds": 9 * scale, "data_seconds": 9},
+                *({"kind": "step", "lower_seconds": s * scale, "data_seconds": 2} for s in (1, 5)),
+                *({"kind": "upper", "upper_seconds": s * scale} for s in (9, 4)),
+            ]
+            text = "".join(f"{json.dumps(row)}\n" for row in rows)
+            (record / "metrics.jsonl").write_text(text)
+
+    monkeypatch.setattr(beside_revision.Tree, "_script", script)
+    monkeypatch.setattr(beside_revision, "cpu_seconds", itertools.count().__next__)
+    args = beside_revision.parse_arguments(["--image_size", "16"])
+    trees = [beside_revision.Tree(name, tmp_path, tmp_path, args) for name in ("old", "new")]
+    scales = {"old": [4, 2, 3, 0], "new": [1, 2, 1, 0]}
+    for tree in trees:
+        tree.turn("common", timed=False)
+        assert not tree.seconds
+        for _ in range(3):
+            tree.turn("common")
+    beside_revision.print_table(trees)
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()]
+    assert rows[0] == ["seconds", "old", "new", "old / new"]
+    cells = {row[0]: row[1:] for row in rows[2:]}
+    assert cells["common, lower step"] == ["9", "3", "3.00"]
+    assert cells["common, data step"] == ["2", "2", "1.00"]
+    assert cells["common, upper step"] == ["12", "4", "3.00"]
+    assert cells["common, whole run, CPU time"] == ["1", "1", "1.00"]
+    assert "common, whole run" in cells
+
+
+def test_a_script_that_fails_is_one_line(tmp_path):
+    (tmp_path / "data_preprocess.py").write_text("raise SystemExit('error: no disk')")
+    args = beside_revision.parse_arguments([])
+    with pytest.raises(RunError, match=r"data_preprocess\.py of old failed \(1\): error: no disk$"):
+        beside_revision.Tree("old", tmp_path, tmp_path, args)

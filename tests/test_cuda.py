@@ -11,6 +11,7 @@ import torch
 
 import train_bilevel
 from auxilearn import Bilevel, conjugate_gradient, exact, identity, neumann
+from auxilearn.data.views import Resizer
 from auxilearn.errors import DivergenceError
 from auxilearn.hypernet import MonoJoint
 from auxilearn.implicit_diff import preconditioned
@@ -21,6 +22,7 @@ from auxilearn.stable import StableJoint
 from tests import small
 from tests.conftest import ROOT, Run, assert_same_run, gpu, tiny_flags
 from tests.test_training import built, fit
+from tests.test_views import RAGGED, boxes_of, windows_of
 
 pytestmark = gpu
 
@@ -185,3 +187,14 @@ def assert_same_hypergradient(model, scheduler, train, dev, solver):
         assert (one - other).abs().max() <= 1e-8 * scale
     assert residual_too == pytest.approx(residual, rel=1e-8)
     assert loss_too == pytest.approx(loss, rel=1e-10)
+
+
+@pytest.mark.parametrize("size", RAGGED)
+def test_views_are_those_of_the_cpu(size):
+    """To the bit, since the products are exact; torch's own resize is a grey level away."""
+    boxes = boxes_of(*RAGGED[size])
+    windows, there = windows_of(boxes), torch.from_numpy(boxes)
+    here = Resizer(size, boxes[:, 2:4].max(), "cpu")
+    views = Resizer(size, boxes[:, 2:4].max(), "cuda").products(windows.cuda(), there.cuda()).cpu()
+    assert torch.equal(views, here.products(windows, there))
+    assert (views.int() - here.one_by_one(windows, boxes).int()).abs().max() <= 1

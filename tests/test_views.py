@@ -274,13 +274,3 @@ def test_boxes_for_which_products_would_not_be_exact_are_refused():
     assert _triangles(8, 96)[0].shape[-1] == 24
     with pytest.raises(ValueError, match="boxes of 97 pixels are too large for views of 8"):
         Resizer(8, 97, "cpu")
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
-@pytest.mark.parametrize("size", RAGGED)
-def test_views_on_a_gpu_are_those_of_the_cpu(size):
-    boxes = boxes_of(*RAGGED[size])
-    windows, on_device = windows_of(boxes), torch.from_numpy(boxes)
-    expected = Resizer(size, boxes[:, 2:4].max(), "cpu").products(windows, on_device)
-    views = Resizer(size, boxes[:, 2:4].max(), "cuda").products(windows.cuda(), on_device.cuda())
-    assert torch.equal(views.cpu(), expected)

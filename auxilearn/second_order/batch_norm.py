@@ -108,15 +108,15 @@ class _BatchNormBackward(torch.autograd.Function):
         return grad_t, grad_x_t, count * e_g_xhat_t, None, None
 
 
-# Below so many elements on a CPU, PyTorch's own forward mode is faster (benchmarks/batch_norm.py).
-SMALL = 2**17
+# On a CPU, of x; PyTorch's own forward mode is faster below (measured: benchmarks/batch_norm.py).
+SMALLEST_IN_FORWARD_MODE = 100_000
 
 
 class FastBatchNorm(TorchFunctionMode):
     """While active, batch norms in train mode (of any module) use the functions above.
 
     PyTorch handles batch norms without weight and bias, those in evaluation mode and, on a CPU,
-    those of fewer than ``smallest`` elements. The others do not update running statistics.
+    those of fewer than ``smallest`` elements. The others leave running statistics as they are.
     """
 
     def __init__(self, smallest=0):

@@ -33,7 +33,7 @@ from auxilearn.hypernet import (
     times_aux_weight,
 )
 from auxilearn.randomness import random_state_kept
-from auxilearn.second_order.batch_norm import SMALL, FastBatchNorm
+from auxilearn.second_order.batch_norm import SMALLEST_IN_FORWARD_MODE, FastBatchNorm
 from auxilearn.second_order.convolution import FastConvolution
 from auxilearn.second_order.double_backward import double_backward_operators, gradients
 
@@ -66,7 +66,7 @@ class ModelFunction:
     def directional_derivative(self, vector, batch):
         """(``TaskLosses`` without graph, D (B, K)): D = d/de L(theta + e vector), forward mode."""
         _load_forward_mode()
-        with torch.no_grad(), FastBatchNorm(SMALL), forward_ad.dual_level():
+        with torch.no_grad(), FastBatchNorm(SMALLEST_IN_FORWARD_MODE), forward_ad.dual_level():
             theta = {
                 name: forward_ad.make_dual(value, tangent)
                 for (name, value), tangent in zip(self.theta.items(), vector, strict=True)
@@ -228,13 +228,15 @@ def slower_operators(operators, error):
 
 
 def lacks_forward_mode(error):
-    """The name of the operator that ``error`` says has no forward mode, or None."""
+    """What ``error`` says has no forward mode, such as the name of an operator; or None."""
     text = str(error)
     match = re.search(r"forward AD with (\S+)", text)
     if match:
         return match.group(1)
     if "autograd.Function" in text:
         return "a custom autograd.Function of the model"
+    if "Nested forward mode AD" in text:
+        return "torch.func.jvp inside the model"
     return None
 
 
@@ -242,7 +244,7 @@ def lacks_forward_mode(error):
 def replaced(module, stand_ins=None):
     """A module with copies of its buffers for a while, and ``stand_ins`` {parameter: tensor}.
 
-    Like ``torch.func.functional_call``, in a quarter of its time.
+    Like ``torch.func.functional_call``, which takes twice as long: 0.1 ms more on a small network.
     """
     stand_ins = {buffer: buffer.clone() for buffer in module.buffers()} | (stand_ins or {})
     own = [
