@@ -1,5 +1,6 @@
 """The lower level: a backbone, one head per task, and the matrix of losses they give."""
 
+import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -27,7 +28,7 @@ class Batch(NamedTuple):
 
 
 class TaskHeads(nn.Module):
-    """All heads in one matrix product, and the losses of equally wide heads in one call.
+    """All heads in one matrix product, and the losses of neighbours of equal width in one call.
 
     Args:
         feature_dim: d.
@@ -38,17 +39,9 @@ class TaskHeads(nn.Module):
         super().__init__()
         self.class_counts = list(class_counts)
         self.linear = nn.Linear(feature_dim, sum(self.class_counts))
-        counts = torch.tensor(self.class_counts)
-        starts = counts.cumsum(0) - counts
-        self.widths = sorted(set(self.class_counts), reverse=True)
-        order = []
-        for number, width in enumerate(self.widths):
-            tasks = (counts == width).nonzero().flatten()
-            columns = (starts[tasks, None] + torch.arange(width)).flatten()
-            self.register_buffer(f"tasks_{number}", tasks, persistent=False)
-            self.register_buffer(f"columns_{number}", columns, persistent=False)
-            order.append(tasks)
-        self.register_buffer("task_order", torch.cat(order).argsort(), persistent=False)
+        self.groups = [
+            (width, len(list(tasks))) for width, tasks in itertools.groupby(self.class_counts)
+        ]
 
     def target_logits(self, features):
         """Logits of the target task alone, (B, C)."""
@@ -61,13 +54,15 @@ class TaskHeads(nn.Module):
         Labels of masked entries must be valid class numbers; their losses are the caller's to mask.
         """
         logits = self.linear(features)  # (B, sum of class counts)
+        # Slices, not gathers: the backward pass of a gather is slow.
+        logits = logits.split([width * tasks for width, tasks in self.groups], dim=1)
+        labels = labels.split([tasks for _, tasks in self.groups], dim=1)
         losses = []
-        for number, width in enumerate(self.widths):
-            tasks = getattr(self, f"tasks_{number}")
-            group = logits[:, getattr(self, f"columns_{number}")].reshape(-1, width)
-            loss = F.cross_entropy(group, labels[:, tasks].reshape(-1), reduction="none")
-            losses.append(loss.reshape(len(labels), -1))
-        return torch.cat(losses, dim=1)[:, self.task_order]
+        for group, wanted, (width, _) in zip(logits, labels, self.groups, strict=True):
+            group = group.reshape(-1, width)
+            loss = F.cross_entropy(group, wanted.reshape(-1), reduction="none")
+            losses.append(loss.reshape(wanted.shape))
+        return torch.cat(losses, dim=1)
 
 
 class TaskModel(nn.Module):

@@ -889,7 +889,7 @@ def test_a_fine_tuned_run_is_seen_as_its_schedule_left_it(data, tmp_path):
     assert np.ptp(found.table.weights[:, 0]) > 0
     # Between tasks, the mean weights are the task factor and nothing else.
     np.testing.assert_allclose(found.table.weights.mean(0), found.table.factors["task"], rtol=1e-5)
-    assert find(run, found).spread_of_tasks == {"task": 1.0}
+    assert find(run, found).spread_of_tasks == {"task": pytest.approx(1.0, rel=1e-6)}
     phases = [(row["phase"], row["epoch"]) for row in run.rows["epoch"]]
     assert phases == [("training", 1), ("training", 2), *(("fine-tuning", i) for i in range(1, 5))]
     assert {row["epoch"] for row in run.training_steps} == {1, 2}
