@@ -283,6 +283,7 @@ def test_a_tree_keeps_its_times(tmp_path, monkeypatch, capsys):
             ]
             text = "".join(f"{json.dumps(row)}\n" for row in rows)
             (record / "metrics.jsonl").write_text(text)
+            (record / "summary.json").write_text(json.dumps({"seconds": 7 * scale}))
 
     monkeypatch.setattr(beside_revision.Tree, "_script", script)
     monkeypatch.setattr(beside_revision, "cpu_seconds", itertools.count().__next__)
@@ -301,8 +302,9 @@ def test_a_tree_keeps_its_times(tmp_path, monkeypatch, capsys):
     assert cells["common, lower step"] == ["9", "3", "3.00"]
     assert cells["common, data step"] == ["2", "2", "1.00"]
     assert cells["common, upper step"] == ["12", "4", "3.00"]
-    assert cells["common, whole run, CPU time"] == ["1", "1", "1.00"]
-    assert "common, whole run" in cells
+    assert cells["common, run"] == ["21", "7", "3.00"]
+    assert cells["common, run and imports, CPU time"] == ["1", "1", "1.00"]
+    assert "common, run and imports" in cells
 
 
 def test_a_script_that_fails_is_one_line(tmp_path):
