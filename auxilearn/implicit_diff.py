@@ -184,7 +184,7 @@ def norm(vector: Vector) -> Tensor:
 
 def ratio(part: Tensor, whole: Tensor) -> Tensor:
     """part / whole, and 0 where there is nothing to compare with."""
-    return torch.where(whole > 0, part / whole, 0.0)
+    return torch.where(whole == 0, 0.0, part / whole)
 
 
 def flat(vector: Vector) -> Tensor:

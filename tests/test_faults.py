@@ -2,6 +2,7 @@
 
 import errno
 import itertools
+import math
 import os
 import re
 import shutil
@@ -24,7 +25,7 @@ from auxilearn.implicit_diff import neumann
 from auxilearn.run.config import Config
 from auxilearn.run.history import ScheduleHistory
 from auxilearn.run.state import State
-from auxilearn.solvers import stable_alpha
+from auxilearn.solvers import conjugate_gradient, stable_alpha
 from tests.conftest import (
     TINY,
     Run,
@@ -430,6 +431,14 @@ def test_the_stable_alpha_of_a_quadratic_with_known_spectrum(top):
     assert neumann(1.01 * stable, terms=500)(hvp, v).diverging
     early = neumann(alpha, terms=3)(hvp, v)  # never too small
     assert stable_alpha(alpha, early.growth) >= 2 / top
+
+
+@pytest.mark.parametrize("solver", [neumann(0.1, terms=2), conjugate_gradient()])
+def test_a_gradient_that_is_not_a_number_is_no_solution(solver):
+    """A development gradient of 0 is solved by 0; of NaN nothing is known."""
+    zero, nan = (solver(lambda u: u, [torch.full((3,), x)]) for x in (0.0, math.nan))
+    assert zero.residual == 0 and not zero.diverging
+    assert math.isnan(nan.residual) and nan.diverging
 
 
 def test_no_alpha_is_stable_along_negative_curvature():

@@ -182,3 +182,14 @@ def test_forward_mode_within_the_model_falls_back_with_a_warning():
     theta, phi = list(model.parameters()), list(scheduler.parameters())
     expected = small.double_backward(losses, dev_losses, theta, phi, 0.05, terms=2)
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_draws_are_the_hosts_whatever_the_default_device():
+    model, scheduler = small.Net(), MonoJoint(0, small.K, small.D)
+    bilevel = Bilevel(model, scheduler, torch.optim.SGD(model.parameters(), lr=0.1))
+    batches = [small.batch()]
+    expected, _, _ = bilevel.hypergradient(batches, batches)
+    with torch.device("meta"):  # stands in for a GPU, of which numpy() is refused as well
+        found, _, _ = bilevel.hypergradient(batches, batches)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)

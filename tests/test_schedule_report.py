@@ -215,6 +215,9 @@ def test_history_holds_the_weights_of_the_training_steps(tmp_path, masked):
     for batch in batches:
         expected.append(sample_weights(scheduler, model(batch)))
         history.add(bilevel.lower_step(batch))
+    for weights, _, labeled in history.state()["target"]:  # of the target alone, in a checkpoint
+        held = [t for t in (weights, labeled) if t is not None]
+        assert all(t.untyped_storage().nbytes() == t.nbytes for t in held)
     means = history.write(3, [t.double().numpy() for t in history.waiting()])
     assert history.waiting() == []
     names, row = read_rows(tmp_path / "schedule.jsonl")

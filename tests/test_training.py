@@ -657,6 +657,32 @@ def test_a_gradient_that_is_not_finite_ends_the_run(method, tiny_config, tmp_pat
     assert all(torch.isfinite(tensor).all() for tensor in state["model"].values())
 
 
+@pytest.mark.parametrize("level", ["lower", "upper"])
+def test_no_checkpoint_holds_what_an_update_ruined(level, tiny_config, tmp_path):
+    """Loss, gradient and predictions are finite; the step leaves a parameter that is not."""
+    every = {"lower": 4, "upper": 3}[level]  # an epoch is 3 steps
+    run = built(tiny_config(method="joint", save_every=1, hyperstep=every))
+    optimizer = getattr(run.bilevel, level)
+    own, steps = optimizer.step, []
+    heads, scheduler = run.bilevel.model.heads.linear.bias, run.bilevel.scheduler.task_prior
+    ruined = {"lower": heads, "upper": scheduler}[level]
+
+    def step():
+        own()
+        steps.append(1)
+        if len(steps) == {"lower": 3, "upper": 1}[level]:
+            ruined.data[-1] = math.inf  # of an auxiliary task: no prediction shows it
+
+    optimizer.step = step
+    with pytest.raises(DivergenceError, match=r"diverged at step 3: its update left parameters"):
+        fit(run, tmp_path / "run")
+    record = RunRecord(tmp_path / "run", description(run), resume=True)
+    state = record.load_checkpoint()
+    record.close()
+    assert state["step"] == 2
+    assert not (tmp_path / "run" / "best.pt").exists()
+
+
 def test_a_hypergradient_that_is_not_finite_is_divergence(tiny_run):
     with pytest.raises(DivergenceError, match="hypergradient.*--neumann_alpha"):
         tiny_run(method="joint", neumann_alpha=1e20, neumann_terms=3)

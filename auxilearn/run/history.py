@@ -73,8 +73,9 @@ class ScheduleHistory:
         outputs, weights = step.outputs, step.weights
         self.total = self.total + weights.sum(dim=0)
         self.count = self.count + samples_with_loss(outputs)
-        labeled = None if outputs.mask is None else outputs.mask[:, 0]
-        self.target.append((weights[:, 0], outputs.sample_id, labeled))
+        # Copies of the target's columns: views would keep all tasks, here and in checkpoints.
+        labeled = None if outputs.mask is None else outputs.mask[:, 0].clone()
+        self.target.append((weights[:, 0].clone(), outputs.sample_id, labeled))
 
     def waiting(self):
         """What the steps since the last row left on the device, a list of tensors: the total weight

@@ -56,6 +56,7 @@ class State:
     def save(self, step):
         """Save all that the steps to come depend on. The batches follow from the step."""
         self.read()
+        self._check_finite(step)
         fine_tuning = self.run.fine_tuning
         state = {
             "step": step,
@@ -102,6 +103,7 @@ class State:
         """Keep the model and the scheduler if their validation accuracy is the best so far."""
         if accuracy <= self.best.get("valid_accuracy", -1.0):
             return
+        self._check_finite(step)
         plan, bilevel = self.run.plan, self.run.bilevel
         self.best = {
             "phase": plan.phase(step),
@@ -128,12 +130,24 @@ class State:
         parameters = [*bilevel.model.parameters(), *bilevel.scheduler.parameters()]
         ranks.same_as_first([*(p.data for p in parameters), *bilevel.model.buffers()])
 
+    def _check_finite(self, step):
+        """Raise DivergenceError if ``step`` itself took the model or scheduler out of the finite
+        numbers: of its loss and its gradient nothing shows that. One read from the device."""
+        parts = self.run.bilevel.model, self.run.bilevel.scheduler
+        tensors = [t for part in parts for t in (*part.parameters(), *part.buffers())]
+        tensors = [t.detach() for t in tensors if t.is_floating_point() and t.numel()]
+        largest = torch._foreach_norm(tensors, math.inf)
+        if not torch.isfinite(torch.stack(largest)).all():
+            raise self.diverged(step, "its update left parameters or buffers that are not finite")
+
     def diverged(self, step, reason):
         """The error that ends the run."""
         kept = "no epoch was completed"
         if self.best:
             kept = f"the best checkpoint, of {named(self.best)}, is kept"
-        message = f"diverged at step {step}: {reason}; {kept} in {self.record.directory}"
+        if self.record.directory:  # not on the ranks that write nothing
+            kept += f" in {self.record.directory}"
+        message = f"diverged at step {step}: {reason}; {kept}"
         self.record.log(message)
         return DivergenceError(message)
 

@@ -103,7 +103,8 @@ class Derivatives(ModelFunction):
         self.train_batches = train_batches
         self.aux_weight = aux_weight
         self.average = average
-        self.seed = int(torch.randint(2**31, ()).numpy())  # the host's, so nothing is waited for
+        # The host's, whatever torch.set_default_device says, so that nothing is waited for.
+        self.seed = int(torch.randint(2**31, (), device="cpu").numpy())
         self.phi = [p for p in scheduler.parameters() if p.requires_grad] if phi is None else phi
 
     def development_gradient(self, dev_batches):
