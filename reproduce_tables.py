@@ -18,6 +18,7 @@ import io
 import os
 import shlex
 import sys
+import tempfile
 from pathlib import Path
 
 import filelock
@@ -238,7 +239,7 @@ def main(argv=None):
     if args.dry_run:
         print(shlex.join([*sweep.script("data_preprocess.py"), *preprocess_flags]))
         print("\n".join(dict.fromkeys(job.command for job in jobs)))
-        for line in duration(args, places, jobs):
+        for line in duration(args, places, cells):
             print(f"# {line}", flush=True)  # the commands and these lines are a shell script
         return
     figures = {}
@@ -336,25 +337,43 @@ def at_a_time(args, jobs, gpus, cores):
     return threads, args.jobs or len(gpus) or (cores if threads == 1 else 1)
 
 
-def duration(args, places, jobs):
-    """Lines on the number of ``jobs`` and the hours of those that are not done."""
-    try:
-        split = load_split(str(places.split_dir), str(places.data_root))
-    except UserError as error:
-        yield f"{len({job.name for job in jobs})} runs; their hours are not known: {error}"
+def duration(args, places, cells):
+    """Lines on the number of runs of ``cells`` and the hours of those that are not done."""
+    with contextlib.ExitStack() as stack:
+        try:
+            places = stack.enter_context(with_data(args, places))
+            split = load_split(str(places.split_dir), str(places.data_root))
+        except UserError as error:
+            names = {run.job.name for run in runs_of(args, places, cells)}
+            yield f"{len(names)} runs; their hours are not known: {error}"
+            return
+        jobs = [run.job for run in runs_of(args, places, cells)]
+        left, said = sweep.unfinished(jobs, split.fingerprint)
+        yield said
+        if not left:
+            return
+        gpus, count = local.chosen_gpus(args.gpus), None
+        if args.launcher == "local":
+            _, count = at_a_time(args, left, gpus, local.usable_cores())
+        found = estimate(
+            *(left, places, split),
+            lambda jobs: local.launch(jobs, 1, train_bilevel.main, gpus[:1]),
+        )
+        yield from found.lines(count)
+
+
+@contextlib.contextmanager
+def with_data(args, places):
+    """``places``. If their data set is yet to be generated, with a copy made for the block."""
+    generated = DATASETS[args.dataset].generate and not (args.data_root or args.split_dir)
+    if not generated or places.split_dir.exists():
+        yield places
         return
-    left, said = sweep.unfinished(jobs, split.fingerprint)
-    yield said
-    if not left:
-        return
-    gpus, count = local.chosen_gpus(args.gpus), None
-    if args.launcher == "local":
-        _, count = at_a_time(args, left, gpus, local.usable_cores())
-    found = estimate(
-        *(left, places, split),
-        lambda jobs: local.launch(jobs, 1, train_bilevel.main, gpus[:1]),
-    )
-    yield from found.lines(count)
+    with tempfile.TemporaryDirectory(prefix="estimate_") as folder:
+        there, flags = places_of(argparse.Namespace(**{**vars(args), "sweep_dir": Path(folder)}))
+        with contextlib.redirect_stdout(io.StringIO()):
+            data_preprocess.main(flags)
+        yield places._replace(split_dir=there.split_dir, data_root=there.data_root)
 
 
 def own_data(dataset, split):

@@ -3,9 +3,11 @@
 import dataclasses
 import json
 import tempfile
+from pathlib import Path
 
 import pytest
 
+import data_preprocess
 import reproduce_tables
 import train_bilevel
 from auxilearn.data.split import load_split
@@ -17,7 +19,7 @@ from auxilearn.tables import sweep
 from auxilearn.tables.estimate import HYPERSTEP, LOWER_STEPS, Estimate, Speed, estimate
 from auxilearn.tables.local import Outcome
 from auxilearn.tables.sweep import RunFlags
-from tests.conftest import tiny_flags
+from tests.conftest import prepare, tiny_flags
 
 
 def step(number, data, lower):
@@ -270,3 +272,25 @@ def test_a_dry_run_without_data_says_what_is_missing(words, command, tmp_path):
     assert said.startswith("2 runs; their hours are not known: ")
     assert str(tmp_path / "nothing") in said
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_before_the_data_is_generated(command, tmp_path, monkeypatch):
+    """Measured on a copy of which nothing is left; the commands are those of the real places."""
+
+    def generate(words):  # less, in place of the miniature's 20 s
+        assert words[:2] == ["--generate", "mini"]
+        prepare(Path(words[3]), Path(words[5]), classes=4, train_per_class=5, attributes=4)
+
+    monkeypatch.setattr(data_preprocess, "main", generate)
+    flags = " ".join(tiny_flags(epochs=3, threads=1, image_size=8))
+    words = ["--dataset", "mini", "--sweep_dir", tmp_path / "sweeps", "--seeds", "1"]
+    words += ["--methods", "single", "--run_flags", flags]
+    before = {*Path(tempfile.gettempdir()).glob("estimate_*")}
+    code, out, err = command(reproduce_tables.main, "table2", *words, "--dry_run")
+    assert code == 0, err
+    commands, said = out.splitlines()[:2], out.splitlines()[2:]
+    assert all(f"--split_dir {tmp_path}/sweeps" in line for line in commands[1:])
+    assert said[0] == "# 1 runs: 1 to do"
+    assert "hours of training in all (1 by a short training of each of 1 kinds here)" in said[1]
+    assert list(tmp_path.iterdir()) == []
+    assert {*Path(tempfile.gettempdir()).glob("estimate_*")} <= before
