@@ -104,12 +104,14 @@ def test_the_counter_sees_every_kind_of_read(monkeypatch):
     assert reads.count == 0
 
 
-@pytest.mark.parametrize("masked", [False, True], ids=["labelled", "masked"])
+@pytest.mark.parametrize("kind", ["labelled", "masked", "bf16"])
 @pytest.mark.parametrize("method", METHODS)
-def test_reads_of_a_run(method, masked, tiny_config, tmp_path, monkeypatch):
+def test_reads_of_a_run(method, kind, tiny_config, tmp_path, monkeypatch):
     """Lower steps none, upper steps two, with their batches, rows and histories; a row of steps,
     a checkpoint and a validation one each."""
-    given = {"labeled_per_class": 1} if masked else {"corrupted": True, "corrupted_rate": 0.5}
+    given = {"corrupted": True, "corrupted_rate": 0.5}
+    if kind != "labelled":
+        given = {"labeled_per_class": 1} if kind == "masked" else {"precision": "bf16"}
     run = built(tiny_config(method=method, epochs=4, hyperstep=5, dev_epochs=2, **given))
     found = Counter()
 

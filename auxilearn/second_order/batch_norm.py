@@ -116,7 +116,8 @@ class FastBatchNorm(TorchFunctionMode):
     """While active, batch norms in train mode (of any module) use the functions above.
 
     PyTorch handles batch norms without weight and bias, those in evaluation mode and, on a CPU,
-    those of fewer than ``smallest`` elements. The others leave running statistics as they are.
+    those of fewer than ``smallest`` elements, unless input and weight differ in type: its tangents
+    are of the wrong one then. The others leave running statistics as they are.
     """
 
     def __init__(self, smallest=0):
@@ -133,7 +134,7 @@ class FastBatchNorm(TorchFunctionMode):
                 and weight is not None
                 and bias is not None
                 and (x.dtype == weight.dtype or weight.dtype == torch.float32)
-                and (x.is_cuda or x.numel() >= self.smallest)
+                and (x.is_cuda or x.dtype != weight.dtype or x.numel() >= self.smallest)
             ):
                 return _BatchNorm.apply(x, weight, bias, eps)[0]
         return function(*args, **kwargs)
