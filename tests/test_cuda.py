@@ -54,7 +54,10 @@ def test_six_steps_of_every_method(method, precision, tiny_config, tmp_path, log
     assert all(math.isfinite(number) for number in numbers)
     # The first step is that of the CPU: the same weights, samples and views.
     expected = fit(built(tiny_config(**settings, precision="fp32")), tmp_path / "cpu").rows[0]
-    for name in ("loss", "target_loss", "aux_loss"):
+    names = {"loss", "target_loss", "aux_loss"}
+    if method == "gcs":  # a cosine near zero may change its sign, and a whole task comes or goes
+        names.remove("loss")
+    for name in names:
         assert steps[0][name] == pytest.approx(expected[name], rel=TOLERANCE[precision]), name
 
 
