@@ -120,12 +120,11 @@ class Meter:
             for _ in range(count):
                 action()
             self.wait()
-        spans = sorted(
+        return covered(
             (event.time_range.start, event.time_range.end)
             for event in found.events()
             if event.device_type == DeviceType.CUDA
         )
-        return covered(spans)
 
 
 def covered(spans):

@@ -27,6 +27,7 @@ from auxilearn.run.history import ScheduleHistory
 from auxilearn.run.state import State
 from auxilearn.solvers import conjugate_gradient, stable_alpha
 from tests.conftest import (
+    ROOT,
     TINY,
     Run,
     assert_one_error_line,
@@ -35,7 +36,6 @@ from tests.conftest import (
     tiny_flags,
 )
 
-ROOT = Path(__file__).resolve().parent.parent
 FLAGS = {"method": "joint", "exp_name": "run"}  # 2 epochs of 3 steps
 FULL = os.strerror(errno.ENOSPC)
 

@@ -1,9 +1,8 @@
 """docs/reliability.md names tests that exist."""
 
 import re
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.conftest import ROOT
 
 
 def test_every_named_test_exists():

@@ -40,9 +40,8 @@ from auxilearn.tables.protocol import (
 )
 from auxilearn.tables.sweep import RunFlags
 from auxilearn.tables.tuning import Hyperparameters, trials
-from tests.conftest import Run, assert_one_error_line, assert_same_run, tiny_flags
+from tests.conftest import ROOT, Run, assert_one_error_line, assert_same_run, tiny_flags
 
-ROOT = Path(__file__).parents[1]
 SHORT = shlex.join(tiny_flags(epochs=1, threads=1))
 BUDGET = 6
 NOTHING = RunFlags.read([])

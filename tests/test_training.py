@@ -24,9 +24,8 @@ from auxilearn.run.config import Config, resolve
 from auxilearn.run.record import RunRecord, description
 from auxilearn.run.state import State
 from auxilearn.stable import TargetTask
-from tests.conftest import Run, assert_one_error_line, assert_same_run, prepare, tiny_flags
+from tests.conftest import ROOT, Run, assert_one_error_line, assert_same_run, prepare, tiny_flags
 
-REPOSITORY = Path(__file__).parents[1]
 BILEVEL = [name for name, method in METHODS.items() if method.bilevel]
 FILES = {"config.json", "metrics.jsonl", "log.txt", "best.pt", "summary.json"}
 
@@ -637,6 +636,15 @@ def test_divergence_before_the_first_epoch_says_so(tiny_split, tmp_path, command
     assert not (tmp_path / "full" / "wild" / "best.pt").exists()
 
 
+def last_checkpoint(run, directory):
+    """The state that a ``Run`` recorded in ``directory`` would continue from."""
+    record = RunRecord(directory, description(run), resume=True)
+    try:
+        return record.load_checkpoint()
+    finally:
+        record.close()
+
+
 @pytest.mark.parametrize("method", ["joint", "uncertainty"])
 def test_a_gradient_that_is_not_finite_ends_the_run(method, tiny_config, tmp_path):
     """The loss is finite, its derivative is not: what is kept is of the step before."""
@@ -650,9 +658,7 @@ def test_a_gradient_that_is_not_finite_ends_the_run(method, tiny_config, tmp_pat
     run.bilevel.model.heads.linear.bias.register_hook(ruin)
     with pytest.raises(DivergenceError, match=r"diverged at step 4: the lower level's gradient"):
         fit(run, tmp_path / "run")
-    record = RunRecord(tmp_path / "run", description(run), resume=True)
-    state = record.load_checkpoint()
-    record.close()
+    state = last_checkpoint(run, tmp_path / "run")
     assert state["step"] == 3
     assert all(torch.isfinite(tensor).all() for tensor in state["model"].values())
 
@@ -676,10 +682,7 @@ def test_no_checkpoint_holds_what_an_update_ruined(level, tiny_config, tmp_path)
     optimizer.step = step
     with pytest.raises(DivergenceError, match=r"diverged at step 3: its update left parameters"):
         fit(run, tmp_path / "run")
-    record = RunRecord(tmp_path / "run", description(run), resume=True)
-    state = record.load_checkpoint()
-    record.close()
-    assert state["step"] == 2
+    assert last_checkpoint(run, tmp_path / "run")["step"] == 2
     assert not (tmp_path / "run" / "best.pt").exists()
 
 
@@ -703,7 +706,7 @@ def test_the_script_ends_with_the_test_accuracy(tiny_split, tmp_path):
     places = {"split_dir": tiny_split, "record_dir": tmp_path / "with blanks"}
     flags = tiny_flags(method="joint", num_workers=1, exp_name="mine", **places)
     result = subprocess.run(
-        [sys.executable, REPOSITORY / "train_bilevel.py", *flags],
+        [sys.executable, ROOT / "train_bilevel.py", *flags],
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"},

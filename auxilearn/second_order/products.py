@@ -51,9 +51,6 @@ class ModelFunction:
         }
         self.theta = {name: p.detach() for name, p in self._parameters.items()}
 
-    def named(self, vector):
-        return dict(zip(self.theta, vector, strict=True))
-
     def leaves(self):
         return {name: value.detach().requires_grad_() for name, value in self.theta.items()}
 
