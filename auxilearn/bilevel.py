@@ -24,7 +24,8 @@ from auxilearn.hypernet import (
 )
 from auxilearn.implicit_diff import Solution, hypergradient, neumann, norm
 from auxilearn.optim import apply_hypergradient, held
-from auxilearn.second_order.products import Derivatives, FastOperators, frozen, slower_operators
+from auxilearn.second_order.evaluation import unwrapped
+from auxilearn.second_order.products import Derivatives, FastOperators, frozen
 from auxilearn.weights import samples_with_loss
 
 
@@ -91,7 +92,7 @@ class Bilevel:
         self.max_norm = max_norm
         self.aux_weight = aux_weight
         self.average = average or (lambda tensors, batches: tensors)
-        self._operators = FastOperators  # a class; slower ones once these have failed
+        self._operators = FastOperators  # a class
         self._warned = False
 
     def lower_loss(self, batch: Any) -> Tensor:
@@ -166,9 +167,10 @@ class Bilevel:
         if not train_batches or not dev_batches:
             raise ValueError("an upper step needs at least one training and one development batch")
         stepped = set(map(id, self._lower_parameters()))
-        theta = {name for name, p in self.model.named_parameters() if id(p) in stepped}
+        inner = unwrapped(self.model)
+        theta = {name for name, p in inner.named_parameters() if id(p) in stepped}
         derivatives = Derivatives(
-            self.model,
+            inner,
             self.scheduler,
             train_batches,
             self.aux_weight,
@@ -178,13 +180,8 @@ class Bilevel:
         )
         dev_loss, v = derivatives.development_gradient(dev_batches)
         solver = self.solver or neumann(alpha=self.lower.param_groups[0]["lr"], terms=3)
-        try:
-            operators = self._operators(derivatives)
-            gradient, solution = hypergradient(v, operators.hvp, operators.mixed, solver)
-        except (NotImplementedError, RuntimeError) as error:
-            self._operators = slower_operators(self._operators, error)
-            operators = self._operators(derivatives)
-            gradient, solution = hypergradient(v, operators.hvp, operators.mixed, solver)
+        operators = self._operators(derivatives)
+        gradient, solution = hypergradient(v, operators.hvp, operators.mixed, solver)
         return gradient, solution, dev_loss
 
     def state_dict(self) -> dict[str, Any]:
