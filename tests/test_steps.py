@@ -515,8 +515,8 @@ def test_a_schedulers_buffers_do_not_move_in_an_upper_step():
 
 def test_what_an_upper_step_needs():
     bilevel = joint(solver=identity())
-    for batches in (([], [batch()]), ([batch()], [])):
-        with pytest.raises(ValueError, match="at least one training and one development batch"):
+    for batches, name in ((([], [batch()]), "train_batches"), (([batch()], []), "dev_batches")):
+        with pytest.raises(ValueError, match=f"{name} is empty: an upper step needs"):
             bilevel.upper_step(*batches)
     bilevel.upper = None
     with pytest.raises(ValueError, match="without an upper optimiser: give one as upper="):

@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from auxilearn.errors import Unsupported
-from auxilearn.hypernet import TaskLosses
+from auxilearn.hypernet import TaskLosses, task_losses
 from auxilearn.randomness import generators
 from auxilearn.second_order.batch_norm import SMALLEST_IN_FORWARD_MODE, FastBatchNorm
 from auxilearn.second_order.double_backward import gradients
@@ -73,7 +73,7 @@ class ModelFunction:
 
     def _evaluate(self, batch):
         with torch.enable_grad():  # also puts the mode back if the model does not
-            return self.model(batch)
+            return task_losses(self.model(batch))
 
     def directional_derivative(self, vector, batch):
         """(``TaskLosses`` without graph, D (B, K)): D = d/de L(theta + e vector).

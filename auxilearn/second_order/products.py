@@ -22,6 +22,7 @@ import contextlib
 import torch
 
 from auxilearn.hypernet import (
+    check_outputs,
     loss_of_schedule,
     masked_column_means,
     scheduled_loss,
@@ -66,6 +67,7 @@ class Derivatives(ModelFunction):
             theta = self.leaves()
             with self.at(theta) as evaluate:
                 outputs = evaluate(batch)
+                check_outputs(outputs, self.scheduler)
                 loss = masked_column_means(outputs.losses, outputs.mask)[self.scheduler.main_task]
                 return [loss.detach(), *gradients(loss, list(theta.values()))]
 
@@ -149,6 +151,8 @@ class FastOperators:
 
         def product(batch):
             outputs, derivative = problem.directional_derivative(p, batch)
+            if outputs.mask is not None:  # 0 dS/dL there, but D may be NaN
+                derivative = derivative.masked_fill(~outputs.mask, 0.0)
             scale = (problem.aux_weight, problem.scheduler.main_task)
             losses = times_aux_weight(outputs.losses, *scale).requires_grad_()
             loss = loss_of_schedule(problem.scheduler, losses, outputs)
