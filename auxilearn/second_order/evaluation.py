@@ -66,8 +66,10 @@ class ModelFunction:
         Backward passes belong into the block: gradient checkpointing evaluates parts of the model
         in them. All parameters that are not in ``theta`` are constants.
         """
-        stand_ins = {p: p.detach().clone() for p in self.model.parameters()}
-        stand_ins |= {self._parameters[name]: value for name, value in theta.items()}
+        stand_ins = {self._parameters[name]: value for name, value in theta.items()}
+        for parameter in self.model.parameters():
+            if parameter not in stand_ins:
+                stand_ins[parameter] = parameter.detach().clone()
         with differentiable_operators(self._recurrent), replaced(self.model, stand_ins):
             yield self._evaluate
 
