@@ -215,7 +215,7 @@ def functional_inner(layer, x):
     return torch.func.functional_call(layer.body, parameters, (x,))
 
 
-class Doubled(torch.autograd.Function):
+class Cube(torch.autograd.Function):
     """Without forward mode."""
 
     @staticmethod
@@ -229,16 +229,27 @@ class Doubled(torch.autograd.Function):
         return 3 * grad * x**2
 
 
-class WithForwardMode(Doubled):
+class WithForwardMode(Cube):
     @staticmethod
     def forward(ctx, x):
         ctx.save_for_forward(x)
-        return Doubled.forward(ctx, x)
+        return Cube.forward(ctx, x)
 
     @staticmethod
     def jvp(ctx, x_t):
         (x,) = ctx.saved_tensors
         return 3 * x_t * x**2
+
+
+def own_cube(_, x):
+    return Cube.apply(x)
+
+
+def clipped(layer, x):
+    """Parameters that shrink with every forward pass."""
+    with torch.no_grad():
+        layer.body[0].weight.mul_(0.9).clamp_(-0.3, 0.3)
+    return layer.body(x)
 
 
 class Recurrent(nn.Module):
@@ -623,6 +634,11 @@ MODELS = {
     "embedding": (tokens(), TOKENS),
     "embedding with padding": (tokens(padding_idx=0), TOKENS),
     "embedding with max_norm": (tokens(max_norm=1.0), TOKENS),
+    "embedding with max_norm, no forward mode": (
+        lambda: Regression(nn.Sequential(nn.Embedding(10, D, max_norm=1.0), Call(own_cube))),
+        TOKENS,
+    ),
+    "clipped parameters": (around(clipped), ROWS),
     "embedding scaled by frequency": (tokens(scale_grad_by_freq=True), TOKENS),
     "embedding tied": (
         lambda: Regression(Call(tied_embedding, weight=nn.Parameter(torch.randn(10, D) / 3))),
@@ -678,7 +694,7 @@ MODELS = {
         around(lambda m, x: torch.func.jvp(m.body, (x,), (torch.ones_like(x),))[1]),
         ROWS,
     ),
-    "own function": (around(lambda m, x: Doubled.apply(m.body(x))), ROWS),
+    "own function": (around(lambda m, x: Cube.apply(m.body(x))), ROWS),
     "own function with jvp": (around(lambda m, x: WithForwardMode.apply(m.body(x))), ROWS),
     # Structure
     "mixture of experts": (
@@ -716,7 +732,8 @@ WARNED = {  # model: the operator without a forward-mode derivative
     "cdist": "_cdist_forward",
     "inner step": 'the model ("element 0 of tensors does not require grad',
     "torch.func.jvp": "torch.func.jvp inside the model",
-    "own function": "Doubled (a custom autograd.Function)",
+    "embedding with max_norm, no forward mode": "Cube (a custom autograd.Function)",
+    "own function": "Cube (a custom autograd.Function)",
 }
 
 
@@ -756,13 +773,16 @@ def by_hand(model, scheduler, train, dev, terms, scale):
     """
     model = copy.deepcopy(getattr(model, "_orig_mod", getattr(model, "module", model)))
     parameters = [p for p in model.parameters() if p.requires_grad]
+    values = {p: p.detach().clone() for p in model.parameters()}
     seed = int(torch.randint(2**31, ()))
 
     def outputs(number, batch):
         torch.manual_seed(seed + number)
-        shared = {id(p): p for p in model.parameters()}
+        with torch.no_grad():
+            for parameter, value in values.items():
+                parameter.data = value.clone()
         with torch.enable_grad():
-            return copy.deepcopy(model, shared)(batch)
+            return copy.deepcopy(model, {id(p): p for p in values})(batch)
 
     def gradient(value, inputs, direction=None, **more):
         return torch.autograd.grad(
@@ -934,11 +954,11 @@ def test_an_operator_with_forward_mode_alone_is_exact_under_identity():
     assert relative_error(found, expected) < 1e-12
 
 
-class OnceDifferentiable(Doubled):
+class OnceDifferentiable(Cube):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        return Doubled.backward(ctx, grad)
+        return Cube.backward(ctx, grad)
 
 
 def flash(layer, x):
