@@ -32,8 +32,8 @@ _reverse_only = weakref.WeakSet()  # models in which forward mode has failed
 class ModelFunction:
     """A task model as a function of its parameters theta; the model itself stays untouched.
 
-    theta: {name: tensor} of the parameters that ``keep`` (callable name -> bool) accepts. Of a
-    wrapped model (``torch.compile``, ``DistributedDataParallel``) the module inside counts.
+    theta: {name: tensor}, copies of the parameters that ``keep`` (callable name -> bool) accepts.
+    Of a wrapped model (``torch.compile``, ``DistributedDataParallel``) the module inside counts.
 
     Raises Unsupported: a part of the model is TorchScript.
     """
@@ -50,14 +50,18 @@ class ModelFunction:
             name: p for name, p in self.model.named_parameters() if p.requires_grad and keep(name)
         }
         self._recurrent = any(isinstance(module, nn.RNNBase) for module in self.model.modules())
-        self.theta = {name: p.detach() for name, p in self._parameters.items()}
+        self._copies = {p: p.detach().clone() for p in self.model.parameters()}
+
+    @property
+    def theta(self):
+        return {name: self._copies[p] for name, p in self._parameters.items()}
 
     def named(self, vector):
         return dict(zip(self.theta, vector, strict=True))
 
     def leaves(self):
-        """Copies of theta with a gradient: a model may write into its parameters."""
-        return {name: value.clone().requires_grad_() for name, value in self.theta.items()}
+        """Copies of theta, with a gradient."""
+        return {name: value.detach().requires_grad_() for name, value in self.theta.items()}
 
     @contextlib.contextmanager
     def at(self, theta):
@@ -66,10 +70,15 @@ class ModelFunction:
         Backward passes belong into the block: gradient checkpointing evaluates parts of the model
         in them. All parameters that are not in ``theta`` are constants.
         """
-        stand_ins = {p: p.detach().clone() for p in self.model.parameters()}
-        stand_ins |= {self._parameters[name]: value for name, value in theta.items()}
+        stand_ins = {self._parameters[name]: value for name, value in theta.items()}
+        stand_ins = self._copies | stand_ins
         with differentiable_operators(self._recurrent), replaced(self.model, stand_ins):
-            yield self._evaluate
+            try:
+                yield self._evaluate
+            finally:
+                for parameter, copy in self._copies.items():
+                    if copy._version:  # the model wrote into it, as embeddings with max_norm do
+                        self._copies[parameter] = parameter.detach().clone()
 
     def _evaluate(self, batch):
         with torch.enable_grad():  # also puts the mode back if the model does not
@@ -104,7 +113,7 @@ class ModelFunction:
         _load_forward_mode()
         with torch.no_grad(), forward_ad.dual_level():
             theta = {
-                name: forward_ad.make_dual(value.clone(), tangent)
+                name: forward_ad.make_dual(value.detach(), tangent)
                 for (name, value), tangent in zip(self.theta.items(), vector, strict=True)
             }
             # Nothing requires a gradient, so no graph is recorded.
@@ -197,6 +206,8 @@ def unwrapped(model):
 # What every module has, and forward passes leave alone: flags and tables of hooks.
 _MACHINERY = vars(nn.Module()).keys() - {"_parameters", "_buffers", "_modules"}
 
+_IMMUTABLE = {type(None), bool, int, float, str}
+
 
 @contextlib.contextmanager
 def replaced(module, stand_ins=None):
@@ -205,12 +216,13 @@ def replaced(module, stand_ins=None):
     Copies: of buffers, of tensors in other attributes, and of the lists, dictionaries and sets that
     hold them, at any depth. Whatever the block writes, binds or registers is gone after it.
     """
-    copies = {id(p): stand_ins[p] if stand_ins else p for p in module.parameters()}
-    before = [(vars(part), dict(vars(part))) for part in module.modules()]
+    parts = [vars(part) for part in module.modules()]
+    before = [(own, own.copy()) for own in parts]
+    parameters = stand_ins or {p: p for own in parts for p in own["_parameters"].values()}
+    copies = {id(p): stand_in for p, stand_in in parameters.items()}
     for own, attributes in before:
-        for name in attributes.keys() - _MACHINERY:
-            value = attributes[name]
-            if value is not None and not isinstance(value, (bool, int, float, str, nn.Module)):
+        for name, value in attributes.items():
+            if name not in _MACHINERY and type(value) not in _IMMUTABLE:
                 own[name] = _copied(value, copies)
     try:
         yield
@@ -222,9 +234,12 @@ def replaced(module, stand_ins=None):
 
 def _copied(value, copies):
     """``value`` with the tensors in it copied; ``copies``: {id: copy} of those that have one."""
+    kind = type(value)
+    if kind in _IMMUTABLE:
+        return value
     if id(value) in copies:
         return copies[id(value)]
-    kind, copy = type(value), value
+    copy = value
     if isinstance(value, torch.Tensor):
         copy = value.detach().clone()
     elif kind in (list, tuple, set, collections.deque):
