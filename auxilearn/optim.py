@@ -82,8 +82,9 @@ def adam_scale(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor]) -
         g = _stand_in(parameter, group, coupled)
         s, r, factor = _NEXT_MOMENT[kind](state, group, g)
         root = s.sqrt()
-        scale = (root + group["eps"]).square() / (r / root + group["eps"]) / factor
-        scales.append(torch.where(s > 0, scale, 1.0))
+        scale = (root + group["eps"]).square_().mul_(root)
+        scale.div_(torch.add(r, root, alpha=group["eps"])).div_(factor)
+        scales.append(scale.masked_fill_(s == 0, 1.0))
     return scales
 
 
@@ -94,11 +95,12 @@ def _stand_in(parameter, group, coupled):
     if parameter.grad is None:
         return torch.zeros_like(parameter)
     gradient = parameter.grad.to_dense()
-    reached = gradient != 0
-    size = (gradient.square().sum() / reached.sum().clamp(min=1)).sqrt()
-    gradient = torch.where(reached, -gradient if group["maximize"] else gradient, size)
+    other = gradient == 0
+    reached = (~other).sum().clamp(min=1).to(gradient.dtype)
+    size = torch.linalg.vector_norm(gradient) / reached.sqrt()
+    gradient = (-gradient if group["maximize"] else gradient.clone()).masked_fill_(other, size)
     if coupled and group["weight_decay"]:
-        gradient = gradient + group["weight_decay"] * parameter
+        gradient.add_(parameter, alpha=group["weight_decay"])
     return gradient
 
 
@@ -111,7 +113,7 @@ def _next_of_adam(state, group, g):
     if group.get("amsgrad", False):
         largest = state["max_exp_avg_sq"]
         s, r = torch.maximum(s, largest), torch.where(s > largest, r, largest)
-    return s / correction, r / correction, 1.0
+    return s.div_(correction), r.div_(correction), 1.0
 
 
 def _next_of_radam(state, group, g):
@@ -149,7 +151,7 @@ def _next_of_rmsprop(state, group, g):
 def _moving_mean(moment, beta, g, step=None):
     """s, r and the correction of the bias that starting at zero leaves after ``step`` steps."""
     r = beta * moment
-    return r + (1 - beta) * g.square(), r, None if step is None else 1 - beta**step
+    return torch.addcmul(r, g, g, value=1 - beta), r, None if step is None else 1 - beta**step
 
 
 def _next_step(state):
