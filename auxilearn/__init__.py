@@ -17,6 +17,7 @@ _HOMES = {
     "adam_scale": "optim",
     "conjugate_gradient": "solvers",
     "exact": "solvers",
+    "fill_missing": "hypernet",
     "fit_stable": "stable",
     "identity": "implicit_diff",
     "neumann": "implicit_diff",

@@ -3,6 +3,7 @@ from auxilearn.hypernet import HyperNet as HyperNet
 from auxilearn.hypernet import MonoJoint as MonoJoint
 from auxilearn.hypernet import Naive_hyper as Naive_hyper
 from auxilearn.hypernet import TaskLosses as TaskLosses
+from auxilearn.hypernet import fill_missing as fill_missing
 from auxilearn.hypernet import scheduled_loss as scheduled_loss
 from auxilearn.implicit_diff import identity as identity
 from auxilearn.implicit_diff import neumann as neumann

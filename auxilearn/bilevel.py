@@ -10,21 +10,25 @@ Chen et al., ICML 2022; the upper gradient is Lorraine et al., AISTATS 2020, Alg
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from auxilearn.hypernet import (
+    POISONED,
     HyperNet,
     TaskLosses,
+    check_outputs,
     loss_of_schedule,
+    masked_nan,
     times_aux_weight,
 )
 from auxilearn.implicit_diff import Solution, hypergradient, neumann, norm
 from auxilearn.optim import apply_hypergradient, held
-from auxilearn.second_order.products import Derivatives, FastOperators, frozen, slower_operators
+from auxilearn.second_order.evaluation import ModelFunction, unwrapped
+from auxilearn.second_order.products import Derivatives, FastOperators, frozen
 from auxilearn.weights import samples_with_loss
 
 
@@ -32,7 +36,7 @@ class LowerStep(NamedTuple):
     """What a lower step did. Tensors stay on the device, without a graph."""
 
     loss: Tensor  # the scheduled loss, a scalar
-    gradient_norm: Tensor  # of theta's gradient, a scalar
+    gradient_norm: Tensor  # of theta's gradient, a scalar; not finite: no step was taken
     outputs: TaskLosses
     weights: Tensor  # (B, K) W_ik that the step used; 0 outside the mask
 
@@ -54,8 +58,9 @@ class Bilevel:
             if step % 20 == 0:
                 bilevel.upper_step([next(more_train_batches)], [next(dev_batches)])
 
-    ``train_batches`` and ``dev_batches`` are lists; the training ones are read more than once.
-    Neither step changes the mode of ``model``: call ``model.train()`` after an evaluation.
+    ``train_batches`` and ``dev_batches`` are lists; the training ones are read more than once. No
+    level takes a step that is not finite; the results of both steps tell. Neither step changes the
+    mode of ``model``: call ``model.train()`` after an evaluation.
 
     Args:
         model: ``model(batch)`` returns ``TaskLosses``, whatever a batch is.
@@ -91,7 +96,7 @@ class Bilevel:
         self.max_norm = max_norm
         self.aux_weight = aux_weight
         self.average = average or (lambda tensors, batches: tensors)
-        self._operators = FastOperators  # a class; slower ones once these have failed
+        self._operators = FastOperators  # a class
         self._warned = False
 
     def lower_loss(self, batch: Any) -> Tensor:
@@ -106,27 +111,43 @@ class Bilevel:
     def lower_step(self, batch: Any, dev_batches: Sequence[Any] | None = None) -> LowerStep:
         """One step of the lower optimiser on the scheduled loss of ``batch``.
 
-        ``dev_batches``: for a scheduler that ``needs_dev``. Raises ValueError: it got none.
+        A step whose gradient is not finite is not taken. A fused optimiser looks at this on the
+        device; for another one the norm is read from there.
+
+        ``dev_batches``: for a scheduler that ``needs_dev``. Raises ValueError: it got none; all
+        parameters are frozen, or no gradient reaches them; errors of ``scheduled_loss``.
         """
         self._check_mode()
-        if self.scheduler.needs_dev and not dev_batches:
-            raise ValueError(
-                f"{type(self.scheduler).__name__} needs development batches before every lower "
-                "step: lower_step(batch, dev_batches)"
-            )
+        if self.scheduler.needs_dev:
+            if dev_batches is None or (isinstance(dev_batches, Sequence) and not dev_batches):
+                raise ValueError(
+                    f"{type(self.scheduler).__name__} needs development batches before every lower "
+                    "step: lower_step(batch, dev_batches)"
+                )
+            _check_batches("dev_batches", dev_batches)
+        parameters = self._theta()
         self.scheduler.before_lower_step(self.model, batch, dev_batches, self.average)
         outputs, losses, loss = self._scheduled(batch)
+        if not losses.requires_grad:
+            raise ValueError(
+                "no gradient reaches the parameters of the lower optimiser: the losses have no "
+                "graph; compute them outside torch.no_grad(), from tensors that are not detached"
+            )
         losses.retain_grad()  # times N_k, the samples with a loss under task k: W_ik
-        parameters = self._lower_parameters()
         self.lower.zero_grad()
         loss.backward(inputs=parameters)
         reached = [p.grad for p in parameters if p.grad is not None]
+        if not reached:
+            raise ValueError(
+                "no gradient reaches the parameters of the lower optimiser: the losses depend on "
+                "others; give it those of the model that is trained"
+            )
         means = self.average(reached, [batch])
         if means is not reached:
             for gradient, mean in zip(reached, means, strict=True):
                 gradient.copy_(mean)
-        size = norm([p.grad for p in parameters if p.grad is not None])
-        self.lower.step()
+        size = norm(reached)
+        self._step_if_finite(size, outputs)
         weights = losses.grad * samples_with_loss(outputs)
         return LowerStep(loss.detach(), size, outputs.detached(), weights)
 
@@ -134,14 +155,21 @@ class Bilevel:
         """One step of the upper optimiser down the hypergradient; ``clamp()`` follows it.
 
         A hypergradient that is not finite is not stepped along. All numbers of the result are read
-        from the device at once. Raises ValueError: there is no upper optimiser.
+        from the device at once. Raises ValueError: there is no upper optimiser, or it holds nothing
+        to learn; errors as of ``hypergradient``.
         """
         self._check_mode()
         if self.upper is None:
             raise ValueError("Bilevel was built without an upper optimiser: give one as upper=")
+        if not self._phi():
+            raise ValueError(
+                "the upper optimiser holds no parameter of the scheduler that requires a gradient: "
+                "build it on scheduler.parameters()"
+            )
         gradient, solution, dev_loss = self._hypergradient(train_batches, dev_batches)
         solution, (dev_loss, size) = solution.read(dev_loss, norm(gradient))
         if not math.isfinite(size):
+            self._refuse_masked_nan([*train_batches, *dev_batches])
             return UpperStep(dev_loss, None, solution)
         apply_hypergradient(self.upper, self._phi(), gradient, self.max_norm)
         self.scheduler.clamp()
@@ -153,8 +181,10 @@ class Bilevel:
         """d L_dev / d phi at the present parameters, the solver's ``Solution``, and L_dev.
 
         The model is left as it was, batch norm's statistics included. The gradient is a list shaped
-        like the scheduler's parameters (that ``upper`` holds). Raises ValueError: an empty list of
-        batches.
+        like the scheduler's parameters (that ``upper`` holds).
+
+        Raises ValueError: an empty list of batches, or all parameters are frozen. TypeError:
+        something else than a list of batches. Errors of ``scheduled_loss``.
         """
         self._check_mode()
         gradient, solution, dev_loss = self._hypergradient(train_batches, dev_batches)
@@ -163,12 +193,13 @@ class Bilevel:
 
     def _hypergradient(self, train_batches, dev_batches):
         """``hypergradient``, whose numbers are scalars that stay on the device."""
-        if not train_batches or not dev_batches:
-            raise ValueError("an upper step needs at least one training and one development batch")
-        stepped = set(map(id, self._lower_parameters()))
-        theta = {name for name, p in self.model.named_parameters() if id(p) in stepped}
+        _check_batches("train_batches", train_batches)
+        _check_batches("dev_batches", dev_batches)
+        stepped = set(map(id, self._theta()))
+        inner = unwrapped(self.model)
+        theta = {name for name, p in inner.named_parameters() if id(p) in stepped}
         derivatives = Derivatives(
-            self.model,
+            inner,
             self.scheduler,
             train_batches,
             self.aux_weight,
@@ -178,13 +209,8 @@ class Bilevel:
         )
         dev_loss, v = derivatives.development_gradient(dev_batches)
         solver = self.solver or neumann(alpha=self.lower.param_groups[0]["lr"], terms=3)
-        try:
-            operators = self._operators(derivatives)
-            gradient, solution = hypergradient(v, operators.hvp, operators.mixed, solver)
-        except (NotImplementedError, RuntimeError) as error:
-            self._operators = slower_operators(self._operators, error)
-            operators = self._operators(derivatives)
-            gradient, solution = hypergradient(v, operators.hvp, operators.mixed, solver)
+        operators = self._operators(derivatives)
+        gradient, solution = hypergradient(v, operators.hvp, operators.mixed, solver)
         return gradient, solution, dev_loss
 
     def state_dict(self) -> dict[str, Any]:
@@ -207,17 +233,50 @@ class Bilevel:
     def _scheduled(self, batch):
         """``TaskLosses`` of a batch, its a_k L_ik (B, K), and the scheduled loss."""
         outputs = self.model(batch)
-        if not isinstance(outputs, TaskLosses):
-            raise TypeError(f"model(batch) must return TaskLosses, not {type(outputs).__name__}")
+        check_outputs(outputs, self.scheduler)
         losses = times_aux_weight(outputs.losses, self.aux_weight, self.scheduler.main_task)
         with frozen(self._constants()):
             return outputs, losses, loss_of_schedule(self.scheduler, losses, outputs)
+
+    def _step_if_finite(self, size, outputs):
+        """The lower optimiser's step, unless ``size``, the norm of its gradient, is not finite."""
+        if all(group.get("fused") for group in self.lower.param_groups):
+            skipped = ~torch.isfinite(size)
+            new = [p for p in held(self.lower) if not self.lower.state.get(p)]
+            self.lower.found_inf = skipped.float()  # fused kernels change nothing where it is 1
+            self.lower.step()
+            del self.lower.found_inf
+            for p in new:  # but SGD's first step leaves its buffers uninitialised then
+                buffer = self.lower.state.get(p, {}).get("momentum_buffer")
+                if buffer is not None:
+                    buffer.masked_fill_(skipped, 0.0)
+        elif math.isfinite(size):
+            self.lower.step()
+        elif outputs.mask is not None and masked_nan(outputs.losses, outputs.mask):
+            raise ValueError(POISONED)
+
+    def _refuse_masked_nan(self, batches):
+        """ValueError where this is why a hypergradient is not finite."""
+        with ModelFunction(self.model).at({}) as evaluate:
+            for outputs in map(evaluate, batches):
+                if outputs.mask is not None and masked_nan(outputs.losses, outputs.mask):
+                    raise ValueError(POISONED)
 
     def _phi(self):
         """What the upper level learns: what its optimiser holds of the scheduler's parameters."""
         learned = [p for p in self.scheduler.parameters() if p.requires_grad]
         stepped = set(map(id, held(self.upper) if self.upper else learned))
         return [p for p in learned if id(p) in stepped]
+
+    def _theta(self):
+        """The parameters that the lower level learns. Raises ValueError: there are none."""
+        parameters = self._lower_parameters()
+        if not parameters:
+            raise ValueError(
+                "nothing to train: all parameters that the lower optimiser holds are frozen "
+                "(requires_grad is False)"
+            )
+        return parameters
 
     def _lower_parameters(self):
         return [p for p in held(self.lower) if p.requires_grad]
@@ -235,3 +294,27 @@ class Bilevel:
                 "uses its running statistics; call model.train() first if that is not intended",
                 stacklevel=3,
             )
+
+
+def _check_batches(name, batches):
+    """Errors of what should be a list of batches. One batch is often a sequence itself."""
+    if isinstance(batches, Iterator):
+        raise TypeError(
+            f"{name} must be a list of batches, not {type(batches).__name__}, which can be read "
+            "once and may have no end: give [next(batches)], or list(batches)"
+        )
+    tensors = isinstance(batches, (list, tuple)) and all(isinstance(b, Tensor) for b in batches)
+    kinds = {(b.dtype, b.dim()) for b in batches} if tensors else ()
+    if (
+        not isinstance(batches, Sequence)
+        or isinstance(batches, str)
+        or hasattr(batches, "_fields")
+        or len(kinds) > 1
+        or (kinds and isinstance(batches, tuple))
+    ):
+        raise TypeError(
+            f"{name} must be a list of batches, not one batch ({type(batches).__name__}): "
+            "give [batch]"
+        )
+    if not batches:
+        raise ValueError(f"{name} is empty: an upper step needs training and development batches")

@@ -14,6 +14,10 @@ class UserError(Exception):
     """
 
 
+class Unsupported(UserError, NotImplementedError):
+    """A model that lacks a derivative, or keeps its parameters out of reach."""
+
+
 class RunError(Exception):
     """A run cannot go on. The message says why, and what is left on disk."""
 

@@ -31,8 +31,9 @@ class TaskLosses(NamedTuple):
     that hold a weight per sample; mask (B, K) bool, True where a loss exists, None for everywhere;
     labels (B, K). A scheduler that does not need an entry does without it.
 
-    Losses outside the mask are not read, but a label that is NaN makes the gradient of the model
-    that computed them NaN: put a finite number in its place before the loss.
+    Losses outside the mask count for nothing. They must still be computed from finite numbers, or
+    the model's gradient is NaN (0 times NaN): ``fill_missing`` puts these in place of missing
+    targets.
     """
 
     losses: Tensor
@@ -46,20 +47,41 @@ class TaskLosses(NamedTuple):
         return TaskLosses(*(None if entry is None else entry.detach() for entry in self))
 
 
+def fill_missing(targets: Tensor) -> tuple[Tensor, Tensor]:
+    """(``targets`` with zeros where they are missing, the mask: bool, True where they are not).
+
+        targets, mask = fill_missing(targets)
+        return TaskLosses((prediction - targets).square(), features, mask=mask)
+
+    Missing are NaN among numbers, and negative ones (such as -1 and -100) among classes, of an
+    integer dtype.
+    """
+    mask = ~targets.isnan() if targets.is_floating_point() else targets >= 0
+    return targets.masked_fill(~mask, 0), mask
+
+
 def scheduled_loss(scheduler: "HyperNet", outputs: TaskLosses, aux_weight: float = 1.0) -> Tensor:
     """The scheduler's scalar for ``outputs``, differentiable in both levels.
 
     ``aux_weight`` multiplies the losses of all auxiliary tasks. Raises ValueError: the shapes of
-    ``outputs`` do not fit each other or the scheduler.
+    ``outputs`` do not fit each other or the scheduler; a masked loss makes the model's gradient NaN
+    (found on the CPU, where looking does not wait). TypeError: ``outputs`` are no ``TaskLosses``.
     """
+    check_outputs(outputs, scheduler)
     losses = times_aux_weight(outputs.losses, aux_weight, scheduler.main_task)
     return loss_of_schedule(scheduler, losses, outputs)
 
 
 def loss_of_schedule(scheduler: "HyperNet", losses: Tensor, outputs: TaskLosses) -> Tensor:
     """``scheduled_loss`` whose a_k L_ik are ``losses``: the derivative in them is W_ik / N_k."""
-    _check_shapes(outputs, scheduler.input_dim)
-    return scheduler.scheduled_loss(losses, outputs.detached())
+    check_outputs(outputs, scheduler)
+    loss = scheduler.scheduled_loss(losses, outputs.detached())
+    if loss.dim():
+        raise ValueError(
+            f"{type(scheduler).__name__}.scheduled_loss must return a scalar, not shape "
+            f"{tuple(loss.shape)}"
+        )
+    return loss
 
 
 def times_aux_weight(losses: Tensor, aux_weight: float, main_task: int = 0) -> Tensor:
@@ -71,24 +93,84 @@ def times_aux_weight(losses: Tensor, aux_weight: float, main_task: int = 0) -> T
     return losses * factors
 
 
-def _check_shapes(outputs, tasks):
-    losses, features, sample_id, mask, labels = outputs
+def task_losses(outputs) -> TaskLosses:
+    """What a model returned. Raises TypeError: it is something else than ``TaskLosses``."""
+    if not isinstance(outputs, TaskLosses):
+        raise TypeError(
+            f"model(batch) must return TaskLosses, not {type(outputs).__name__}: return "
+            "TaskLosses(losses, features)"
+        )
+    return outputs
+
+
+def check_outputs(outputs, scheduler):
+    """Errors as of ``scheduled_loss``."""
+    losses, features, sample_id, mask, labels = task_losses(outputs)
+    tasks = scheduler.input_dim
     if losses.dim() != 2 or losses.shape[1] != tasks:
         raise ValueError(
             f"losses must be (B, {tasks}), a column per task of the scheduler, not "
             f"{tuple(losses.shape)}: leave them unreduced"
         )
     rows = len(losses)
+    if not rows:
+        raise ValueError(
+            f"losses must have a row per sample, not shape {tuple(losses.shape)}: the batch is "
+            "empty; leave it out"
+        )
+    if features is not None and (features.dim() != 2 or len(features) != rows):
+        raise ValueError(
+            f"features must be ({rows}, d), a vector per sample, not {tuple(features.shape)}: "
+            "pool or flatten the rest"
+        )
+    if sample_id is not None and sample_id.shape != (rows,):
+        raise ValueError(
+            f"sample_id must be ({rows},), a number per sample, not {tuple(sample_id.shape)}"
+        )
     if mask is not None and (mask.shape != losses.shape or mask.dtype != torch.bool):
         raise ValueError(
             f"mask must be bool {tuple(losses.shape)} like losses, not {mask.dtype} "
             f"{tuple(mask.shape)}"
         )
-    for name, entry in (("features", features), ("sample_id", sample_id), ("labels", labels)):
-        if entry is not None and (entry.dim() == 0 or len(entry) != rows):
-            raise ValueError(
-                f"{name} must have a row per sample, {rows}, not shape {tuple(entry.shape)}"
-            )
+    if labels is not None and labels.shape != losses.shape:
+        raise ValueError(
+            f"labels must be {tuple(losses.shape)} like losses, not {tuple(labels.shape)}"
+        )
+    # On a GPU looking would wait for it: ``Bilevel`` looks there once a gradient is not finite.
+    if mask is not None and losses.is_cpu and losses.grad_fn is not None:
+        _refuse_poisoned_gradients(losses, mask)
+
+
+POISONED = (
+    "a masked loss makes the model's gradient NaN: it was computed from a missing target, or "
+    "another number that is not finite, and 0 times NaN is NaN; fill these before the loss: "
+    "targets, mask = auxilearn.fill_missing(targets)"
+)
+
+
+def masked_nan(losses, mask):
+    """Whether a loss outside the mask is NaN while those inside are finite, a scalar tensor."""
+    poisoned = losses.detach().isnan().logical_and(~mask).any()
+    return poisoned & losses.detach().isfinite().logical_or(~mask).all()
+
+
+def _refuse_poisoned_gradients(losses, mask):
+    """ValueError: the gradient of masked losses is NaN. NaN in place of them does no harm."""
+    if not masked_nan(losses, mask).numpy():
+        return
+    leaves, seen, waiting = [], set(), [losses.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            leaves.append(node.variable)
+        waiting.extend(function for function, _ in node.next_functions)
+    zeros = torch.zeros_like(losses)
+    gradients = torch.autograd.grad(losses, leaves, zeros, retain_graph=True, allow_unused=True)
+    if any(g is not None and not g.isfinite().all() for g in gradients):
+        raise ValueError(POISONED)
 
 
 def masked_column_means(values: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -104,7 +186,14 @@ def masked_column_means(values: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 def weighted_mean(weights: Tensor, losses: Tensor, mask: Tensor | None = None) -> Tensor:
-    """sum_k mean_i W_ik L_ik, a scalar; every task's mean is over its own samples."""
+    """sum_k mean_i W_ik L_ik, a scalar; every task's mean is over its own samples.
+
+    Raises ValueError: ``weights`` are not (B, K) like ``losses``.
+    """
+    if weights.shape != losses.shape:
+        raise ValueError(
+            f"weights must be (B, K) like losses, {tuple(losses.shape)}, not {tuple(weights.shape)}"
+        )
     if mask is not None:  # before the product, so that a masked NaN is not multiplied
         losses = losses.masked_fill(~mask, 0.0)
     return masked_column_means(weights * losses, mask).sum()
@@ -209,6 +298,12 @@ class JointSchedule(MonoHyperNet):
     def scheduled_loss(self, losses, seen):
         if seen.features is None:
             raise ValueError(f"{type(self).__name__} needs TaskLosses(losses, features=...)")
+        layer = getattr(self, "feature_sel", None)
+        if isinstance(layer, nn.Linear) and layer.in_features != seen.features.shape[1]:
+            raise ValueError(
+                f"features must be (B, {layer.in_features}), the feature_dim of "
+                f"{type(self).__name__}, not {tuple(seen.features.shape)}"
+            )
         weights = self.schedule(seen.features, seen.losses, seen.mask)
         return weighted_mean(weights, losses, seen.mask)
 

@@ -133,8 +133,9 @@ def identity(scale: float = 1.0) -> Solver:
 def preconditioned(solver: Solver, scale: Callable[[], Vector]) -> Solver:
     """``solver`` for a lower level whose optimiser divides every gradient by a scale D > 0.
 
-    Such an optimiser (Adam: D = square root of the second moment, see ``optim.adam_scale``) steps
-    by -eta D^-1 g. With D held fixed, what its steps make of a small change of g is
+    A small change dg of the gradient changes such an optimiser's step by -eta D^-1 dg (Adam: D is
+    about the square root of the second moment, see ``optim.adam_scale``). With D held fixed from
+    then on, what its steps make of a small change of g is
 
         n steps          eta sum_{j<n} (I - eta D^-1 H)^j D^-1,  so one step  eta D^-1
         their limit      H^-1, or (H + D / (eta n))^-1 for about n of them
@@ -178,7 +179,9 @@ def dot(a: Vector, b: Vector) -> Tensor:
 
 
 def norm(vector: Vector) -> Tensor:
-    """|vector|, a scalar on the device."""
+    """|vector|, a scalar on the device; of no tensors 0."""
+    if not vector:
+        return torch.zeros(())
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(vector)))
 
 

@@ -33,27 +33,140 @@ def upper_adam(parameters, lr, weight_decay):
 
 
 def adam_scale(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor]) -> list[Tensor]:
-    """What Adam divides the gradient of each of ``parameters`` by: sqrt(second moment) + eps.
+    """D of ``implicit_diff.preconditioned``: what the optimiser's next step makes of its gradient.
 
-    The bias-corrected moment of the last step (Kingma and Ba, 2015, Algorithm 1; with amsgrad the
-    largest so far); ones for a parameter that has not been stepped. For
-    ``implicit_diff.preconditioned``. Raises ValueError: the optimiser does not hold a parameter.
+    A step divides the gradient g by sqrt(s) + eps, with s the second moment after that step. It
+    holds g^2 itself: s = r + c g^2, r the part that is left of earlier steps. So
+
+        1 / D = d/dg [g / (sqrt(s) + eps)] = (r / sqrt(s) + eps) / (sqrt(s) + eps)^2
+
+    which is 1 / (sqrt(s) + eps) where many steps have made r large beside c g^2, and next to
+    nothing where r is zero: the first step of Adam has size lr, whatever the gradient. Momentum is
+    left out: it takes every gradient in the end, over several steps. So D > 0, except that
+    centred RMSprop can answer a larger gradient with a smaller step; this counts as no answer.
+
+    g, the next gradient, is not known, and ``p.grad``, of the last lower step, stands in. Where
+    that is zero, as in a row of an embedding that the batch did not hold, the root mean square of
+    the rest of the tensor does: a gradient that comes to such an entry is of that size. D is 1
+    wherever no gradient has ever been.
+
+    Args: ``parameters``: in the model's order. Frozen ones are left out.
+
+    Returns: a list of tensors > 0 shaped like the parameters that require a gradient. They are 1
+    for SGD. Learning rates are left out, but for Adagrad's decay of it.
+
+    Raises TypeError: D of this optimiser is not known. ValueError: it does not hold a parameter.
     """
+    kind = next((kind for kind in _NEXT_MOMENT if isinstance(optimizer, kind)), None)
+    if kind is None:
+        known = ", ".join(kind.__name__ for kind in _NEXT_MOMENT)
+        raise TypeError(
+            f"adam_scale knows the steps of {known}, not of {type(optimizer).__name__}: use one of "
+            "them as the lower optimiser, or a solver without preconditioned()"
+        )
     groups = {p: group for group in optimizer.param_groups for p in group["params"]}
     scales = []
     for parameter in parameters:
+        if not parameter.requires_grad:
+            continue
         if parameter not in groups:
-            raise ValueError("adam_scale: give parameters that the optimiser holds, no others")
+            raise ValueError(
+                "adam_scale: the optimiser does not hold one of the parameters that require a "
+                "gradient: give those that it holds, or freeze the others (requires_grad_(False))"
+            )
         state, group = optimizer.state.get(parameter), groups[parameter]
-        if not state:
+        if not state or kind is torch.optim.SGD:
             scales.append(torch.ones_like(parameter))
             continue
-        # The step may be counted on the device, where it stays.
-        steps = torch.as_tensor(state["step"], dtype=torch.float64)
-        correction = 1 - group["betas"][1] ** steps
-        moment = state.get("max_exp_avg_sq", state["exp_avg_sq"])
-        scales.append((moment / correction).sqrt() + group["eps"])
+        coupled = not group.get("decoupled_weight_decay", isinstance(optimizer, torch.optim.AdamW))
+        g = _stand_in(parameter, group, coupled)
+        s, r, factor = _NEXT_MOMENT[kind](state, group, g)
+        root = s.sqrt()
+        scale = (root + group["eps"]).square_().mul_(root)
+        scale.div_(torch.add(r, root, alpha=group["eps"])).div_(factor)
+        scales.append(scale.masked_fill_(s == 0, 1.0))
     return scales
+
+
+@torch.no_grad()
+def _stand_in(parameter, group, coupled):
+    """A guess of the gradient that the optimiser's next step will see; with weight decay, where
+    ``coupled``."""
+    if parameter.grad is None:
+        return torch.zeros_like(parameter)
+    gradient = parameter.grad.to_dense()
+    other = gradient == 0
+    reached = (~other).sum().clamp(min=1).to(gradient.dtype)
+    size = torch.linalg.vector_norm(gradient) / reached.sqrt()
+    gradient = (-gradient if group["maximize"] else gradient.clone()).masked_fill_(other, size)
+    if coupled and group["weight_decay"]:
+        gradient.add_(parameter, alpha=group["weight_decay"])
+    return gradient
+
+
+# Functions (state, group, g) -> s, r and a factor of the whole step, after the next step of a
+# parameter. Counts of steps may be on the device, where they stay.
+
+
+def _next_of_adam(state, group, g):
+    s, r, correction = _moving_mean(state["exp_avg_sq"], group["betas"][1], g, _next_step(state))
+    if group.get("amsgrad", False):
+        largest = state["max_exp_avg_sq"]
+        s, r = torch.maximum(s, largest), torch.where(s > largest, r, largest)
+    return s.div_(correction), r.div_(correction), 1.0
+
+
+def _next_of_radam(state, group, g):
+    beta, step = group["betas"][1], _next_step(state)
+    s, r, correction = _moving_mean(state["exp_avg_sq"], beta, g, step)
+    longest = 2 / (1 - beta) - 1
+    length = longest - 2 * step * beta**step / correction
+    rectifier = (length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length)
+    factor = (rectifier.clamp(min=0) * correction).sqrt()
+    # The first steps are gradient descent's, which s = r = 1 and the factor 1 + eps make of D.
+    plain = length <= 5
+    one = torch.ones_like(s)
+    return (
+        torch.where(plain, one, s),
+        torch.where(plain, one, r),
+        torch.where(plain, 1 + group["eps"], factor),
+    )
+
+
+def _next_of_adagrad(state, group, g):
+    past = state["sum"]
+    return past + g.square(), past, 1 / (1 + (_next_step(state) - 1) * group["lr_decay"])
+
+
+def _next_of_rmsprop(state, group, g):
+    alpha = group["alpha"]
+    s, r, _ = _moving_mean(state["square_avg"], alpha, g)
+    if group["centered"]:
+        mean = alpha * state["grad_avg"] + (1 - alpha) * g
+        s = (s - mean.square()).clamp(min=0)
+        r = (r - alpha * mean * state["grad_avg"]).clamp(min=0)
+    return s, r, 1.0
+
+
+def _moving_mean(moment, beta, g, step=None):
+    """s, r and the correction of the bias that starting at zero leaves after ``step`` steps."""
+    r = beta * moment
+    return torch.addcmul(r, g, g, value=1 - beta), r, None if step is None else 1 - beta**step
+
+
+def _next_step(state):
+    return torch.as_tensor(state["step"], dtype=torch.float64) + 1
+
+
+_NEXT_MOMENT = {
+    torch.optim.Adam: _next_of_adam,
+    torch.optim.AdamW: _next_of_adam,
+    torch.optim.NAdam: _next_of_adam,
+    torch.optim.RAdam: _next_of_radam,
+    torch.optim.Adagrad: _next_of_adagrad,
+    torch.optim.RMSprop: _next_of_rmsprop,
+    torch.optim.SGD: None,  # divides by nothing
+}
 
 
 class MetaOptimizer:

@@ -18,19 +18,23 @@ def derived_generator(seed, purpose, *numbers):
     return np.random.default_rng(derived_seed(seed, purpose, *numbers))
 
 
+def generators(tensors=()):
+    """torch's generators: the CPU's, and those of the GPUs of ``tensors``."""
+    devices = sorted({t.device.index for t in tensors if t.device.type == "cuda"})
+    return [torch.default_generator, *(torch.cuda.default_generators[d] for d in devices)]
+
+
 @contextlib.contextmanager
 def random_state_kept(tensors=(), seed=None):
-    """Put torch's generators back after the block: the CPU's, and those of the GPUs of ``tensors``.
+    """Put the ``generators`` of ``tensors`` back after the block.
 
     ``seed``: the block draws from it; None: it draws on from the present state.
     """
-    devices = sorted({t.device.index for t in tensors if t.device.type == "cuda"})
-    generators = [torch.default_generator, *(torch.cuda.default_generators[d] for d in devices)]
-    states = [generator.get_state() for generator in generators]
+    states = [(generator, generator.get_state()) for generator in generators(tensors)]
     try:
-        for generator in generators if seed is not None else ():
+        for generator, _ in states if seed is not None else ():
             generator.manual_seed(seed)
         yield
     finally:
-        for generator, state in zip(generators, states, strict=True):
+        for generator, state in states:
             generator.set_state(state)

@@ -145,7 +145,7 @@ def test_the_products_are_exact_in_forward_mode():
     gradients = task_gradients(model, batch)
     scheduler = GradientCosine(0, len(COUNTS))
     function = ModelFunction(model, keep=scheduler.shared)
-    products = scheduler._forward_products(function, batch, no_average)
+    products = scheduler._products(function, batch, no_average)
     torch.testing.assert_close(products, gradients @ gradients[0], rtol=1e-10, atol=1e-13)
 
 

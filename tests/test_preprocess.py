@@ -227,11 +227,12 @@ def test_where_attributes_txt_may_lie(root, place):
         assert cub.read_annotations(root).attribute_names == names
 
 
-def test_line_ends_and_blank_lines_do_not_matter(root):
+@pytest.mark.parametrize("end", [b"\r\n", b"\r"], ids=["Windows", "old Macintosh"])
+def test_line_ends_and_blank_lines_do_not_matter(root, end):
     plain = cub.read_annotations(root)
     for name in (*cub.REQUIRED_FILES, "attributes.txt"):
-        data = (root / name).read_bytes().rstrip(b"\n").replace(b"\n", b"\r\n")
-        (root / name).write_bytes(data.replace(b"\r\n", b"\r\n\r\n", 1))
+        data = (root / name).read_bytes().rstrip(b"\n").replace(b"\n", end)
+        (root / name).write_bytes(data.replace(end, 2 * end, 1))
     other = cub.read_annotations(root)
     for field in ("image_ids", "paths", "class_names", "attribute_names"):
         assert getattr(other, field) == getattr(plain, field), field
@@ -265,6 +266,19 @@ def test_rows_in_any_order_with_any_further_fields(tmp_path, seed, tail):
 
 def lost_image(root):
     (root / "images" / lines_of(root, "images.txt")[6].split()[1]).unlink()
+
+
+def dangling_link(root):
+    lost_image(root)
+    (root / "images" / lines_of(root, "images.txt")[6].split()[1]).symlink_to(root / "nowhere")
+
+
+def backslashes(root):
+    (root / "images.txt").write_text((root / "images.txt").read_text().replace("/", "\\"))
+
+
+def headings(name, text):
+    return lambda root: (root / name).write_text(text + "\n" + (root / name).read_text())
 
 
 def empty_image(root):
@@ -323,6 +337,23 @@ BAD = {
     "one field": (line("images.txt", 4, "4"), "images.txt, line 4: expected 'image_id path'"),
     "no number": (line("images.txt", 4, "four a.jpg"), "images.txt, line 4: expected"),
     "id zero": (line("images.txt", 4, "0 a.jpg"), "images.txt, line 4: expected"),
+    "ids from zero": (line("images.txt", 1, "0 a.jpg"), "line 1: .*; ids begin at 1: number the"),
+    "headings": (
+        headings("images.txt", "id path"),
+        "line 1: .*; a row begins with its id.*headings",
+    ),
+    "headings of bits": (
+        headings(LABELS, "i a b"),
+        "line 1: .*; a row begins with its id.*headings",
+    ),
+    "backslashes": (
+        backslashes,
+        r"images.txt, line 1: .*; folders are parted by / on every system",
+    ),
+    "dangling link": (
+        dangling_link,
+        "line 7: cannot find .*; it is a link that leads nowhere: fetch",
+    ),
     "double id": (line("images.txt", 4, "3 a.jpg"), "images.txt, line 4: id 3 .*first on line 3"),
     "double path": (
         line("images.txt", 4, f"4 {SECOND_PATH}"),

@@ -206,14 +206,19 @@ def losses_with(**changes):
         ({"mask": torch.rand(8, K)}, r"mask must be bool \(8, 3\) like losses, not torch.float32"),
         ({"mask": torch.ones(8, dtype=torch.bool)}, r"mask must be bool \(8, 3\).*\(8,\)"),
         ({"mask": torch.ones(1, K, dtype=torch.bool)}, r"mask must be bool \(8, 3\).*\(1, 3\)"),
-        ({"features": torch.rand(7, D)}, r"features must have a row per sample, 8, not.*\(7, 5\)"),
+        ({"features": torch.rand(7, D)}, r"features must be \(8, d\).*, not \(7, 5\)"),
+        ({"features": torch.rand(8, 1, D)}, r"features must be \(8, d\).*, not \(8, 1, 5\): pool"),
+        ({"features": torch.rand(8)}, r"features must be \(8, d\).*, not \(8,\)"),
+        ({"sample_id": torch.zeros(8, 1).long()}, r"sample_id must be \(8,\).*, not \(8, 1\)"),
+        ({"labels": torch.zeros(8)}, r"labels must be \(8, 3\) like losses, not \(8,\)"),
+        ({"losses": torch.rand(0, K)}, r"not shape \(0, 3\): the batch is empty"),
         (
             {"sample_id": torch.tensor(3)},
-            r"sample_id must have a row per sample, 8, not shape \(\)",
+            r"sample_id must be \(8,\), a number per sample, not \(\)",
         ),
         (
             {"labels": torch.zeros(1, K)},
-            r"labels must have a row per sample, 8, not shape \(1, 3\)",
+            r"labels must be \(8, 3\) like losses, not \(1, 3\)",
         ),
     ],
 )
@@ -240,7 +245,7 @@ def test_a_step_names_them_as_well():
             return super().forward(batch)._replace(features=torch.zeros(2, D))
 
     levels.model = Named()
-    with pytest.raises(ValueError, match="features must have a row per sample"):
+    with pytest.raises(ValueError, match=r"features must be \(8, d\)"):
         levels.hypergradient([batch()], [batch()])
 
 

@@ -15,10 +15,11 @@ import warnings
 
 import torch
 
+from auxilearn.errors import Unsupported
 from auxilearn.hypernet import HyperNet, masked_column_means
 from auxilearn.randomness import random_state_kept
 from auxilearn.second_order.double_backward import gradients
-from auxilearn.second_order.products import ModelFunction, lacks_forward_mode
+from auxilearn.second_order.evaluation import ModelFunction
 
 CHUNK = 1 << 26  # numbers in the gradients of the tasks that are taken together
 
@@ -46,7 +47,7 @@ class GradientCosine(HyperNet):
         self.weighted = weighted
         self.shared = shared
         self.register_buffer("weights", torch.ones(input_dim))
-        self._forward_mode = True
+        self._first_order_only = False  # whether the model has first derivatives and no others
 
     def before_lower_step(self, model, batch, dev_batches, average):
         """Set ``weights`` from the gradients of ``model`` on ``batch``, which it leaves as it is.
@@ -67,39 +68,36 @@ class GradientCosine(HyperNet):
 
     def _products(self, function, batch, average):
         """<G_k, G_0> for all tasks, shape (K,)."""
-        if self._forward_mode:
-            try:
-                return self._forward_products(function, batch, average)
-            except (NotImplementedError, RuntimeError) as error:
-                operator = lacks_forward_mode(error)
-                if not operator:
-                    raise
-                warnings.warn(
-                    f"{operator} has no forward-mode derivative: gradient cosines take a backward "
-                    "pass per task, which is slower",
-                    stacklevel=2,
-                )
-                self._forward_mode = False
-        return self._products_and_norms(function, batch, average)[0]
-
-    def _forward_products(self, function, batch, average):
+        if self._first_order_only:
+            return self._products_and_norms(function, batch, average)[0]
         with random_state_kept(function.theta.values()):
             leaves = function.leaves()
-            outputs = function.evaluate(leaves, batch)
-            loss = masked_column_means(outputs.losses, outputs.mask)[self.main_task]
-            target = average(gradients(loss, list(leaves.values())), [batch])
+            with function.at(leaves) as evaluate:
+                outputs = evaluate(batch)
+                loss = masked_column_means(outputs.losses, outputs.mask)[self.main_task]
+                target = average(gradients(loss, list(leaves.values())), [batch])
             del outputs, loss
-        with random_state_kept(function.theta.values()):
-            outputs, derivative = function.directional_derivative(target, batch)
+        try:
+            with random_state_kept(function.theta.values()):
+                outputs, derivative = function.directional_derivative(target, batch)
+        except Unsupported as error:
+            warnings.warn(
+                f"gradient cosines take a backward pass per task, which is slower: {error}",
+                stacklevel=2,
+            )
+            self._first_order_only = True
+            return self._products_and_norms(function, batch, average)[0]
         return average([masked_column_means(derivative, outputs.mask)], [batch])[0]
 
     def _products_and_norms(self, function, batch, average):
         """<G_k, G_0> and |G_k| for all tasks, both (K,), by a backward pass per task."""
-        with random_state_kept(function.theta.values()):
-            leaves = function.leaves()
-            outputs = function.evaluate(leaves, batch)
+        leaves = function.leaves()
+        with random_state_kept(function.theta.values()), function.at(leaves) as evaluate:
+            outputs = evaluate(batch)
             means = masked_column_means(outputs.losses, outputs.mask)
-        leaves = list(leaves.values())
+            return self._by_backward_passes(means, list(leaves.values()), batch, average)
+
+    def _by_backward_passes(self, means, leaves, batch, average):
         chunk = max(1, CHUNK // sum(leaf.numel() for leaf in leaves))
         directions = torch.eye(len(means), dtype=means.dtype, device=means.device)
         order = [self.main_task, *(k for k in range(len(means)) if k != self.main_task)]

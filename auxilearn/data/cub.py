@@ -29,7 +29,9 @@ ATTRIBUTES = "attributes.txt"
 ROLES = "attribute_roles.json"
 REQUIRED_FILES = (IMAGES, LABELS, OFFICIAL_SPLIT, CLASSES, ATTRIBUTE_LABELS)
 
-_REPAIR = "unpack the archive again"
+_ARCHIVE = "unpack the archive again if this is CUB-200-2011"
+_REPAIR = f"correct it, or {_ARCHIVE}"
+_REPLACE = f"put it back, or {_ARCHIVE}"
 
 # Other formats of Pillow are programs (Ghostscript runs EPS) or exist on one system alone.
 IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
@@ -117,7 +119,7 @@ def _numbered_lines(path):
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     if not data.strip():
         raise UserError(f"{path}, line 1: the file is empty; {_REPAIR}")
-    for number, line in enumerate(data.split(b"\n"), start=1):
+    for number, line in enumerate(data.splitlines(), start=1):  # at \n, \r\n and \r
         try:
             text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
         except UnicodeDecodeError:
@@ -135,7 +137,8 @@ def _read_table(path, columns):
         fields = text.split(maxsplit=1)
         if len(fields) != 2 or not re.fullmatch(r"[1-9][0-9]{0,17}", fields[0]):
             raise UserError(
-                f"{path}, line {line}: expected '{columns}', found {shown(text)}; {_REPAIR}"
+                f"{path}, line {line}: expected '{columns}', found {shown(text)}; "
+                f"{_cure_of_row(line, fields)}"
             )
         key, value = fields
         if key in rows:
@@ -145,6 +148,15 @@ def _read_table(path, columns):
             )
         rows[key] = line, value
     return rows
+
+
+def _cure_of_row(line, fields):
+    """What to do about a row that is not 'id text', by the mistakes that people make."""
+    if len(fields) == 2 and re.fullmatch("0+", fields[0]):
+        return "ids begin at 1: number the rows from 1, in the other files as well"
+    if line == 1 and not re.match(r"[+-]?[0-9]", fields[0]):
+        return f"a row begins with its id, a number: delete a line of headings, or {_ARCHIVE}"
+    return _REPAIR
 
 
 def shown(text):
@@ -305,7 +317,8 @@ def _parse_attribute_rows(path):
                 if line.strip() and not re.match(r"\s*([+-]?[0-9]{1,18}(\s+|$)){3}", line):
                     raise UserError(
                         f"{path}, line {number}: expected 'image_id attribute_id is_present "
-                        f"certainty_id seconds', found {shown(line.strip())}; {_REPAIR}"
+                        f"certainty_id seconds', found {shown(line.strip())}; "
+                        f"{_cure_of_row(number, line.split())}"
                     ) from None
         raise UserError(f"{path}, line 1: no rows could be read ({error}); {_REPAIR}") from None
     return rows.T
@@ -340,9 +353,14 @@ def _image_size(root, path, where=""):
         size = file.stat().st_size
     except (OSError, ValueError) as error:  # ValueError: a null byte, of a damaged file
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{where}cannot find image file {file}: {reason}; {_REPAIR}") from None
+        cure = _REPLACE
+        if "\\" in path and (root / "images" / path.replace("\\", "/")).exists():
+            cure = "folders are parted by / on every system: replace each \\ in the file by /"
+        elif os.path.islink(file):
+            cure = "it is a link that leads nowhere: fetch its content (dvc pull, git annex get)"
+        raise UserError(f"{where}cannot find image file {file}: {reason}; {cure}") from None
     if size == 0:
-        raise UserError(f"{where}image file {file} is empty; {_REPAIR}")
+        raise UserError(f"{where}image file {file} is empty; {_REPLACE}")
     return size
 
 
@@ -362,7 +380,7 @@ def check_images(annotations, progress=True):
         more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
         raise UserError(
             f"{len(bad)} of {len(annotations.paths)} images cannot be decoded: "
-            f"{', '.join(bad[:3])}{more}; {_REPAIR}"
+            f"{', '.join(bad[:3])}{more}; replace them, or {_ARCHIVE}"
         )
 
 
@@ -444,7 +462,7 @@ def hash_file(path, algorithm="sha256"):
             while block := file.read(1 << 20):
                 digest.update(block)
     except FileNotFoundError:
-        raise UserError(f"{path} is missing; {_REPAIR}, or give --data_root") from None
+        raise UserError(f"{path} is missing; give --data_root, or {_REPLACE}") from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     return digest.hexdigest()

@@ -21,6 +21,8 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
+from auxilearn.second_order.double_backward import under_plain_autograd
+
 
 def _backward_kernel(grad, x, weight, mean, invstd):
     """(weight s P(grad), sum grad x_hat, sum grad), by PyTorch's fused kernel."""
@@ -50,22 +52,25 @@ def _tangent(x_t, weight_t, bias_t, x, weight, mean, invstd):
 
 
 class _BatchNorm(torch.autograd.Function):
-    """x, weight, bias -> y, mean, invstd; the statistics are outputs only to be saved."""
+    """x, weight, bias, ... -> y, mean, invstd; the statistics are outputs only to be saved.
+
+    ``running``: (mean, variance), both or neither None; written into.
+    """
 
     @staticmethod
-    def forward(x, weight, bias, eps):
-        return torch.ops.aten.native_batch_norm(x, weight, bias, None, None, True, 0.0, eps)
+    def forward(x, weight, bias, running, momentum, eps):
+        return torch.ops.aten.native_batch_norm(x, weight, bias, *running, True, momentum, eps)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, weight, _, _ = inputs
+        x, weight, *_ = inputs
         _, mean, invstd = output
         ctx.mark_non_differentiable(mean, invstd)
         ctx.save_for_backward(x, weight, mean, invstd)
         ctx.save_for_forward(x, weight, mean, invstd)
 
     @staticmethod
-    def jvp(ctx, x_t, weight_t, bias_t, _):
+    def jvp(ctx, x_t, weight_t, bias_t, *_):
         x, weight, mean, invstd = ctx.saved_tensors
         y_t, _, _ = _tangent(x_t, weight_t, bias_t, x, weight, mean, invstd)
         return y_t, None, None
@@ -73,7 +78,7 @@ class _BatchNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, _mean, _invstd):
         x, weight, mean, invstd = ctx.saved_tensors
-        return *_BatchNormBackward.apply(grad, x, weight, mean, invstd), None
+        return *_BatchNormBackward.apply(grad, x, weight, mean, invstd), None, None, None
 
 
 class _BatchNormBackward(torch.autograd.Function):
@@ -115,9 +120,9 @@ SMALLEST_IN_FORWARD_MODE = 100_000
 class FastBatchNorm(TorchFunctionMode):
     """While active, batch norms in train mode (of any module) use the functions above.
 
-    PyTorch handles batch norms without weight and bias, those in evaluation mode and, on a CPU,
-    those of fewer than ``smallest`` elements, unless input and weight differ in type: its tangents
-    are of the wrong one then. The others leave running statistics as they are.
+    PyTorch handles batch norms without weight and bias, those in evaluation mode, those in
+    checkpointed parts and, on a CPU, those of fewer than ``smallest`` elements, unless input and
+    weight differ in type: its tangents are of the wrong one then.
     """
 
     def __init__(self, smallest=0):
@@ -128,28 +133,29 @@ class FastBatchNorm(TorchFunctionMode):
         kwargs = kwargs or {}
         arguments = _ARGUMENTS.get(function)
         if arguments:
-            x, weight, bias, training, eps = arguments(*args, **kwargs)
+            x, weight, bias, running, training, momentum, eps = arguments(*args, **kwargs)
             if (
                 training
                 and weight is not None
                 and bias is not None
                 and (x.dtype == weight.dtype or weight.dtype == torch.float32)
                 and (x.is_cuda or x.dtype != weight.dtype or x.numel() >= self.smallest)
+                and under_plain_autograd()
             ):
-                return _BatchNorm.apply(x, weight, bias, eps)[0]
+                return _BatchNorm.apply(x, weight, bias, running, momentum, eps)[0]
         return function(*args, **kwargs)
 
 
 def _of_functional(
     input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5
 ):
-    return input, weight, bias, training, eps
+    return input, weight, bias, (running_mean, running_var), training, momentum, eps
 
 
 def _of_builtin(
     input, weight, bias, running_mean, running_var, training, momentum, eps, cudnn_enabled
 ):
-    return input, weight, bias, training, eps
+    return input, weight, bias, (running_mean, running_var), training, momentum, eps
 
 
 # Called as the function is, they pick what counts.

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch.nn.modules.utils import _pair
 from torch.overrides import TorchFunctionMode
 
+from auxilearn.second_order.double_backward import under_plain_autograd
+
 
 def _forward(x, weight, bias, geometry):
     stride, padding, dilation, groups = geometry
@@ -95,7 +97,8 @@ class _ConvolutionBackward(torch.autograd.Function):
 class FastConvolution(TorchFunctionMode):
     """While active, two-dimensional convolutions (of any module) use the functions above.
 
-    PyTorch handles single images, padding given as a word, and tensors that autocast casts.
+    PyTorch handles single images, padding given as a word, tensors that autocast casts, and
+    checkpointed parts.
 
     With ``leaf_gradients = False`` the gradients of weights are zeros. Use it if gradients are only
     differentiated once more and nobody reads the values of those in leaf tensors.
@@ -112,6 +115,7 @@ class FastConvolution(TorchFunctionMode):
                 and x.dtype == weight.dtype
                 and not isinstance(padding, str)
                 and not torch.is_autocast_enabled(x.device.type)
+                and under_plain_autograd()
             ):
                 geometry = _pair(stride), _pair(padding), _pair(dilation), groups
                 return _Convolution.apply(x, weight, bias, geometry, self)

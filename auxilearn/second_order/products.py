@@ -10,7 +10,7 @@ The training loss is f(theta, phi) = S(L(theta); phi): a task model turns a batc
              <df/dtheta, p> = <dS/dL (phi), D> with D = d/de L(theta + e p): one forward-mode
              pass, then a backward pass through the scheduler alone
 
-Every product runs in the model's own mode (train mode, in training) on copies of its buffers, so an
+Every product runs in the model's own mode (train mode, in training) on copies of its state, so an
 upper step does not move batch norm's running statistics. Dropout draws one mask per batch and upper
 step. Memory grows neither with the number of products nor with the number of batches: with one
 training batch, its graph serves all products of an upper step; with several, the graphs are rebuilt
@@ -18,71 +18,27 @@ for each product, one after the other.
 """
 
 import contextlib
-import functools
-import re
-import warnings
 
 import torch
-from torch.autograd import forward_ad
 
 from auxilearn.hypernet import (
-    TaskLosses,
+    check_outputs,
     loss_of_schedule,
     masked_column_means,
     scheduled_loss,
     times_aux_weight,
 )
 from auxilearn.randomness import random_state_kept
-from auxilearn.second_order.batch_norm import SMALLEST_IN_FORWARD_MODE, FastBatchNorm
+from auxilearn.second_order.batch_norm import FastBatchNorm
 from auxilearn.second_order.convolution import FastConvolution
 from auxilearn.second_order.double_backward import double_backward_operators, gradients
-
-
-class ModelFunction:
-    """A task model as a function of its parameters theta; its own state stays untouched.
-
-    theta: {name: tensor} of the parameters that ``keep`` (callable name -> bool) accepts.
-    """
-
-    def __init__(self, model, keep=lambda name: True):
-        self.model = model
-        self._parameters = {
-            name: p for name, p in model.named_parameters() if p.requires_grad and keep(name)
-        }
-        self.theta = {name: p.detach() for name, p in self._parameters.items()}
-
-    def leaves(self):
-        return {name: value.detach().requires_grad_() for name, value in self.theta.items()}
-
-    def evaluate(self, theta, batch):
-        """``TaskLosses`` of ``batch`` at ``theta``."""
-        stand_ins = {self._parameters[name]: value for name, value in theta.items()}
-        with replaced(self.model, stand_ins):
-            return self.model(batch)
-
-    def directional_derivative(self, vector, batch):
-        """(``TaskLosses`` without graph, D (B, K)): D = d/de L(theta + e vector), forward mode."""
-        _load_forward_mode()
-        with torch.no_grad(), FastBatchNorm(SMALLEST_IN_FORWARD_MODE), forward_ad.dual_level():
-            theta = {
-                name: forward_ad.make_dual(value, tangent)
-                for (name, value), tangent in zip(self.theta.items(), vector, strict=True)
-            }
-            outputs = self.evaluate(theta, batch)
-            derivative = forward_ad.unpack_dual(outputs.losses).tangent
-            entries = [None if e is None else forward_ad.unpack_dual(e).primal for e in outputs]
-        outputs = TaskLosses(*entries)
-        if derivative is None:  # no loss depends on theta
-            derivative = torch.zeros_like(outputs.losses)
-        return outputs, derivative
-
-
-@functools.cache
-def _load_forward_mode():
-    with warnings.catch_warnings():  # PyTorch itself scripts its decompositions on first use
-        warnings.simplefilter("ignore", FutureWarning)
-        with forward_ad.dual_level():
-            forward_ad.make_dual(torch.zeros(()), torch.zeros(()))
+from auxilearn.second_order.evaluation import (
+    ModelFunction,
+    differentiable_operators,
+    refuse_once_differentiable,
+    replaced,
+    second_derivatives,
+)
 
 
 class Derivatives(ModelFunction):
@@ -109,9 +65,11 @@ class Derivatives(ModelFunction):
 
         def loss_and_gradient(batch):
             theta = self.leaves()
-            outputs = self.evaluate(theta, batch)
-            loss = masked_column_means(outputs.losses, outputs.mask)[self.scheduler.main_task]
-            return [loss.detach(), *gradients(loss, list(theta.values()))]
+            with self.at(theta) as evaluate:
+                outputs = evaluate(batch)
+                check_outputs(outputs, self.scheduler)
+                loss = masked_column_means(outputs.losses, outputs.mask)[self.scheduler.main_task]
+                return [loss.detach(), *gradients(loss, list(theta.values()))]
 
         loss, *v = self.average(self.mean_over(dev_batches, loss_and_gradient), dev_batches)
         return loss, v
@@ -125,7 +83,9 @@ class Derivatives(ModelFunction):
         total = None
         for number, batch in enumerate(batches):
             with (
+                torch.enable_grad(),
                 random_state_kept(self.theta.values(), self.seed + number),
+                differentiable_operators(),
                 replaced(self.scheduler),
             ):
                 values = function(batch)
@@ -133,9 +93,9 @@ class Derivatives(ModelFunction):
             del values
         return [t / len(batches) for t in total]
 
-    def training_loss(self, theta, batch):
-        """f of one batch, with its graph."""
-        return scheduled_loss(self.scheduler, self.evaluate(theta, batch), self.aux_weight)
+    def training_loss(self, outputs):
+        """f of one batch's ``TaskLosses``, with its graph."""
+        return scheduled_loss(self.scheduler, outputs, self.aux_weight)
 
 
 class FastOperators:
@@ -160,14 +120,30 @@ class FastOperators:
 
     def _second_order(self, batch):
         """The product with one batch's H; it holds the graph of the gradient."""
-        problem = self.problem
-        theta = problem.leaves()
-        with FastBatchNorm(), FastConvolution() as convolutions:
-            loss = problem.training_loss(theta, batch)
+        problem, theta, convolutions = self.problem, self.problem.leaves(), FastConvolution()
+
+        @contextlib.contextmanager
+        def evaluation():
+            with (
+                problem.at(theta) as evaluate,
+                FastBatchNorm(),
+                convolutions,
+                second_derivatives("H u"),
+            ):
+                yield evaluate
+
+        leaves = list(theta.values())
+        with evaluation() as evaluate:
+            loss = problem.training_loss(evaluate(batch))
+            refuse_once_differentiable(loss, "H u")
             convolutions.leaf_gradients = False  # of g, its derivatives are what counts
-            theta = list(theta.values())
-            g = gradients(loss, theta, create_graph=True)
-        return double_backward_operators(g, theta, problem.phi)[0]
+            g = gradients(loss, leaves, create_graph=True)
+
+        def product(u):
+            with evaluation():
+                return gradients(g, leaves, u, retain_graph=True)
+
+        return product
 
     def mixed(self, p):
         """d/dphi <df/dtheta, p>, a list shaped like phi."""
@@ -175,6 +151,8 @@ class FastOperators:
 
         def product(batch):
             outputs, derivative = problem.directional_derivative(p, batch)
+            if outputs.mask is not None:  # 0 dS/dL there, but D may be NaN
+                derivative = derivative.masked_fill(~outputs.mask, 0.0)
             scale = (problem.aux_weight, problem.scheduler.main_task)
             losses = times_aux_weight(outputs.losses, *scale).requires_grad_()
             loss = loss_of_schedule(problem.scheduler, losses, outputs)
@@ -195,10 +173,11 @@ class DoubleBackwardOperators:
 
         def product(batch):
             theta = problem.leaves()
-            loss = problem.training_loss(theta, batch)
-            theta = list(theta.values())
-            g = gradients(loss, theta, create_graph=True)
-            return double_backward_operators(g, theta, problem.phi)[which](vector)
+            with problem.at(theta) as evaluate:
+                loss = problem.training_loss(evaluate(batch))
+                theta = list(theta.values())
+                g = gradients(loss, theta, create_graph=True)
+                return double_backward_operators(g, theta, problem.phi)[which](vector)
 
         return problem.training_mean(product)
 
@@ -207,58 +186,6 @@ class DoubleBackwardOperators:
 
     def mixed(self, p):
         return self._product(p, 1)
-
-
-def slower_operators(operators, error):
-    """``DoubleBackwardOperators``, with a warning, if forward mode failed; else raises ``error``.
-
-    Args: the operators that failed, and their error.
-    """
-    operator = lacks_forward_mode(error)
-    if operators is DoubleBackwardOperators or not operator:
-        raise error
-    warnings.warn(
-        f"{operator} has no forward-mode derivative: hypergradients fall back to double backward, "
-        "which is slower",
-        stacklevel=4,
-    )
-    return DoubleBackwardOperators
-
-
-def lacks_forward_mode(error):
-    """What ``error`` says has no forward mode, such as the name of an operator; or None."""
-    text = str(error)
-    match = re.search(r"forward AD with (\S+)", text)
-    if match:
-        return match.group(1)
-    if "autograd.Function" in text:
-        return "a custom autograd.Function of the model"
-    if "Nested forward mode AD" in text:
-        return "torch.func.jvp inside the model"
-    return None
-
-
-@contextlib.contextmanager
-def replaced(module, stand_ins=None):
-    """A module with copies of its buffers for a while, and ``stand_ins`` {parameter: tensor}.
-
-    Like ``torch.func.functional_call``, which takes twice as long: 0.1 ms more on a small network.
-    """
-    stand_ins = {buffer: buffer.clone() for buffer in module.buffers()} | (stand_ins or {})
-    own = [
-        (table, name, tensor)
-        for owner in module.modules()
-        for table in (owner._parameters, owner._buffers)
-        for name, tensor in table.items()
-        if tensor in stand_ins
-    ]
-    for table, name, tensor in own:
-        table[name] = stand_ins[tensor]
-    try:
-        yield
-    finally:
-        for table, name, tensor in own:
-            table[name] = tensor
 
 
 @contextlib.contextmanager
