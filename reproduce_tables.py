@@ -29,7 +29,7 @@ from auxilearn.data.split import load_split
 from auxilearn.errors import Parser, RunError, UserError, run_script
 from auxilearn.files import locked
 from auxilearn.methods import load_plugin
-from auxilearn.tables import local, slurm, sweep
+from auxilearn.tables import local, sweep
 from auxilearn.tables.estimate import estimate
 from auxilearn.tables.protocol import DATASETS, SETTINGS, TABLES, rows, usual_rows
 from auxilearn.tables.render import Sheet, markdown, notes_on, read_paper, write_table
@@ -312,6 +312,8 @@ def only_sweep(folder):
 def launcher(args, places, jobs):
     """Callable (jobs) -> iterator of (job, Outcome)."""
     if args.launcher == "slurm":
+        from auxilearn.tables import slurm  # Windows lacks its signals
+
         return lambda jobs: slurm.launch(
             jobs,
             places.logs,

@@ -7,7 +7,8 @@ from torch.autograd import forward_ad
 from torch.func import functional_call
 
 from auxilearn.second_order import batch_norm
-from auxilearn.second_order.batch_norm import FastBatchNorm
+from auxilearn.second_order.batch_norm import fast_batch_norm
+from auxilearn.second_order.operators import Operators
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -48,14 +49,14 @@ def products(layer, arguments, direction):
 
 def slope(layer, arguments, direction, smallest=0):
     """The objective's derivative in forward mode with the mode on."""
-    with FastBatchNorm(smallest), forward_ad.dual_level():
+    with Operators(fast_batch_norm(smallest)), forward_ad.dual_level():
         duals = {k: forward_ad.make_dual(v, direction[k]) for k, v in arguments.items()}
         return forward_ad.unpack_dual(objective(layer, duals)).tangent
 
 
 def fast_products(layer, arguments, direction):
     """Gradient and Hessian-vector product with the mode on."""
-    with FastBatchNorm():
+    with Operators(fast_batch_norm()):
         return products(layer, arguments, direction)
 
 
@@ -108,7 +109,7 @@ def test_smaller_activations_are_left_to_pytorch(name, calls):
 def test_what_the_mode_does_not_know_is_left_to_pytorch(make, calls):
     layer, x = make(), torch.randn(5, 3, 4, 4)
     expected = layer(x)
-    with FastBatchNorm():
+    with Operators(fast_batch_norm()):
         assert torch.equal(layer(x), expected)
     assert not calls
 
@@ -131,6 +132,6 @@ def test_in_bfloat16_products_are_as_exact_as_double_backward():
         return ((found - expected).norm() / expected.norm()).item()
 
     plain = error(products(layer, arguments, direction))
-    with FastBatchNorm():
+    with Operators(fast_batch_norm()):
         assert error(products(layer, arguments, direction)) < 1.5 * plain
     assert 1e-4 < plain < 0.02

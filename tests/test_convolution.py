@@ -7,6 +7,7 @@ from torch import nn
 
 from auxilearn.second_order import convolution
 from auxilearn.second_order.convolution import FastConvolution
+from auxilearn.second_order.operators import Operators
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -24,10 +25,11 @@ LAYERS = {
 
 def products(layer, x, skip=False):
     """Gradient of a function of the layer's output and its Hessian-vector product, lists."""
-    with FastConvolution() as mode:
+    convolution = FastConvolution()
+    with Operators({F.conv2d: convolution}):
         y = layer(x)
         value = (y.sin() * torch.linspace(0.5, 2.0, y.numel()).reshape(y.shape)).sum()
-        mode.leaf_gradients = not skip
+        convolution.leaf_gradients = not skip
         inputs = [t for t in (x, *layer.parameters()) if t.requires_grad]
         g = torch.autograd.grad(value, inputs, create_graph=True)
     torch.manual_seed(1)
@@ -79,10 +81,11 @@ def test_what_needs_no_gradient(frozen, plain):
 
 def test_only_the_weight_gradients_of_leaves_are_left_out():
     x, weight = torch.randn(3, 4, 7, 6), torch.randn(6, 4, 3, 3, requires_grad=True)
-    with FastConvolution() as mode:
+    convolution = FastConvolution()
+    with Operators({F.conv2d: convolution}):
         of_leaf, of_other = F.conv2d(x, weight).sum(), F.conv2d(x, derived := weight * 1).sum()
         of_cast = F.conv2d(x.bfloat16(), weight.bfloat16()).float().sum()
-        mode.leaf_gradients = False
+        convolution.leaf_gradients = False
         (leaf,) = torch.autograd.grad(of_leaf, weight, create_graph=True)
         (cast,) = torch.autograd.grad(of_cast, weight, create_graph=True)
         (other,) = torch.autograd.grad(of_other, derived, create_graph=True)
@@ -95,7 +98,7 @@ def test_only_the_weight_gradients_of_leaves_are_left_out():
 
 def test_the_mode_is_what_computes(calls):
     layer, x = LAYERS["plain"](), torch.randn(3, 4, 7, 6)
-    with FastConvolution():
+    with Operators({F.conv2d: FastConvolution()}):
         assert torch.equal(layer(x), nn.Sequential(layer)(x))
     assert len(calls) == 2
     layer(x)
@@ -108,7 +111,7 @@ def test_what_the_mode_does_not_know_is_left_to_pytorch(calls):
     same = nn.Conv2d(4, 6, 3, padding="same")
     transposed = nn.ConvTranspose2d(4, 6, 3)
     expected = same(x), layer(x[0]), transposed(x)
-    with FastConvolution():
+    with Operators({F.conv2d: FastConvolution()}):
         assert all(
             torch.equal(a, b)
             for a, b in zip(expected, (same(x), layer(x[0]), transposed(x)), strict=True)

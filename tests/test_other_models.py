@@ -938,20 +938,139 @@ def test_gradients_may_be_off_around_an_upper_step():
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
-def test_an_operator_with_forward_mode_alone_is_exact_under_identity():
-    model, scheduler = around(lambda m, x: F.hardsigmoid(m.body(x)))(), MonoJoint(0, K, D)
-    train, dev = data(ROWS, 7), data(ROWS, 5)
-    with pytest.raises(Unsupported, match=r"hardsigmoid_backward has no second.*identity\(\)"):
-        levels(model, scheduler, neumann(ALPHA, TERMS)).hypergradient([train], [dev])
-    found, _, _ = levels(model, scheduler, identity()).hypergradient([train], [dev])
-    theta, (losses, features, *_) = list(model.parameters()), model(train)
-    v = torch.autograd.grad(model(dev).losses[:, 0].mean(), theta)
-    rows = [torch.autograd.grad(loss, theta, retain_graph=True) for loss in losses.flatten()]
-    derivative = torch.stack([sum((g * t).sum() for g, t in zip(r, v, strict=True)) for r in rows])
-    weights = scheduler.schedule(features.detach(), losses.detach())
-    slope = (weights * derivative.reshape(losses.shape)).sum() / len(losses)
-    expected = [-g for g in torch.autograd.grad(slope, list(scheduler.parameters()))]
-    assert relative_error(found, expected) < 1e-12
+class Relu6Sigmoid(nn.Module):
+    """``nn.Hardsigmoid``, written out."""
+
+    def forward(self, x):
+        return (x + 3).clamp(0, 6) / 6
+
+
+class Bags(nn.Module):
+    """``nn.EmbeddingBag`` one bag after the other, in a loop."""
+
+    def __init__(self, weight, mode="mean", padding=None, ends=False, weighted=False):
+        super().__init__()
+        self.weight, self.mode, self.padding = nn.Parameter(weight), mode, padding
+        self.ends, self.weighted = ends, weighted
+
+    def forward(self, tokens, offsets=None, per_sample_weights=None):
+        if offsets is None:
+            bags, factors = list(tokens), per_sample_weights
+        else:
+            ends = offsets.tolist() if self.ends else [*offsets.tolist(), len(tokens)]
+            bags = [tokens[i:j] for i, j in zip(ends, ends[1:], strict=False)]
+            factors = per_sample_weights
+            if factors is not None:
+                factors = [factors[i:j] for i, j in zip(ends, ends[1:], strict=False)]
+        return torch.stack(
+            [self.bag(bag, None if factors is None else factors[n]) for n, bag in enumerate(bags)]
+        )
+
+    def bag(self, tokens, factors):
+        rows = self.weight[tokens] * (1 if factors is None else factors[:, None])
+        rows = rows[tokens != (-1 if self.padding is None else self.padding)]
+        if not len(rows):
+            return torch.zeros(D)
+        return {"mean": rows.mean(0), "sum": rows.sum(0), "max": rows.amax(0)}[self.mode]
+
+
+def bagged(layer, x):
+    """Bags of one to four tokens, and an empty one."""
+    first = torch.cat([torch.tensor([0, 3, 3, 4]), 4 * torch.arange(4, len(x) + 1)])
+    return layer.table(x.flatten(), first if layer.ends else first[:-1])
+
+
+def weighted_bags(layer, x):
+    return layer.table(x, per_sample_weights=torch.linspace(-1, 1, 10)[x])
+
+
+def bags(shape=TOKENS, function=lambda m, x: m.table(x), parts=None, **options):
+    def build():
+        table = nn.EmbeddingBag(10, D, **options)
+        mode, padding = options.get("mode", "mean"), options.get("padding_idx")
+        twin = Bags(table.weight.detach().clone(), mode, padding, table.include_last_offset)
+        return [
+            Regression(Call(function, table=t, **copy.deepcopy(parts or {}))) for t in (table, twin)
+        ]
+
+    return build, shape
+
+
+def squeezes():
+    block = torchvision.ops.SqueezeExcitation(D, 2, nn.SiLU, nn.Hardsigmoid)
+    twin = copy.deepcopy(block)
+    twin.scale_activation = Relu6Sigmoid()
+    first = nn.Conv2d(3, D, 3)
+    return [
+        Regression(images(copy.deepcopy(first), part, nn.Hardswish())) for part in (block, twin)
+    ]
+
+
+def gates(function=None):
+    first, last = LINEAR(), nn.Linear(D, D)
+    return [
+        Regression(nn.Sequential(copy.deepcopy(first), gate, copy.deepcopy(last)))
+        for gate in (function or nn.Hardsigmoid(inplace=True), Relu6Sigmoid())
+    ]
+
+
+ONCE_IN_PYTORCH = {  # models with an operator that has no second derivative, and without it
+    "Hardsigmoid": (gates, ROWS),
+    "hardsigmoid": (lambda: gates(Call(lambda _, x: F.hardsigmoid(x))), ROWS),
+    "squeeze and excitation": (squeezes, IMAGES),
+    "mean": bags(),
+    "sum": bags(mode="sum"),
+    "max": bags(mode="max"),
+    "padding": bags(padding_idx=3),
+    "padding, max": bags(padding_idx=3, mode="max"),
+    "offsets": bags(function=bagged, parts={"ends": False}),
+    "offsets, sum, padding": bags(
+        function=bagged, parts={"ends": False}, mode="sum", padding_idx=0
+    ),
+    "offsets, max, last": bags(
+        function=bagged, parts={"ends": True}, mode="max", include_last_offset=True
+    ),
+    "weights": bags(function=weighted_bags, mode="sum"),
+}
+
+
+@pytest.mark.parametrize("terms", [0, TERMS])
+@pytest.mark.parametrize("name", ONCE_IN_PYTORCH)
+def test_operators_without_second_derivative_are_written_out(name, terms):
+    solver = neumann(ALPHA, terms) if terms else identity()
+    build, shape = ONCE_IN_PYTORCH[name]
+    (model, twin), scheduler = build(), MonoJoint(0, K, D)
+    nn.init.normal_(scheduler.feature_sel.weight)
+    twin.heads.load_state_dict(model.heads.state_dict())
+    train, dev = [data(shape, 7)], [data(shape, 5)]
+    torch.testing.assert_close(model(train[0]).losses, twin(train[0]).losses)
+    ones = [torch.ones_like(p) for p in twin.parameters()]
+    expected = by_hand(twin, scheduler, train, dev, terms, ones)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found, _, _ = levels(model, scheduler, solver).hypergradient(train, dev)
+    assert relative_error(found, expected) < 1e-8
+
+
+class ForwardModeAlone(WithForwardMode):
+    """Without a second derivative."""
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return Cube.backward(ctx, grad)
+
+
+def test_a_function_with_forward_mode_alone_is_exact_under_identity():
+    model, scheduler = around(lambda m, x: ForwardModeAlone.apply(m.body(x)))(), MonoJoint(0, K, D)
+    train, dev = [data(ROWS, 7)], [data(ROWS, 5)]
+    with pytest.raises(Unsupported, match=r"ForwardModeAlone .*has no second.*identity\(\)"):
+        levels(model, scheduler, neumann(ALPHA, TERMS)).hypergradient(train, dev)
+    found, _, _ = levels(model, scheduler, identity()).hypergradient(train, dev)
+    twin = around(lambda m, x: m.body(x) ** 3)()
+    twin.load_state_dict(model.state_dict())
+    ones = [torch.ones_like(p) for p in twin.parameters()]
+    assert relative_error(found, by_hand(twin, scheduler, train, dev, 0, ones)) < 1e-8
 
 
 class OnceDifferentiable(Cube):
@@ -959,6 +1078,11 @@ class OnceDifferentiable(Cube):
     @once_differentiable
     def backward(ctx, grad):
         return Cube.backward(ctx, grad)
+
+
+def margins(model, features, y):
+    of_target = F.multi_margin_loss(model.heads(features), y.argmax(dim=1), reduction="none")
+    return of_target[:, None] * torch.ones(K)
 
 
 def flash(layer, x):
@@ -973,7 +1097,16 @@ REFUSED = {
         ROWS,
         "OnceDifferentiable",
     ),
-    "embedding bag": (lambda: Regression(nn.EmbeddingBag(10, D)), TOKENS, "_embedding_bag"),
+    "embedding bag": (
+        lambda: Regression(nn.EmbeddingBag(10, D, scale_grad_by_freq=True, mode="sum")),
+        TOKENS,
+        "_embedding_bag",
+    ),
+    "margins": (
+        at_the_losses(margins),
+        ROWS,
+        "multi_margin_loss",
+    ),
     "fused attention": (
         lambda: around(flash, qkv=nn.Linear(D, 3 * D), dropout=0.0, causal=False)(),
         SEQUENCE,

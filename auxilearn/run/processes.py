@@ -146,7 +146,9 @@ def _rank_errors():
 # Ending a run
 # --------------------------------------------------------------------------------------------------
 
-EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: 143}
+EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
+if hasattr(signal, "SIGUSR1"):  # Windows has none
+    EXIT_CODES[signal.SIGUSR1] = 143
 
 
 class StopRequest:

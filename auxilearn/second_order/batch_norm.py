@@ -19,9 +19,8 @@ x_hat' = s P(x').
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
-from torch.overrides import TorchFunctionMode
 
-from auxilearn.second_order.double_backward import under_plain_autograd
+from auxilearn.second_order.operators import under_plain_autograd
 
 
 def _backward_kernel(grad, x, weight, mean, invstd):
@@ -117,33 +116,31 @@ class _BatchNormBackward(torch.autograd.Function):
 SMALLEST_IN_FORWARD_MODE = 100_000
 
 
-class FastBatchNorm(TorchFunctionMode):
-    """While active, batch norms in train mode (of any module) use the functions above.
+def fast_batch_norm(smallest=0):
+    """For ``Operators``: batch norms in train mode (of any module) by the functions above.
 
     PyTorch handles batch norms without weight and bias, those in evaluation mode, those in
     checkpointed parts and, on a CPU, those of fewer than ``smallest`` elements, unless input and
     weight differ in type: its tangents are of the wrong one then.
     """
 
-    def __init__(self, smallest=0):
-        super().__init__()
-        self.smallest = smallest
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        arguments = _ARGUMENTS.get(function)
-        if arguments:
+    def of(function, arguments):
+        def batch_norm(*args, **kwargs):
             x, weight, bias, running, training, momentum, eps = arguments(*args, **kwargs)
             if (
                 training
                 and weight is not None
                 and bias is not None
                 and (x.dtype == weight.dtype or weight.dtype == torch.float32)
-                and (x.is_cuda or x.dtype != weight.dtype or x.numel() >= self.smallest)
+                and (x.is_cuda or x.dtype != weight.dtype or x.numel() >= smallest)
                 and under_plain_autograd()
             ):
                 return _BatchNorm.apply(x, weight, bias, running, momentum, eps)[0]
-        return function(*args, **kwargs)
+            return function(*args, **kwargs)
+
+        return batch_norm
+
+    return {function: of(function, arguments) for function, arguments in _ARGUMENTS.items()}
 
 
 def _of_functional(

@@ -14,9 +14,8 @@ which are four convolutions' time.
 import torch
 import torch.nn.functional as F
 from torch.nn.modules.utils import _pair
-from torch.overrides import TorchFunctionMode
 
-from auxilearn.second_order.double_backward import under_plain_autograd
+from auxilearn.second_order.operators import under_plain_autograd
 
 
 def _forward(x, weight, bias, geometry):
@@ -94,8 +93,8 @@ class _ConvolutionBackward(torch.autograd.Function):
         return grad_grad, grad_x, grad_weight, *[None] * 4
 
 
-class FastConvolution(TorchFunctionMode):
-    """While active, two-dimensional convolutions (of any module) use the functions above.
+class FastConvolution:
+    """``F.conv2d`` by the functions above, for ``Operators``.
 
     PyTorch handles single images, padding given as a word, tensors that autocast casts, and
     checkpointed parts.
@@ -106,22 +105,14 @@ class FastConvolution(TorchFunctionMode):
 
     leaf_gradients = True
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if function is F.conv2d:
-            x, weight, bias, stride, padding, dilation, groups = _arguments(*args, **kwargs)
-            if (
-                x.dim() == 4
-                and x.dtype == weight.dtype
-                and not isinstance(padding, str)
-                and not torch.is_autocast_enabled(x.device.type)
-                and under_plain_autograd()
-            ):
-                geometry = _pair(stride), _pair(padding), _pair(dilation), groups
-                return _Convolution.apply(x, weight, bias, geometry, self)
-        return function(*args, **kwargs)
-
-
-def _arguments(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
-    """Called as ``F.conv2d`` is, which is built in and has no Python signature."""
-    return input, weight, bias, stride, padding, dilation, groups
+    def __call__(self, input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+        if (
+            input.dim() == 4
+            and input.dtype == weight.dtype
+            and not isinstance(padding, str)
+            and not torch.is_autocast_enabled(input.device.type)
+            and under_plain_autograd()
+        ):
+            geometry = _pair(stride), _pair(padding), _pair(dilation), groups
+            return _Convolution.apply(input, weight, bias, geometry, self)
+        return F.conv2d(input, weight, bias, stride, padding, dilation, groups)

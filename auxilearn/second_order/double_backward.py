@@ -31,16 +31,3 @@ def double_backward_operators(g, params, aux_params):
         return gradients(g, inputs, vector, retain_graph=True)
 
     return (lambda u: product(u, params)), (lambda p: product(p, aux_params))
-
-
-def under_plain_autograd():
-    """Whether a custom autograd.Function may stand in for an operator.
-
-    Not under torch.func's transforms, which ours do not support. Nor under hooks on saved tensors:
-    checkpointing evaluates its part once more in the backward pass, where our modes are not active,
-    and then finds other tensors saved.
-    """
-    return (
-        torch._C._functorch.peek_interpreter_stack() is None
-        and torch._C._autograd._top_saved_tensors_default_hooks(False) is None
-    )

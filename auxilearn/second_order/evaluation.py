@@ -23,8 +23,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from auxilearn.errors import Unsupported
 from auxilearn.hypernet import TaskLosses, task_losses
 from auxilearn.randomness import generators
-from auxilearn.second_order.batch_norm import SMALLEST_IN_FORWARD_MODE, FastBatchNorm
+from auxilearn.second_order.batch_norm import SMALLEST_IN_FORWARD_MODE, fast_batch_norm
 from auxilearn.second_order.double_backward import gradients
+from auxilearn.second_order.operators import TWICE_DIFFERENTIABLE, Operators
 
 _reverse_only = weakref.WeakSet()  # models in which forward mode has failed
 
@@ -116,8 +117,13 @@ class ModelFunction:
                 name: forward_ad.make_dual(value.detach(), tangent)
                 for (name, value), tangent in zip(self.theta.items(), vector, strict=True)
             }
+            operators = Operators(
+                fast_batch_norm(SMALLEST_IN_FORWARD_MODE)
+                | TWICE_DIFFERENTIABLE
+                | {torch._C._set_grad_enabled: _set_grad_enabled}
+            )
             # Nothing requires a gradient, so no graph is recorded.
-            with self.at(theta) as evaluate, _ForwardMode(SMALLEST_IN_FORWARD_MODE):
+            with self.at(theta) as evaluate, forward_ad._set_fwd_grad_enabled(True), operators:
                 outputs = evaluate(batch)
             derivative = forward_ad.unpack_dual(outputs.losses).tangent
             entries = [None if e is None else forward_ad.unpack_dual(e).primal for e in outputs]
@@ -129,7 +135,8 @@ class ModelFunction:
     def _by_backward_passes(self, vector, batch):
         """D = d/du <J^T u, vector>, where J^T u is linear in u (B, K)."""
         theta = self.leaves()
-        with self.at(theta) as evaluate, second_derivatives("D"):
+        operators = Operators(TWICE_DIFFERENTIABLE)
+        with self.at(theta) as evaluate, second_derivatives("D"), operators:
             outputs = evaluate(batch)
             refuse_once_differentiable(outputs.losses, "D")
             u = torch.zeros_like(outputs.losses).requires_grad_()
@@ -138,22 +145,10 @@ class ModelFunction:
         return outputs.detached(), derivative
 
 
-class _ForwardMode(FastBatchNorm):
+def _set_grad_enabled(mode):
     """What the model computes without gradients has no forward-mode derivative either."""
-
-    def __enter__(self):
-        self._switch = forward_ad._set_fwd_grad_enabled(True)
-        self._switch.__enter__()
-        return super().__enter__()
-
-    def __exit__(self, *error):
-        super().__exit__(*error)
-        self._switch.__exit__(*error)
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is torch._C._set_grad_enabled:
-            torch._C._set_fwd_grad_enabled(*args)
-        return super().__torch_function__(function, types, args, kwargs)
+    torch._C._set_fwd_grad_enabled(mode)
+    torch._C._set_grad_enabled(mode)
 
 
 @functools.cache

@@ -20,6 +20,7 @@ for each product, one after the other.
 import contextlib
 
 import torch
+import torch.nn.functional as F
 
 from auxilearn.hypernet import (
     check_outputs,
@@ -29,7 +30,7 @@ from auxilearn.hypernet import (
     times_aux_weight,
 )
 from auxilearn.randomness import random_state_kept
-from auxilearn.second_order.batch_norm import FastBatchNorm
+from auxilearn.second_order.batch_norm import fast_batch_norm
 from auxilearn.second_order.convolution import FastConvolution
 from auxilearn.second_order.double_backward import double_backward_operators, gradients
 from auxilearn.second_order.evaluation import (
@@ -39,6 +40,7 @@ from auxilearn.second_order.evaluation import (
     replaced,
     second_derivatives,
 )
+from auxilearn.second_order.operators import TWICE_DIFFERENTIABLE, Operators
 
 
 class Derivatives(ModelFunction):
@@ -120,23 +122,19 @@ class FastOperators:
 
     def _second_order(self, batch):
         """The product with one batch's H; it holds the graph of the gradient."""
-        problem, theta, convolutions = self.problem, self.problem.leaves(), FastConvolution()
+        problem, theta, convolution = self.problem, self.problem.leaves(), FastConvolution()
+        table = TWICE_DIFFERENTIABLE | fast_batch_norm() | {F.conv2d: convolution}
 
         @contextlib.contextmanager
         def evaluation():
-            with (
-                problem.at(theta) as evaluate,
-                FastBatchNorm(),
-                convolutions,
-                second_derivatives("H u"),
-            ):
+            with problem.at(theta) as evaluate, Operators(table), second_derivatives("H u"):
                 yield evaluate
 
         leaves = list(theta.values())
         with evaluation() as evaluate:
             loss = problem.training_loss(evaluate(batch))
             refuse_once_differentiable(loss, "H u")
-            convolutions.leaf_gradients = False  # of g, its derivatives are what counts
+            convolution.leaf_gradients = False  # of g, its derivatives are what counts
             g = gradients(loss, leaves, create_graph=True)
 
         def product(u):

@@ -47,8 +47,13 @@ def launch(jobs, count, main, gpus=()):
         gpus: names of GPUs for CUDA_VISIBLE_DEVICES, dealt out evenly; empty leaves it as it is.
 
     If the caller is interrupted (Ctrl-C, SIGTERM) or killed, the runs end after their step, with a
-    checkpoint. Raises Interrupted for SIGTERM.
+    checkpoint. Raises Interrupted for SIGTERM; UserError on Windows, which cannot fork.
     """
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        raise UserError(
+            "runs side by side are forked, which Windows cannot: run the lines of --dry_run there, "
+            "or use WSL"
+        )
     context = multiprocessing.get_context("forkserver")
     # The server starts in the current folder; PYTHONPATH lets it find what it imports ahead.
     path = os.environ.get("PYTHONPATH")
