@@ -80,11 +80,10 @@ def adam_scale(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor]) -
             continue
         coupled = not group.get("decoupled_weight_decay", isinstance(optimizer, torch.optim.AdamW))
         g = _stand_in(parameter, group, coupled)
-        s, r, factor = _NEXT_MOMENT[kind](state, group, g)
-        root = s.sqrt()
-        scale = (root + group["eps"]).square_().mul_(root)
-        scale.div_(torch.add(r, root, alpha=group["eps"])).div_(factor)
-        scales.append(scale.masked_fill_(s == 0, 1.0))
+        s, r, eps, factor = _NEXT_MOMENT[kind](state, group, g)
+        never, root = s == 0, s.sqrt_()  # in place: a pass over new memory takes twice the time
+        r.div_(root).add_(eps)
+        scales.append(root.add_(eps).square_().div_(r).div_(factor).masked_fill_(never, 1.0))
     return scales
 
 
@@ -95,30 +94,37 @@ def _stand_in(parameter, group, coupled):
     if parameter.grad is None:
         return torch.zeros_like(parameter)
     gradient = parameter.grad.to_dense()
-    other = gradient == 0
-    reached = (~other).sum().clamp(min=1).to(gradient.dtype)
-    size = torch.linalg.vector_norm(gradient) / reached.sqrt()
-    gradient = (-gradient if group["maximize"] else gradient.clone()).masked_fill_(other, size)
+    reached = torch.count_nonzero(gradient)
+    if reached.is_cuda or reached.numpy() < gradient.numel():  # on a GPU, looking would wait
+        size = torch.linalg.vector_norm(gradient) / reached.clamp(min=1).to(gradient.dtype).sqrt()
+        gradient = gradient.masked_fill(gradient == 0, size)
+    if group["maximize"]:
+        gradient = -gradient
     if coupled and group["weight_decay"]:
-        gradient.add_(parameter, alpha=group["weight_decay"])
+        gradient = gradient.add(parameter, alpha=group["weight_decay"])
     return gradient
 
 
-# Functions (state, group, g) -> s, r and a factor of the whole step, after the next step of a
-# parameter. Counts of steps may be on the device, where they stay.
+# Functions (state, group, g) -> s, r, eps and the factor of a step g / (sqrt(s) + eps), after the
+# next one. The corrections of the bias, c, stand in eps and factor: sqrt(s / c) + eps is
+# (sqrt(s) + sqrt(c) eps) / sqrt(c).
 
 
 def _next_of_adam(state, group, g):
-    s, r, correction = _moving_mean(state["exp_avg_sq"], group["betas"][1], g, _next_step(state))
+    beta = group["betas"][1]
+    s, r = _moving_mean(state["exp_avg_sq"], beta, g)
     if group.get("amsgrad", False):
         largest = state["max_exp_avg_sq"]
-        s, r = torch.maximum(s, largest), torch.where(s > largest, r, largest)
-    return s.div_(correction), r.div_(correction), 1.0
+        r = torch.where(s > largest, r, largest)
+        s = torch.maximum(s, largest)
+    root = (1 - beta ** _next_step(state)) ** 0.5
+    return s, r, root * group["eps"], root
 
 
 def _next_of_radam(state, group, g):
-    beta, step = group["betas"][1], _next_step(state)
-    s, r, correction = _moving_mean(state["exp_avg_sq"], beta, g, step)
+    beta, step = group["betas"][1], torch.as_tensor(_next_step(state))
+    s, r = _moving_mean(state["exp_avg_sq"], beta, g)
+    correction = 1 - beta**step
     longest = 2 / (1 - beta) - 1
     length = longest - 2 * step * beta**step / correction
     rectifier = (length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length)
@@ -126,36 +132,35 @@ def _next_of_radam(state, group, g):
     # The first steps are gradient descent's, which s = r = 1 and the factor 1 + eps make of D.
     plain = length <= 5
     one = torch.ones_like(s)
-    return (
-        torch.where(plain, one, s),
-        torch.where(plain, one, r),
-        torch.where(plain, 1 + group["eps"], factor),
-    )
+    factor = torch.where(plain, 1 + group["eps"], factor)
+    return torch.where(plain, one, s), torch.where(plain, one, r), group["eps"], factor
 
 
 def _next_of_adagrad(state, group, g):
-    past = state["sum"]
-    return past + g.square(), past, 1 / (1 + (_next_step(state) - 1) * group["lr_decay"])
+    factor = 1 / (1 + (_next_step(state) - 1) * group["lr_decay"])
+    return state["sum"] + g.square(), state["sum"].clone(), group["eps"], factor
 
 
 def _next_of_rmsprop(state, group, g):
     alpha = group["alpha"]
-    s, r, _ = _moving_mean(state["square_avg"], alpha, g)
+    s, r = _moving_mean(state["square_avg"], alpha, g)
     if group["centered"]:
         mean = alpha * state["grad_avg"] + (1 - alpha) * g
         s = (s - mean.square()).clamp(min=0)
         r = (r - alpha * mean * state["grad_avg"]).clamp(min=0)
-    return s, r, 1.0
+    return s, r, group["eps"], 1.0
 
 
-def _moving_mean(moment, beta, g, step=None):
-    """s, r and the correction of the bias that starting at zero leaves after ``step`` steps."""
+def _moving_mean(moment, beta, g):
+    """s and r."""
     r = beta * moment
-    return torch.addcmul(r, g, g, value=1 - beta), r, None if step is None else 1 - beta**step
+    return torch.addcmul(r, g, g, value=1 - beta), r
 
 
 def _next_step(state):
-    return torch.as_tensor(state["step"], dtype=torch.float64) + 1
+    """A number, or a tensor where the device counts."""
+    step = torch.as_tensor(state["step"], dtype=torch.float64)
+    return (step if step.is_cuda else step.numpy().item()) + 1
 
 
 _NEXT_MOMENT = {

@@ -13,7 +13,7 @@ from auxilearn.bilevel import Bilevel
 from auxilearn.hypernet import MonoJoint, TaskLosses
 from auxilearn.implicit_diff import neumann
 from auxilearn.second_order.batch_norm import SMALLEST_IN_FORWARD_MODE
-from auxilearn.second_order.products import ModelFunction, replaced
+from auxilearn.second_order.products import ModelFunction, State
 from tests import small
 from tests.small import K, Net, batch
 
@@ -150,7 +150,7 @@ def test_a_model_is_put_back_whatever_happens_in_between():
     model = Tied()
     own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     stand_ins = {p: torch.zeros_like(p) for p in model.parameters()}
-    with pytest.raises(ZeroDivisionError), replaced(model, stand_ins):
+    with pytest.raises(ZeroDivisionError), State(model).copied(stand_ins):
         assert not model.heads.bias.any() and not model.body[0].weight.any()
         assert model.body[0].weight is model.body[2].weight  # still tied
         assert model.norm.running_var is not own["norm.running_var"]

@@ -51,6 +51,7 @@ class ModelFunction:
             name: p for name, p in self.model.named_parameters() if p.requires_grad and keep(name)
         }
         self._recurrent = any(isinstance(module, nn.RNNBase) for module in self.model.modules())
+        self._state = State(self.model)
         self._copies = {p: p.detach().clone() for p in self.model.parameters()}
 
     @property
@@ -73,7 +74,7 @@ class ModelFunction:
         """
         stand_ins = {self._parameters[name]: value for name, value in theta.items()}
         stand_ins = self._copies | stand_ins
-        with differentiable_operators(self._recurrent), replaced(self.model, stand_ins):
+        with differentiable_operators(self._recurrent), self._state.copied(stand_ins):
             try:
                 yield self._evaluate
             finally:
@@ -199,50 +200,73 @@ def unwrapped(model):
 # --------------------------------------------------------------------------------------------------
 
 # What every module has, and forward passes leave alone: flags and tables of hooks.
-_MACHINERY = vars(nn.Module()).keys() - {"_parameters", "_buffers", "_modules"}
+_MACHINERY = vars(nn.Module()).keys()
 
-_IMMUTABLE = {type(None), bool, int, float, str}
+_TABLES = (dict, collections.OrderedDict, collections.defaultdict)
+_ROWS = (list, tuple, set, collections.deque)
 
 
-@contextlib.contextmanager
-def replaced(module, stand_ins=None):
-    """A module with copies of its state for a while, and ``stand_ins`` {parameter: tensor}.
+class State:
+    """All that a module holds, to be put back: ``with State(module).copied(): ...``.
 
-    Copies: of buffers, of tensors in other attributes, and of the lists, dictionaries and sets that
-    hold them, at any depth. Whatever the block writes, binds or registers is gone after it.
+    Copies are made of buffers, of tensors in other attributes, and of the lists, dictionaries and
+    sets that hold them, at any depth.
     """
-    parts = [vars(part) for part in module.modules()]
-    before = [(own, own.copy()) for own in parts]
-    parameters = stand_ins or {p: p for own in parts for p in own["_parameters"].values()}
-    copies = {id(p): stand_in for p, stand_in in parameters.items()}
-    for own, attributes in before:
-        for name, value in attributes.items():
-            if name not in _MACHINERY and type(value) not in _IMMUTABLE:
-                own[name] = _copied(value, copies)
-    try:
-        yield
-    finally:
-        for own, attributes in before:
-            own.clear()
-            own.update(attributes)
+
+    def __init__(self, module):
+        self._parts = [(vars(part), vars(part).copy()) for part in module.modules()]
+        self._parameters = [p for _, part in self._parts for p in part["_parameters"].values()]
+        self._others = [  # all that a block could write into
+            (own, name, value)
+            for own, part in self._parts
+            for name, value in part.items()
+            if name not in _MACHINERY and _is_mutable(value)
+        ]
+
+    @contextlib.contextmanager
+    def copied(self, stand_ins=None):
+        """Whatever the block writes, binds or registers in the module is gone after it.
+
+        ``stand_ins``: {parameter: tensor} to take their places in the block.
+        """
+        # Parameters without a stand-in are themselves, wherever they are.
+        copies = {id(p): p for p in self._parameters}
+        copies.update((id(p), tensor) for p, tensor in (stand_ins or {}).items())
+        for own, part in self._parts:
+            own["_parameters"] = {n: copies[id(p)] for n, p in part["_parameters"].items()}
+            own["_buffers"] = {n: _copied(b, copies) for n, b in part["_buffers"].items()}
+            own["_modules"] = part["_modules"].copy()
+        for own, name, value in self._others:
+            own[name] = _copied(value, copies)
+        try:
+            yield
+        finally:
+            for own, part in self._parts:
+                own.clear()
+                own.update(part)
+
+
+def _is_mutable(value):
+    if type(value) is tuple:
+        return any(map(_is_mutable, value))
+    return isinstance(value, torch.Tensor) or type(value) in (*_TABLES, *_ROWS)
 
 
 def _copied(value, copies):
     """``value`` with the tensors in it copied; ``copies``: {id: copy} of those that have one."""
-    kind = type(value)
-    if kind in _IMMUTABLE:
-        return value
-    if id(value) in copies:
-        return copies[id(value)]
-    copy = value
+    kind, copy = type(value), copies.get(id(value))
+    if copy is not None:
+        return copy
     if isinstance(value, torch.Tensor):
         copy = value.detach().clone()
-    elif kind in (list, tuple, set, collections.deque):
+    elif kind in _ROWS:
         copy = kind(_copied(entry, copies) for entry in value)
         copy = collections.deque(copy, value.maxlen) if kind is collections.deque else copy
-    elif kind in (dict, collections.OrderedDict, collections.defaultdict):
+    elif kind in _TABLES:
         copy = value.copy()
         copy.update((key, _copied(entry, copies)) for key, entry in value.items())
+    else:
+        return value
     copies[id(value)] = copy
     return copy
 

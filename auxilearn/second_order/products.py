@@ -35,9 +35,9 @@ from auxilearn.second_order.convolution import FastConvolution
 from auxilearn.second_order.double_backward import double_backward_operators, gradients
 from auxilearn.second_order.evaluation import (
     ModelFunction,
+    State,
     differentiable_operators,
     refuse_once_differentiable,
-    replaced,
     second_derivatives,
 )
 from auxilearn.second_order.operators import TWICE_DIFFERENTIABLE, Operators
@@ -82,13 +82,13 @@ class Derivatives(ModelFunction):
 
     def mean_over(self, batches, function):
         """Mean over batches of a function that gives a list of tensors, under fixed randomness."""
-        total = None
+        total, state = None, State(self.scheduler)
         for number, batch in enumerate(batches):
             with (
                 torch.enable_grad(),
                 random_state_kept(self.theta.values(), self.seed + number),
                 differentiable_operators(),
-                replaced(self.scheduler),
+                state.copied(),
             ):
                 values = function(batch)
             total = values if total is None else [t + v for t, v in zip(total, values, strict=True)]
