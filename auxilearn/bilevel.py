@@ -22,13 +22,15 @@ from auxilearn.hypernet import (
     TaskLosses,
     check_outputs,
     loss_of_schedule,
-    masked_nan,
+    losses_are_finite,
+    masked_column_means,
     times_aux_weight,
 )
 from auxilearn.implicit_diff import Solution, hypergradient, neumann, norm
 from auxilearn.optim import apply_hypergradient, held
-from auxilearn.second_order.evaluation import ModelFunction, unwrapped
-from auxilearn.second_order.products import Derivatives, FastOperators, frozen
+from auxilearn.second_order.double_backward import gradients
+from auxilearn.second_order.evaluation import ModelFunction, frozen, unwrapped
+from auxilearn.second_order.products import Derivatives, FastOperators
 from auxilearn.weights import samples_with_loss
 
 
@@ -169,7 +171,7 @@ class Bilevel:
         gradient, solution, dev_loss = self._hypergradient(train_batches, dev_batches)
         solution, (dev_loss, size) = solution.read(dev_loss, norm(gradient))
         if not math.isfinite(size):
-            self._refuse_masked_nan([*train_batches, *dev_batches])
+            self._refuse_poisoned([*train_batches, *dev_batches])
             return UpperStep(dev_loss, None, solution)
         apply_hypergradient(self.upper, self._phi(), gradient, self.max_norm)
         self.scheduler.clamp()
@@ -195,22 +197,20 @@ class Bilevel:
         """``hypergradient``, whose numbers are scalars that stay on the device."""
         _check_batches("train_batches", train_batches)
         _check_batches("dev_batches", dev_batches)
-        stepped = set(map(id, self._theta()))
-        inner = unwrapped(self.model)
-        theta = {name for name, p in inner.named_parameters() if id(p) in stepped}
         derivatives = Derivatives(
-            inner,
+            self.model,
             self.scheduler,
+            self._theta_in_order(),
+            self._phi(),
             train_batches,
             self.aux_weight,
             self.average,
-            keep=theta.__contains__,
-            phi=self._phi(),
         )
-        dev_loss, v = derivatives.development_gradient(dev_batches)
-        solver = self.solver or neumann(alpha=self.lower.param_groups[0]["lr"], terms=3)
-        operators = self._operators(derivatives)
-        gradient, solution = hypergradient(v, operators.hvp, operators.mixed, solver)
+        with derivatives:
+            dev_loss, v = derivatives.development_gradient(dev_batches)
+            solver = self.solver or neumann(alpha=self.lower.param_groups[0]["lr"], terms=3)
+            operators = self._operators(derivatives)
+            gradient, solution = hypergradient(v, operators.hvp, operators.mixed, solver)
         return gradient, solution, dev_loss
 
     def state_dict(self) -> dict[str, Any]:
@@ -240,7 +240,8 @@ class Bilevel:
 
     def _step_if_finite(self, size, outputs):
         """The lower optimiser's step, unless ``size``, the norm of its gradient, is not finite."""
-        if all(group.get("fused") for group in self.lower.param_groups):
+        fused = all(group.get("fused") for group in self.lower.param_groups)
+        if fused:
             skipped = ~torch.isfinite(size)
             new = [p for p in held(self.lower) if not self.lower.state.get(p)]
             self.lower.found_inf = skipped.float()  # fused kernels change nothing where it is 1
@@ -250,17 +251,26 @@ class Bilevel:
                 buffer = self.lower.state.get(p, {}).get("momentum_buffer")
                 if buffer is not None:
                     buffer.masked_fill_(skipped, 0.0)
-        elif math.isfinite(size):
-            self.lower.step()
-        elif outputs.mask is not None and masked_nan(outputs.losses, outputs.mask):
+            if not size.is_cpu:
+                return  # looking would wait
+        if math.isfinite(size.numpy() if fused else size):
+            if not fused:
+                self.lower.step()
+        elif outputs.mask is not None and losses_are_finite(outputs).item():
             raise ValueError(POISONED)
+        else:
+            self.lower.zero_grad()  # adam_scale is to make nothing of it
 
-    def _refuse_masked_nan(self, batches):
-        """ValueError where this is why a hypergradient is not finite."""
-        with ModelFunction(self.model).at({}) as evaluate:
-            for outputs in map(evaluate, batches):
-                if outputs.mask is not None and masked_nan(outputs.losses, outputs.mask):
-                    raise ValueError(POISONED)
+    def _refuse_poisoned(self, batches):
+        """ValueError where missing targets are why a hypergradient is not finite."""
+        with ModelFunction(self.model, self._theta_in_order()) as function:
+            for batch in batches:
+                with function.evaluated(batch) as outputs:
+                    if outputs.mask is None or not losses_are_finite(outputs).item():
+                        continue
+                    loss = masked_column_means(outputs.losses, outputs.mask).sum()
+                    if not math.isfinite(norm(gradients(loss, function.theta)).item()):
+                        raise ValueError(POISONED)
 
     def _phi(self):
         """What the upper level learns: what its optimiser holds of the scheduler's parameters."""
@@ -277,6 +287,16 @@ class Bilevel:
                 "(requires_grad is False)"
             )
         return parameters
+
+    def _theta_in_order(self):
+        """``_theta`` in the model's order, then what it does not name; none of the scheduler's."""
+        learned = {id(p): p for p in self._theta()}
+        for p in self.scheduler.parameters():
+            learned.pop(id(p), None)
+        named = [
+            p for p in unwrapped(self.model).parameters() if learned.pop(id(p), None) is not None
+        ]
+        return [*named, *learned.values()]
 
     def _lower_parameters(self):
         return [p for p in held(self.lower) if p.requires_grad]

@@ -36,5 +36,10 @@ def random_state_kept(tensors=(), seed=None):
             generator.manual_seed(seed)
         yield
     finally:
-        for generator, state in states:
-            generator.set_state(state)
+        put_back(states)
+
+
+def put_back(states):
+    """``states``: (generator, its state) pairs."""
+    for generator, state in states:
+        generator.set_state(state)

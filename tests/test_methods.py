@@ -19,7 +19,7 @@ from auxilearn.models import Batch, ConvNet, TaskModel
 from auxilearn.run.build import build
 from auxilearn.run.config import resolve
 from auxilearn.run.record import open_record
-from auxilearn.second_order.products import ModelFunction
+from auxilearn.second_order.evaluation import ModelFunction
 
 
 @pytest.fixture(autouse=True)
@@ -144,8 +144,9 @@ def test_the_products_are_exact_in_forward_mode():
     model, batch = cosine_problem()
     gradients = task_gradients(model, batch)
     scheduler = GradientCosine(0, len(COUNTS))
-    function = ModelFunction(model, keep=scheduler.shared)
-    products = scheduler._products(function, batch, no_average)
+    shared = [p for name, p in model.named_parameters() if scheduler.shared(name)]
+    with ModelFunction(model, shared) as function:
+        products = scheduler._products(function, batch, no_average)
     torch.testing.assert_close(products, gradients @ gradients[0], rtol=1e-10, atol=1e-13)
 
 

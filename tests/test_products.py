@@ -13,7 +13,7 @@ from auxilearn.bilevel import Bilevel
 from auxilearn.hypernet import MonoJoint, TaskLosses
 from auxilearn.implicit_diff import neumann
 from auxilearn.second_order.batch_norm import SMALLEST_IN_FORWARD_MODE
-from auxilearn.second_order.products import ModelFunction, State
+from auxilearn.second_order.evaluation import ModelFunction
 from tests import small
 from tests.small import K, Net, batch
 
@@ -104,12 +104,13 @@ def by_backward_passes(model, data, direction):
 @pytest.mark.parametrize("name", MODELS)
 def test_the_directional_derivative_is_the_gradients_times_the_direction(name, masked):
     model, data = MODELS[name](), batch(masked=masked)
-    function = ModelFunction(model)
-    direction = {key: torch.randn_like(value) for key, value in function.theta.items()}
+    learned = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    direction = {name: torch.randn_like(p) for name, p in learned.items()}
     own = [*model.parameters(), *model.buffers()]
     before = [t.clone() for t in own]
     torch.manual_seed(1)
-    outputs, derivative = function.directional_derivative(list(direction.values()), data)
+    with ModelFunction(model, learned.values()) as function:
+        outputs, derivative = function.directional_derivative(list(direction.values()), data)
     now = [*model.parameters(), *model.buffers()]
     assert all(a is b for a, b in zip(now, own, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(now, before, strict=True))
@@ -129,36 +130,40 @@ def test_of_losses_that_depend_on_no_parameter_it_is_zero():
         def forward(self, batch):
             return TaskLosses(batch.x[:, :K].square(), super().forward(batch).features)
 
-    function, data = ModelFunction(Constant()), batch()
-    outputs, derivative = function.directional_derivative(list(function.theta.values()), data)
+    model, data = Constant(), batch()
+    theta = list(model.parameters())
+    with ModelFunction(model, theta) as function:
+        outputs, derivative = function.directional_derivative([p.detach() for p in theta], data)
     assert torch.equal(outputs.losses, data.x[:, :K].square())
     assert torch.equal(derivative, torch.zeros(8, K))
 
 
 def test_only_the_parameters_that_are_kept_have_a_derivative():
     model, data = Net(), batch()
-    function = ModelFunction(model, keep=lambda name: name.startswith("heads"))
     direction = {name: torch.randn_like(p) for name, p in model.named_parameters()}
-    kept = [direction[name] for name in function.theta]
-    assert list(function.theta) == ["heads.weight", "heads.bias"]
-    _, derivative = function.directional_derivative(kept, data)
-    of_heads = {n: t if n in function.theta else 0 * t for n, t in direction.items()}
+    kept = [direction[name] for name in ("heads.weight", "heads.bias")]
+    with ModelFunction(model, model.heads.parameters()) as function:
+        _, derivative = function.directional_derivative(kept, data)
+    of_heads = {n: t if n.startswith("heads") else 0 * t for n, t in direction.items()}
     torch.testing.assert_close(derivative, by_backward_passes(model, data, of_heads)[1])
 
 
 def test_a_model_is_put_back_whatever_happens_in_between():
     model = Tied()
     own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    stand_ins = {p: torch.zeros_like(p) for p in model.parameters()}
-    with pytest.raises(ZeroDivisionError), State(model).copied(stand_ins):
-        assert not model.heads.bias.any() and not model.body[0].weight.any()
-        assert model.body[0].weight is model.body[2].weight  # still tied
-        assert model.norm.running_var is not own["norm.running_var"]
-        model.norm.running_var.zero_()
+    values = {name: t.clone() for name, t in own.items()}
+    with (
+        pytest.raises(ZeroDivisionError),
+        ModelFunction(model, model.parameters()) as function,
+        function.evaluated(batch()),
+    ):
+        for tensor in own.values():
+            tensor.data.zero_()
+        model.body[0].weight = nn.Parameter(torch.ones(1))
         raise ZeroDivisionError
     now = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     assert now.keys() == own.keys() and all(now[name] is t for name, t in own.items())
-    assert model.norm.running_var.all()
+    assert all(torch.equal(now[name], value) for name, value in values.items())
 
 
 def test_forward_mode_within_the_model_falls_back_with_a_warning():

@@ -108,7 +108,7 @@ def test_the_counter_sees_every_kind_of_read(monkeypatch):
 @pytest.mark.parametrize("method", METHODS)
 def test_reads_of_a_run(method, kind, tiny_config, tmp_path, monkeypatch):
     """Lower steps none, upper steps two, with their batches, rows and histories; a row of steps,
-    a checkpoint and a validation one each."""
+    a checkpoint and a validation one each. A model's first D is held against a backward pass."""
     given = {"corrupted": True, "corrupted_rate": 0.5}
     if kind != "labelled":
         given = {"labeled_per_class": 1} if kind == "masked" else {"precision": "bf16"}
@@ -121,8 +121,11 @@ def test_reads_of_a_run(method, kind, tiny_config, tmp_path, monkeypatch):
         def step(*args):
             with reads_counted(monkeypatch) as reads:
                 result = function(*args)
+            first_d = not found[name] and name == (
+                "lower_step" if method == "gcs" else "upper_step"
+            )
             found[name] += 1
-            assert reads.count <= most, "\n\n".join(reads.places)
+            assert reads.count <= most + first_d, "\n\n".join(reads.places)
             return result
 
         monkeypatch.setattr(train_bilevel, name, step)
@@ -153,7 +156,8 @@ def test_reads_of_a_solver(solver, most, monkeypatch):
     with reads_counted(monkeypatch) as reads:
         bilevel.lower_step(batches[0])
     assert reads.count == 0
-    with reads_counted(monkeypatch) as reads:
-        result = bilevel.upper_step(batches, batches)
-    assert reads.count == most
+    for first_d in (1, 0):
+        with reads_counted(monkeypatch) as reads:
+            result = bilevel.upper_step(batches, batches)
+        assert reads.count == most + first_d
     assert isinstance(result.dev_loss, float) and isinstance(result.solution.residual, float)

@@ -19,7 +19,7 @@ from auxilearn.errors import Unsupported
 from auxilearn.hypernet import HyperNet, masked_column_means
 from auxilearn.randomness import random_state_kept
 from auxilearn.second_order.double_backward import gradients
-from auxilearn.second_order.evaluation import ModelFunction
+from auxilearn.second_order.evaluation import ModelFunction, unwrapped
 
 CHUNK = 1 << 26  # numbers in the gradients of the tasks that are taken together
 
@@ -54,31 +54,33 @@ class GradientCosine(HyperNet):
 
         Dropout draws the masks that it will draw in the step itself.
         """
-        function = ModelFunction(model, keep=self.shared)
-        if not function.theta:  # what the tasks share is frozen: all gradients are zero
+        inner = unwrapped(model)
+        theta = [p for n, p in inner.named_parameters() if p.requires_grad and self.shared(n)]
+        if not theta:  # what the tasks share is frozen: all gradients are zero
             weights = torch.full_like(self.weights, 0.0 if self.weighted else 1.0)
-        elif self.weighted:
-            products, norms = self._products_and_norms(function, batch, average)
-            scale = norms * norms[self.main_task]
-            weights = torch.where(scale > 0, products / scale, 0.0).clamp(min=0)
         else:
-            weights = (self._products(function, batch, average) >= 0).to(self.weights)
+            with ModelFunction(inner, theta) as function:
+                weights = self._weights(function, batch, average)
         weights[self.main_task] = 1.0
         self.weights.copy_(weights)
+
+    def _weights(self, function, batch, average):
+        if not self.weighted:
+            return (self._products(function, batch, average) >= 0).to(self.weights)
+        products, norms = self._products_and_norms(function, batch, average)
+        scale = norms * norms[self.main_task]
+        return torch.where(scale > 0, products / scale, 0.0).clamp(min=0)
 
     def _products(self, function, batch, average):
         """<G_k, G_0> for all tasks, shape (K,)."""
         if self._first_order_only:
             return self._products_and_norms(function, batch, average)[0]
-        with random_state_kept(function.theta.values()):
-            leaves = function.leaves()
-            with function.at(leaves) as evaluate:
-                outputs = evaluate(batch)
-                loss = masked_column_means(outputs.losses, outputs.mask)[self.main_task]
-                target = average(gradients(loss, list(leaves.values())), [batch])
+        with random_state_kept(function.theta), function.evaluated(batch) as outputs:
+            loss = masked_column_means(outputs.losses, outputs.mask)[self.main_task]
+            target = average(gradients(loss, function.theta), [batch])
             del outputs, loss
         try:
-            with random_state_kept(function.theta.values()):
+            with random_state_kept(function.theta):
                 outputs, derivative = function.directional_derivative(target, batch)
         except Unsupported as error:
             warnings.warn(
@@ -91,11 +93,9 @@ class GradientCosine(HyperNet):
 
     def _products_and_norms(self, function, batch, average):
         """<G_k, G_0> and |G_k| for all tasks, both (K,), by a backward pass per task."""
-        leaves = function.leaves()
-        with random_state_kept(function.theta.values()), function.at(leaves) as evaluate:
-            outputs = evaluate(batch)
+        with random_state_kept(function.theta), function.evaluated(batch) as outputs:
             means = masked_column_means(outputs.losses, outputs.mask)
-            return self._by_backward_passes(means, list(leaves.values()), batch, average)
+            return self._by_backward_passes(means, function.theta, batch, average)
 
     def _by_backward_passes(self, means, leaves, batch, average):
         chunk = max(1, CHUNK // sum(leaf.numel() for leaf in leaves))

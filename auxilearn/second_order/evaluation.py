@@ -5,7 +5,6 @@ model in forward mode too. They run eagerly (``torch.compile`` has no double bac
 attention written out (fused attention has neither a second nor a forward-mode derivative).
 """
 
-import collections
 import contextlib
 import functools
 import re
@@ -22,112 +21,126 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from auxilearn.errors import Unsupported
 from auxilearn.hypernet import TaskLosses, task_losses
-from auxilearn.randomness import generators
+from auxilearn.implicit_diff import dot, norm
+from auxilearn.randomness import generators, put_back
 from auxilearn.second_order.batch_norm import SMALLEST_IN_FORWARD_MODE, fast_batch_norm
 from auxilearn.second_order.double_backward import gradients
 from auxilearn.second_order.operators import TWICE_DIFFERENTIABLE, Operators
+from auxilearn.second_order.state import State
 
 _reverse_only = weakref.WeakSet()  # models in which forward mode has failed
+_checked = weakref.WeakSet()  # models in which it has been held against a backward pass
 
 
 class ModelFunction:
-    """A task model as a function of its parameters theta; the model itself stays untouched.
+    """A task model as a function of its parameters theta, for a ``with`` block.
 
-    theta: {name: tensor}, copies of the parameters that ``keep`` (callable name -> bool) accepts.
-    Of a wrapped model (``torch.compile``, ``DistributedDataParallel``) the module inside counts.
+    Every evaluation starts from the state that the model had before the block, and the block leaves
+    that: parameters, buffers, other attributes, batches. Of a wrapped model (``torch.compile``,
+    ``DistributedDataParallel``) the module inside counts.
+
+    Args: ``theta``: tensors that require a gradient. ``others``: what else evaluations may write
+    into.
 
     Raises Unsupported: a part of the model is TorchScript.
     """
 
-    def __init__(self, model, keep=lambda name: True):
+    def __init__(self, model, theta, *others):
         self.model = unwrapped(model)
         for name, module in self.model.named_modules():
             if isinstance(module, torch.jit.ScriptModule):
                 raise Unsupported(
-                    f"{name or 'the model'} is a TorchScript module, whose parameters cannot stand "
-                    "aside for an upper step: pass the module that was scripted"
+                    f"{name or 'the model'} is a TorchScript module, whose state cannot be put "
+                    "back after an upper step: pass the module that was scripted"
                 )
-        self._parameters = {
-            name: p for name, p in self.model.named_parameters() if p.requires_grad and keep(name)
-        }
-        self._recurrent = any(isinstance(module, nn.RNNBase) for module in self.model.modules())
-        self._state = State(self.model)
-        self._copies = {p: p.detach().clone() for p in self.model.parameters()}
+        self.theta = list(theta)
+        self._state = State(self.model, self.theta, *others)
+        self._batches = {}  # by id: the batch and its state
 
-    @property
-    def theta(self):
-        return {name: self._copies[p] for name, p in self._parameters.items()}
+    def __enter__(self):
+        recurrent = any(isinstance(module, nn.RNNBase) for module in self.model.modules())
+        self._operators = differentiable_operators(recurrent)
+        self._operators.__enter__()
+        return self
 
-    def named(self, vector):
-        return dict(zip(self.theta, vector, strict=True))
+    def __exit__(self, *error):
+        self._operators.__exit__(*error)
+        self._restore()
 
-    def leaves(self):
-        """Copies of theta, with a gradient."""
-        return {name: value.detach().requires_grad_() for name, value in self.theta.items()}
+    def _restore(self):
+        self._state.restore()
+        for _, state in self._batches.values():
+            state.restore()
 
     @contextlib.contextmanager
-    def at(self, theta):
-        """``evaluate``, a function batch -> ``TaskLosses`` at ``theta``, within the block.
+    def evaluated(self, batch, table=TWICE_DIFFERENTIABLE):
+        """``TaskLosses`` of ``batch``, by the operators in ``table``.
 
         Backward passes belong into the block: gradient checkpointing evaluates parts of the model
-        in them. All parameters that are not in ``theta`` are constants.
+        in them.
         """
-        stand_ins = {self._parameters[name]: value for name, value in theta.items()}
-        stand_ins = self._copies | stand_ins
-        with differentiable_operators(self._recurrent), self._state.copied(stand_ins):
-            try:
-                yield self._evaluate
-            finally:
-                for parameter, copy in self._copies.items():
-                    if copy._version:  # the model wrote into it, as embeddings with max_norm do
-                        self._copies[parameter] = parameter.detach().clone()
-
-    def _evaluate(self, batch):
-        with torch.enable_grad():  # also puts the mode back if the model does not
-            return task_losses(self.model(batch))
+        if id(batch) not in self._batches:
+            self._batches[id(batch)] = batch, State(batch)
+        self._restore()
+        with Operators(table):
+            with torch.enable_grad():  # also puts the mode back if the model does not
+                outputs = task_losses(self.model(batch))
+            yield outputs
 
     def directional_derivative(self, vector, batch):
         """(``TaskLosses`` without graph, D (B, K)): D = d/de L(theta + e vector).
 
-        By one forward-mode pass. With a warning for a model in which this fails, by two backward
-        passes. Raises Unsupported: these fail too, for want of a derivative.
+        By one forward-mode pass. With a warning for a model in which this fails, or differentiates
+        another function than backward passes do, by two backward passes. Raises Unsupported: these
+        fail too, for want of a derivative.
         """
         if self.model in _reverse_only:
             return self._by_backward_passes(vector, batch)
-        states = [(g, g.get_state()) for g in generators(self.theta.values())]
+        states = [(g, g.get_state()) for g in generators(self.theta)]
+        reason = None
         try:
-            return self._by_forward_mode(vector, batch)
+            result = self._by_forward_mode(vector, batch)
         except torch.OutOfMemoryError:
             raise
         except (NotImplementedError, RuntimeError) as error:
-            for generator, state in states:
-                generator.set_state(state)
-            result = self._by_backward_passes(vector, batch)
-            _reverse_only.add(self.model)
-            warnings.warn(
-                f"{without_derivative(error)} has no forward-mode derivative: two backward passes "
-                "take its place, which is slower",
-                stacklevel=2,
+            reason = f"{without_derivative(error)} has no forward-mode derivative"
+        if reason is None:
+            if self.model in _checked:
+                return result
+            put_back(states)
+            if self._agrees(*result, vector, batch):
+                _checked.add(self.model)
+                return result
+            reason = (
+                "the model's forward-mode derivative is not that of its backward pass (a hook that "
+                "changes gradients, requires_grad or autograd.grad in forward(), a custom operator)"
             )
-            return result
+        put_back(states)
+        result = self._by_backward_passes(vector, batch)
+        _reverse_only.add(self.model)
+        warnings.warn(
+            f"{reason}: two backward passes take its place, which is slower", stacklevel=2
+        )
+        return result
 
     def _by_forward_mode(self, vector, batch):
         _load_forward_mode()
-        with torch.no_grad(), forward_ad.dual_level():
-            theta = {
-                name: forward_ad.make_dual(value.detach(), tangent)
-                for (name, value), tangent in zip(self.theta.items(), vector, strict=True)
-            }
-            operators = Operators(
-                fast_batch_norm(SMALLEST_IN_FORWARD_MODE)
-                | TWICE_DIFFERENTIABLE
-                | {torch._C._set_grad_enabled: _set_grad_enabled}
-            )
-            # Nothing requires a gradient, so no graph is recorded.
-            with self.at(theta) as evaluate, forward_ad._set_fwd_grad_enabled(True), operators:
-                outputs = evaluate(batch)
+        operators = _Precision(
+            fast_batch_norm(SMALLEST_IN_FORWARD_MODE)
+            | TWICE_DIFFERENTIABLE
+            | {torch._C._set_grad_enabled: _set_grad_enabled}
+        )
+        self._restore()
+        # Nothing requires a gradient, so no graph is recorded.
+        with frozen(self._state.parameters()), forward_ad.dual_level():
+            with torch.no_grad():
+                for parameter, tangent in zip(self.theta, vector, strict=True):
+                    parameter.copy_(forward_ad.make_dual(parameter.detach(), tangent))
+            with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True), operators:
+                outputs = task_losses(self.model(batch))
             derivative = forward_ad.unpack_dual(outputs.losses).tangent
             entries = [None if e is None else forward_ad.unpack_dual(e).primal for e in outputs]
+        self._eps = operators.eps
         outputs = TaskLosses(*entries).detached()
         if derivative is None:  # no loss depends on theta
             derivative = torch.zeros_like(outputs.losses)
@@ -135,15 +148,56 @@ class ModelFunction:
 
     def _by_backward_passes(self, vector, batch):
         """D = d/du <J^T u, vector>, where J^T u is linear in u (B, K)."""
-        theta = self.leaves()
-        operators = Operators(TWICE_DIFFERENTIABLE)
-        with self.at(theta) as evaluate, second_derivatives("D"), operators:
-            outputs = evaluate(batch)
+        with second_derivatives("D"), self.evaluated(batch) as outputs:
             refuse_once_differentiable(outputs.losses, "D")
             u = torch.zeros_like(outputs.losses).requires_grad_()
-            slopes = gradients([outputs.losses], list(theta.values()), [u], create_graph=True)
+            slopes = gradients([outputs.losses], self.theta, [u], create_graph=True)
             (derivative,) = gradients(slopes, [u], list(vector))
         return outputs.detached(), derivative
+
+    def _agrees(self, outputs, derivative, vector, batch):
+        """Whether <u, D> is <J^T u, vector>, for a u without meaning, up to rounding."""
+        u = torch.arange(derivative.numel(), device=derivative.device).cos()
+        u = u.to(derivative.dtype).reshape_as(derivative)
+        if outputs.mask is not None:
+            u, derivative = (t.masked_fill(~outputs.mask, 0.0) for t in (u, derivative))
+        with self.evaluated(batch) as again:
+            slopes = gradients([again.losses], self.theta, [u])
+        found, expected = torch.sum(u * derivative), dot(slopes, vector)
+        size = torch.linalg.vector_norm(derivative) + expected.abs()
+        tolerance = 3 * self._eps**0.5 * size + 50 * self._eps * norm(slopes) * norm(vector)
+        differs = (found - expected).abs() > tolerance  # not so where one is not finite
+        return not differs.item()
+
+
+class _Precision(Operators):
+    """Notes the rounding of the least precise tensor that is computed: ``eps``."""
+
+    def __init__(self, table):
+        super().__init__(table)
+        self.eps = 0.0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        result = super().__torch_function__(function, types, args, kwargs)
+        if isinstance(result, torch.Tensor) and result.is_floating_point():
+            eps = torch.finfo(result.dtype).eps
+            if result.is_cuda:
+                eps = max(eps, 2**-11 if result.dtype == torch.float32 else 0.0)  # TF32
+            self.eps = max(self.eps, eps)
+        return result
+
+
+@contextlib.contextmanager
+def frozen(parameters):
+    """The parameters without gradient for a while, so that no graph to them is recorded."""
+    before = [p.requires_grad for p in parameters]
+    for p in parameters:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p, flag in zip(parameters, before, strict=True):
+            p.requires_grad_(flag)
 
 
 def _set_grad_enabled(mode):
@@ -193,82 +247,6 @@ def unwrapped(model):
             model = model._orig_mod
         else:
             return model
-
-
-# --------------------------------------------------------------------------------------------------
-# State
-# --------------------------------------------------------------------------------------------------
-
-# What every module has, and forward passes leave alone: flags and tables of hooks.
-_MACHINERY = vars(nn.Module()).keys()
-
-_TABLES = (dict, collections.OrderedDict, collections.defaultdict)
-_ROWS = (list, tuple, set, collections.deque)
-
-
-class State:
-    """All that a module holds, to be put back: ``with State(module).copied(): ...``.
-
-    Copies are made of buffers, of tensors in other attributes, and of the lists, dictionaries and
-    sets that hold them, at any depth.
-    """
-
-    def __init__(self, module):
-        self._parts = [(vars(part), vars(part).copy()) for part in module.modules()]
-        self._parameters = [p for _, part in self._parts for p in part["_parameters"].values()]
-        self._others = [  # all that a block could write into
-            (own, name, value)
-            for own, part in self._parts
-            for name, value in part.items()
-            if name not in _MACHINERY and _is_mutable(value)
-        ]
-
-    @contextlib.contextmanager
-    def copied(self, stand_ins=None):
-        """Whatever the block writes, binds or registers in the module is gone after it.
-
-        ``stand_ins``: {parameter: tensor} to take their places in the block.
-        """
-        # Parameters without a stand-in are themselves, wherever they are.
-        copies = {id(p): p for p in self._parameters}
-        copies.update((id(p), tensor) for p, tensor in (stand_ins or {}).items())
-        for own, part in self._parts:
-            own["_parameters"] = {n: copies[id(p)] for n, p in part["_parameters"].items()}
-            own["_buffers"] = {n: _copied(b, copies) for n, b in part["_buffers"].items()}
-            own["_modules"] = part["_modules"].copy()
-        for own, name, value in self._others:
-            own[name] = _copied(value, copies)
-        try:
-            yield
-        finally:
-            for own, part in self._parts:
-                own.clear()
-                own.update(part)
-
-
-def _is_mutable(value):
-    if type(value) is tuple:
-        return any(map(_is_mutable, value))
-    return isinstance(value, torch.Tensor) or type(value) in (*_TABLES, *_ROWS)
-
-
-def _copied(value, copies):
-    """``value`` with the tensors in it copied; ``copies``: {id: copy} of those that have one."""
-    kind, copy = type(value), copies.get(id(value))
-    if copy is not None:
-        return copy
-    if isinstance(value, torch.Tensor):
-        copy = value.detach().clone()
-    elif kind in _ROWS:
-        copy = kind(_copied(entry, copies) for entry in value)
-        copy = collections.deque(copy, value.maxlen) if kind is collections.deque else copy
-    elif kind in _TABLES:
-        copy = value.copy()
-        copy.update((key, _copied(entry, copies)) for key, entry in value.items())
-    else:
-        return value
-    copies[id(value)] = copy
-    return copy
 
 
 # --------------------------------------------------------------------------------------------------

@@ -10,14 +10,12 @@ The training loss is f(theta, phi) = S(L(theta); phi): a task model turns a batc
              <df/dtheta, p> = <dS/dL (phi), D> with D = d/de L(theta + e p): one forward-mode
              pass, then a backward pass through the scheduler alone
 
-Every product runs in the model's own mode (train mode, in training) on copies of its state, so an
-upper step does not move batch norm's running statistics. Dropout draws one mask per batch and upper
-step. Memory grows neither with the number of products nor with the number of batches: with one
-training batch, its graph serves all products of an upper step; with several, the graphs are rebuilt
-for each product, one after the other.
+Every product runs in the model's own mode (train mode, in training), from the state that the model
+had before, and leaves that: an upper step does not move batch norm's running statistics. Dropout
+draws one mask per batch and upper step. Memory grows neither with the number of products nor with
+the number of batches: with one training batch, its graph serves all products of an upper step; with
+several, the graphs are rebuilt for each product, one after the other.
 """
-
-import contextlib
 
 import torch
 import torch.nn.functional as F
@@ -35,8 +33,7 @@ from auxilearn.second_order.convolution import FastConvolution
 from auxilearn.second_order.double_backward import double_backward_operators, gradients
 from auxilearn.second_order.evaluation import (
     ModelFunction,
-    State,
-    differentiable_operators,
+    frozen,
     refuse_once_differentiable,
     second_derivatives,
 )
@@ -46,32 +43,28 @@ from auxilearn.second_order.operators import TWICE_DIFFERENTIABLE, Operators
 class Derivatives(ModelFunction):
     """The fixed parts of one upper step, and means of derivatives over its batches.
 
-    Args: as for ``Bilevel``; ``train_batches`` are the upper step's; ``keep`` and ``phi``: which of
-    the model's and the scheduler's parameters the two levels learn (default: all).
+    Args: as for ``Bilevel``; ``theta`` and ``phi``: what the two levels learn; ``train_batches``
+    are the upper step's.
     """
 
-    def __init__(
-        self, model, scheduler, train_batches, aux_weight, average, keep=lambda name: True, phi=None
-    ):
-        super().__init__(model, keep)
+    def __init__(self, model, scheduler, theta, phi, train_batches, aux_weight, average):
+        super().__init__(model, theta, scheduler)
         self.scheduler = scheduler
+        self.phi = phi
         self.train_batches = train_batches
         self.aux_weight = aux_weight
         self.average = average
         # The host's, whatever torch.set_default_device says, so that nothing is waited for.
         self.seed = int(torch.randint(2**31, (), device="cpu").numpy())
-        self.phi = [p for p in scheduler.parameters() if p.requires_grad] if phi is None else phi
 
     def development_gradient(self, dev_batches):
         """Mean target loss over the development batches, a scalar, and v, its gradient."""
 
         def loss_and_gradient(batch):
-            theta = self.leaves()
-            with self.at(theta) as evaluate:
-                outputs = evaluate(batch)
+            with self.evaluated(batch) as outputs:
                 check_outputs(outputs, self.scheduler)
                 loss = masked_column_means(outputs.losses, outputs.mask)[self.scheduler.main_task]
-                return [loss.detach(), *gradients(loss, list(theta.values()))]
+                return [loss.detach(), *gradients(loss, self.theta)]
 
         loss, *v = self.average(self.mean_over(dev_batches, loss_and_gradient), dev_batches)
         return loss, v
@@ -82,14 +75,9 @@ class Derivatives(ModelFunction):
 
     def mean_over(self, batches, function):
         """Mean over batches of a function that gives a list of tensors, under fixed randomness."""
-        total, state = None, State(self.scheduler)
+        total = None
         for number, batch in enumerate(batches):
-            with (
-                torch.enable_grad(),
-                random_state_kept(self.theta.values(), self.seed + number),
-                differentiable_operators(),
-                state.copied(),
-            ):
+            with torch.enable_grad(), random_state_kept(self.theta, self.seed + number):
                 values = function(batch)
             total = values if total is None else [t + v for t, v in zip(total, values, strict=True)]
             del values
@@ -122,24 +110,17 @@ class FastOperators:
 
     def _second_order(self, batch):
         """The product with one batch's H; it holds the graph of the gradient."""
-        problem, theta, convolution = self.problem, self.problem.leaves(), FastConvolution()
+        problem, convolution = self.problem, FastConvolution()
         table = TWICE_DIFFERENTIABLE | fast_batch_norm() | {F.conv2d: convolution}
-
-        @contextlib.contextmanager
-        def evaluation():
-            with problem.at(theta) as evaluate, Operators(table), second_derivatives("H u"):
-                yield evaluate
-
-        leaves = list(theta.values())
-        with evaluation() as evaluate:
-            loss = problem.training_loss(evaluate(batch))
+        with second_derivatives("H u"), problem.evaluated(batch, table) as outputs:
+            loss = problem.training_loss(outputs)
             refuse_once_differentiable(loss, "H u")
             convolution.leaf_gradients = False  # of g, its derivatives are what counts
-            g = gradients(loss, leaves, create_graph=True)
+            g = gradients(loss, problem.theta, create_graph=True)
 
         def product(u):
-            with evaluation():
-                return gradients(g, leaves, u, retain_graph=True)
+            with second_derivatives("H u"), Operators(table):
+                return gradients(g, problem.theta, u, retain_graph=True)
 
         return product
 
@@ -170,12 +151,9 @@ class DoubleBackwardOperators:
         problem = self.problem
 
         def product(batch):
-            theta = problem.leaves()
-            with problem.at(theta) as evaluate:
-                loss = problem.training_loss(evaluate(batch))
-                theta = list(theta.values())
-                g = gradients(loss, theta, create_graph=True)
-                return double_backward_operators(g, theta, problem.phi)[which](vector)
+            with problem.evaluated(batch) as outputs:
+                g = gradients(problem.training_loss(outputs), problem.theta, create_graph=True)
+                return double_backward_operators(g, problem.theta, problem.phi)[which](vector)
 
         return problem.training_mean(product)
 
@@ -184,16 +162,3 @@ class DoubleBackwardOperators:
 
     def mixed(self, p):
         return self._product(p, 1)
-
-
-@contextlib.contextmanager
-def frozen(parameters):
-    """The parameters without gradient for a while, so that no graph to them is recorded."""
-    before = [p.requires_grad for p in parameters]
-    for p in parameters:
-        p.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for p, flag in zip(parameters, before, strict=True):
-            p.requires_grad_(flag)
