@@ -8,6 +8,7 @@ Chen et al., ICML 2022; the upper gradient is Lorraine et al., AISTATS 2020, Alg
 ``implicit_diff``.
 """
 
+import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +16,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
+from auxilearn.errors import Unsupported
 from auxilearn.hypernet import (
     POISONED,
     HyperNet,
@@ -26,7 +29,7 @@ from auxilearn.hypernet import (
     masked_column_means,
     times_aux_weight,
 )
-from auxilearn.implicit_diff import Solution, hypergradient, neumann, norm
+from auxilearn.implicit_diff import Solution, hypergradient, identity, neumann, norm, preconditioned
 from auxilearn.optim import apply_hypergradient, held
 from auxilearn.second_order.double_backward import gradients
 from auxilearn.second_order.evaluation import ModelFunction, frozen, unwrapped
@@ -76,6 +79,9 @@ class Bilevel:
         aux_weight: factor on the losses of all auxiliary tasks.
         average: callable (list of tensors, batches) -> their mean over the processes of a
             distributed run, each weighted by its number of samples.
+
+    Raises TypeError: an argument is of another kind, or an optimiser's ``step`` needs a closure.
+    ValueError: an optimiser maximises, or ``lower`` holds nothing but the scheduler's parameters.
     """
 
     def __init__(
@@ -90,6 +96,7 @@ class Bilevel:
         aux_weight: float = 1.0,
         average: Callable[[list[Tensor], Sequence[Any]], list[Tensor]] | None = None,
     ):
+        _check_kinds(model, scheduler, lower, upper, solver)
         self.model = model
         self.scheduler = scheduler
         self.lower = lower
@@ -293,6 +300,11 @@ class Bilevel:
         learned = {id(p): p for p in self._theta()}
         for p in self.scheduler.parameters():
             learned.pop(id(p), None)
+        if any(p.is_complex() for p in learned.values()):
+            raise Unsupported(
+                "the lower level has complex parameters: hold them as real ones and use "
+                "torch.view_as_complex() in forward()"
+            )
         named = [
             p for p in unwrapped(self.model).parameters() if learned.pop(id(p), None) is not None
         ]
@@ -316,6 +328,46 @@ class Bilevel:
             )
 
 
+def _check_kinds(model, scheduler, lower, upper, solver):
+    """Errors as of ``Bilevel``."""
+    expected = {
+        "model": (model, nn.Module),
+        "scheduler": (scheduler, HyperNet),
+        "lower": (lower, torch.optim.Optimizer),
+        "upper": (upper, (torch.optim.Optimizer, type(None))),
+    }
+    for name, (value, kind) in expected.items():
+        if not isinstance(value, kind):
+            kind = kind if isinstance(kind, type) else kind[0]
+            what = value.__name__ if isinstance(value, type) else type(value).__name__
+            raise TypeError(f"{name} must be an instance of {kind.__name__}, not {what}")
+    for name, optimizer in (("lower", lower), ("upper", upper)):
+        if optimizer is None:
+            continue
+        closure = inspect.signature(optimizer.step).parameters.get("closure")
+        if closure is not None and closure.default is closure.empty:
+            raise TypeError(
+                f"{name}: {type(optimizer).__name__} evaluates its loss by itself (a closure): use "
+                "an optimiser whose step() takes the gradients that are there"
+            )
+        if any(group.get("maximize") for group in optimizer.param_groups):
+            raise ValueError(f"{name} maximises (maximize=True), but both levels minimise")
+    own = set(map(id, scheduler.parameters()))
+    if own.issuperset(map(id, held(lower))):
+        raise ValueError(
+            "lower holds parameters of the scheduler alone, not the task model's: the order is "
+            "Bilevel(model, scheduler, lower, upper)"
+        )
+    if solver is not None and (not callable(solver) or solver in _MAKERS):
+        raise TypeError(
+            "solver must be what a function like neumann makes, not its name and not the function: "
+            f"solver=neumann(alpha=0.1), not {getattr(solver, '__name__', repr(solver))}"
+        )
+
+
+_MAKERS = (neumann, identity, preconditioned)
+
+
 def _check_batches(name, batches):
     """Errors of what should be a list of batches. One batch is often a sequence itself."""
     if isinstance(batches, Iterator):
@@ -325,6 +377,11 @@ def _check_batches(name, batches):
         )
     tensors = isinstance(batches, (list, tuple)) and all(isinstance(b, Tensor) for b in batches)
     kinds = {(b.dtype, b.dim()) for b in batches} if tensors else ()
+    if batches is None or isinstance(batches, (DataLoader, Dataset)):
+        raise TypeError(
+            f"{name} must be a list of batches, not {type(batches).__name__}: give "
+            "[next(iter(loader))], or several"
+        )
     if (
         not isinstance(batches, Sequence)
         or isinstance(batches, str)

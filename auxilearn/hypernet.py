@@ -56,6 +56,7 @@ def fill_missing(targets: Tensor) -> tuple[Tensor, Tensor]:
     Missing are NaN among numbers, and negative ones (such as -1 and -100) among classes, of an
     integer dtype.
     """
+    targets = torch.as_tensor(targets)
     mask = ~targets.isnan() if targets.is_floating_point() else targets >= 0
     return targets.masked_fill(~mask, 0), mask
 
@@ -100,6 +101,9 @@ def task_losses(outputs) -> TaskLosses:
             f"model(batch) must return TaskLosses, not {type(outputs).__name__}: return "
             "TaskLosses(losses, features)"
         )
+    for name, entry in outputs._asdict().items():
+        if not isinstance(entry, Tensor) and (entry is not None or name == "losses"):
+            raise TypeError(f"{name} of TaskLosses must be a tensor, not {type(entry).__name__}")
     return outputs
 
 
@@ -112,6 +116,8 @@ def check_outputs(outputs, scheduler):
             f"losses must be (B, {tasks}), a column per task of the scheduler, not "
             f"{tuple(losses.shape)}: leave them unreduced"
         )
+    if not losses.is_floating_point():
+        raise ValueError(f"losses must be real numbers, not {losses.dtype}")
     rows = len(losses)
     if not rows:
         raise ValueError(
@@ -123,9 +129,12 @@ def check_outputs(outputs, scheduler):
             f"features must be ({rows}, d), a vector per sample, not {tuple(features.shape)}: "
             "pool or flatten the rest"
         )
-    if sample_id is not None and sample_id.shape != (rows,):
+    if sample_id is not None and (
+        sample_id.shape != (rows,) or sample_id.dtype not in (torch.int64, torch.int32)
+    ):
         raise ValueError(
-            f"sample_id must be ({rows},), a number per sample, not {tuple(sample_id.shape)}"
+            f"sample_id must be int64 ({rows},), a number per sample, not {sample_id.dtype} "
+            f"{tuple(sample_id.shape)}"
         )
     if mask is not None and (mask.shape != losses.shape or mask.dtype != torch.bool):
         raise ValueError(
@@ -298,13 +307,23 @@ class JointSchedule(MonoHyperNet):
         if seen.features is None:
             raise ValueError(f"{type(self).__name__} needs TaskLosses(losses, features=...)")
         layer = getattr(self, "feature_sel", None)
-        if isinstance(layer, nn.Linear) and layer.in_features != seen.features.shape[1]:
-            raise ValueError(
-                f"features must be (B, {layer.in_features}), the feature_dim of "
-                f"{type(self).__name__}, not {tuple(seen.features.shape)}"
-            )
+        if isinstance(layer, nn.Linear):
+            self._check_features(layer.weight, seen.features)
         weights = self.schedule(seen.features, seen.losses, seen.mask)
         return weighted_mean(weights, losses, seen.mask)
+
+    def _check_features(self, weight, features):
+        name, (_, width) = type(self).__name__, weight.shape
+        if features.shape[1] != width:
+            raise ValueError(
+                f"features must be (B, {width}), the feature_dim of {name}, not "
+                f"{tuple(features.shape)}"
+            )
+        if features.dtype != weight.dtype and not torch.is_autocast_enabled(weight.device.type):
+            raise ValueError(
+                f"features are {features.dtype} and the parameters of {name} {weight.dtype}: "
+                "convert the one, as in features.float(), or the other, as in scheduler.double()"
+            )
 
 
 class MonoJoint(JointSchedule):

@@ -152,8 +152,14 @@ def preconditioned(solver: Solver, scale: Callable[[], Vector]) -> Solver:
     Residuals are measured in these coordinates.
 
     Args: ``scale``: callable that returns D now, a list of tensors shaped like theta: one for each
-    parameter of the model that the lower optimiser steps, in the model's order.
+    parameter of the model that the lower optimiser steps, in the model's order, and then for what
+    else it steps. Raises TypeError: it is not callable.
     """
+    if not callable(scale):
+        raise TypeError(
+            "scale must be a callable, asked anew in every upper step, such as lambda: "
+            f"adam_scale(optimizer, parameters), not {type(scale).__name__}"
+        )
 
     def solve(hvp, v):
         roots = [d.sqrt() for d in scale()]

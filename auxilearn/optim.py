@@ -64,9 +64,16 @@ def adam_scale(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor]) -
             f"adam_scale knows the steps of {known}, not of {type(optimizer).__name__}: use one of "
             "them as the lower optimiser, or a solver without preconditioned()"
         )
+    if isinstance(parameters, torch.nn.Module):
+        raise TypeError("adam_scale takes parameters, not a model: give model.parameters()")
     groups = {p: group for group in optimizer.param_groups for p in group["params"]}
     scales = []
     for parameter in parameters:
+        if not isinstance(parameter, Tensor) or parameter.is_complex():
+            kind = parameter.dtype if isinstance(parameter, Tensor) else type(parameter).__name__
+            raise TypeError(
+                f"adam_scale takes real tensors, such as model.parameters(), not {kind}"
+            )
         if not parameter.requires_grad:
             continue
         if parameter not in groups:

@@ -188,7 +188,9 @@ def fit_stable(
                 f"{name} must give its batches in every pass anew: give a DataLoader or a list, "
                 "not an iterator"
             )
-    scheduler = StableJoint(main_task, tasks, feature_dim).to(next(model.parameters()).device)
+        if next(iter(batches), None) is None:
+            raise ValueError(f"{name} must hold at least one batch")
+    scheduler = StableJoint(main_task, tasks, feature_dim).to(next(model.parameters()))
     solver = identity()
     if isinstance(lower, (torch.optim.Adam, torch.optim.AdamW)):
         stepped = set(map(id, held(lower)))
@@ -225,12 +227,7 @@ def fit_stable(
 
 def _endless(batches):
     while True:
-        empty = True
-        for batch in batches:
-            empty = False
-            yield batch
-        if empty:
-            raise ValueError("train and dev must hold at least one batch")
+        yield from batches
 
 
 class _Best:

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from auxilearn.hypernet import HyperNet, TaskLosses, loss_of_schedule, times_aux_weight
+from auxilearn.hypernet import HyperNet, TaskLosses, loss_of_schedule, task_losses, times_aux_weight
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def _evaluate(model, batches, predict):
     """``TaskLosses`` of all batches in one, and all predictions or None."""
     parts, predictions = [], []
     for batch in batches:
-        outputs = model(batch)
+        outputs = task_losses(model(batch))
         parts.append(outputs)
         if predict is not None:
             predictions.append(torch.as_tensor(predict(batch, outputs)))
@@ -93,6 +93,7 @@ def _table(scheduler, outputs, prediction, aux_weight):
     sample_id = outputs.sample_id
     if sample_id is None:
         sample_id = torch.arange(len(outputs.losses))
+    weights = _array(sample_weights(scheduler, outputs, aux_weight), absent)
     factors = {}
     if hasattr(scheduler, "factors"):
         with torch.no_grad():
@@ -102,7 +103,7 @@ def _table(scheduler, outputs, prediction, aux_weight):
             for name, value in zip(("feature", "loss", "task"), values, strict=True)
         }
     return ScheduleTable(
-        weights=_array(sample_weights(scheduler, outputs, aux_weight), absent),
+        weights=weights,
         losses=_array(outputs.losses, absent),
         sample_id=sample_id.cpu().numpy(),
         prediction=prediction,

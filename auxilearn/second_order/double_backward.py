@@ -9,6 +9,11 @@ def gradients(outputs, inputs, directions=None, **kwargs):
     ``outputs``: a scalar, or a list of tensors with ``directions``, a list shaped like it. Outputs
     and inputs that do not require a gradient (frozen parameters) count as constants.
     """
+    return zeros_for_none(gradients_or_none(outputs, inputs, directions, **kwargs), inputs)
+
+
+def gradients_or_none(outputs, inputs, directions=None, **kwargs):
+    """``gradients``, with None for inputs that no output depends on."""
     found = [None] * len(inputs)
     places = [place for place, i in enumerate(inputs) if i.requires_grad]
     if directions is None:
@@ -21,7 +26,11 @@ def gradients(outputs, inputs, directions=None, **kwargs):
         )
         for place, gradient in zip(places, of_places, strict=True):
             found[place] = gradient
-    return [torch.zeros_like(i) if g is None else g for g, i in zip(found, inputs, strict=True)]
+    return found
+
+
+def zeros_for_none(gradients, inputs):
+    return [torch.zeros_like(i) if g is None else g for g, i in zip(gradients, inputs, strict=True)]
 
 
 def double_backward_operators(g, params, aux_params):

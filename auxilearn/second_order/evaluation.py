@@ -140,6 +140,8 @@ class ModelFunction:
                 outputs = task_losses(self.model(batch))
             derivative = forward_ad.unpack_dual(outputs.losses).tangent
             entries = [None if e is None else forward_ad.unpack_dual(e).primal for e in outputs]
+        # Views of theta that the model holds look at its flags when it has been written into.
+        torch.autograd.graph.increment_version(self.theta)
         self._eps = operators.eps
         outputs = TaskLosses(*entries).detached()
         if derivative is None:  # no loss depends on theta
@@ -157,8 +159,8 @@ class ModelFunction:
 
     def _agrees(self, outputs, derivative, vector, batch):
         """Whether <u, D> is <J^T u, vector>, for a u without meaning, up to rounding."""
-        u = torch.arange(derivative.numel(), device=derivative.device).cos()
-        u = u.to(derivative.dtype).reshape_as(derivative)
+        u = torch.rand(derivative.shape, generator=torch.Generator().manual_seed(0), device="cpu")
+        u = u.to(derivative)
         if outputs.mask is not None:
             u, derivative = (t.masked_fill(~outputs.mask, 0.0) for t in (u, derivative))
         with self.evaluated(batch) as again:

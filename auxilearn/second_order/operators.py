@@ -38,6 +38,19 @@ def hardsigmoid(input, inplace=False):
     return F.relu6(input + 3) / 6
 
 
+def embedding(
+    input,
+    weight,
+    padding_idx=None,
+    max_norm=None,
+    norm_type=2.0,
+    scale_grad_by_freq=False,
+    sparse=False,
+):
+    """With dense gradients: sparse ones lack most operators."""
+    return F.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq)
+
+
 def embedding_bag(
     input,
     weight,
@@ -83,5 +96,6 @@ def embedding_bag(
 TWICE_DIFFERENTIABLE = {
     F.hardsigmoid: hardsigmoid,
     torch._C._nn.hardsigmoid: hardsigmoid,
+    F.embedding: embedding,
     F.embedding_bag: embedding_bag,
 }

@@ -20,6 +20,7 @@ several, the graphs are rebuilt for each product, one after the other.
 import torch
 import torch.nn.functional as F
 
+from auxilearn.errors import Unsupported
 from auxilearn.hypernet import (
     check_outputs,
     loss_of_schedule,
@@ -27,10 +28,15 @@ from auxilearn.hypernet import (
     scheduled_loss,
     times_aux_weight,
 )
-from auxilearn.randomness import random_state_kept
+from auxilearn.randomness import generators, put_back, random_state_kept
 from auxilearn.second_order.batch_norm import fast_batch_norm
 from auxilearn.second_order.convolution import FastConvolution
-from auxilearn.second_order.double_backward import double_backward_operators, gradients
+from auxilearn.second_order.double_backward import (
+    double_backward_operators,
+    gradients,
+    gradients_or_none,
+    zeros_for_none,
+)
 from auxilearn.second_order.evaluation import (
     ModelFunction,
     frozen,
@@ -59,12 +65,25 @@ class Derivatives(ModelFunction):
 
     def development_gradient(self, dev_batches):
         """Mean target loss over the development batches, a scalar, and v, its gradient."""
+        target = self.scheduler.main_task
 
         def loss_and_gradient(batch):
             with self.evaluated(batch) as outputs:
                 check_outputs(outputs, self.scheduler)
-                loss = masked_column_means(outputs.losses, outputs.mask)[self.scheduler.main_task]
-                return [loss.detach(), *gradients(loss, self.theta)]
+                mask = outputs.mask
+                if mask is not None and mask.is_cpu and not mask[:, target].any().numpy():
+                    raise ValueError(
+                        "a development batch has no loss under the target task (its mask leaves "
+                        "all out): development samples need the target's label"
+                    )
+                loss = masked_column_means(outputs.losses, mask)[target]
+                v = gradients_or_none(loss, self.theta)
+                if all(t is None for t in v):
+                    raise ValueError(
+                        "the development loss depends on no parameter that the lower optimiser "
+                        "holds: give it those of the model that is trained"
+                    )
+                return [loss.detach(), *zeros_for_none(v, self.theta)]
 
         loss, *v = self.average(self.mean_over(dev_batches, loss_and_gradient), dev_batches)
         return loss, v
@@ -110,12 +129,21 @@ class FastOperators:
 
     def _second_order(self, batch):
         """The product with one batch's H; it holds the graph of the gradient."""
-        problem, convolution = self.problem, FastConvolution()
-        table = TWICE_DIFFERENTIABLE | fast_batch_norm() | {F.conv2d: convolution}
+        states = [(g, g.get_state()) for g in generators(self.problem.theta)]
+        closed_forms = fast_batch_norm() | {F.conv2d: FastConvolution()}
+        try:
+            return self._by_operators(batch, TWICE_DIFFERENTIABLE | closed_forms)
+        except Unsupported:  # perhaps of a closed form, in a model that differentiates by itself
+            put_back(states)
+            return self._by_operators(batch, TWICE_DIFFERENTIABLE)
+
+    def _by_operators(self, batch, table):
+        problem, convolution = self.problem, table.get(F.conv2d)
         with second_derivatives("H u"), problem.evaluated(batch, table) as outputs:
             loss = problem.training_loss(outputs)
             refuse_once_differentiable(loss, "H u")
-            convolution.leaf_gradients = False  # of g, its derivatives are what counts
+            if convolution:
+                convolution.leaf_gradients = False  # of g, its derivatives are what counts
             g = gradients(loss, problem.theta, create_graph=True)
 
         def product(u):
