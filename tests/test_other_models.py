@@ -4,9 +4,14 @@ A table of models and habits. Each hypergradient is held against double backward
 here and uses nothing of the package but the scheduler, in float64.
 """
 
+import collections
 import copy
+import dataclasses
+import random
 import warnings
+from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -432,6 +437,138 @@ def vmapped(layer, x):
     return torch.vmap(lambda row: torch.tanh(layer.body(row)))(x)
 
 
+def halved_gradients():
+    body = perceptron()
+    body[0].register_full_backward_hook(lambda module, of_x, of_y: (None,))
+    body[1].register_full_backward_hook(lambda module, of_x, of_y: (of_x[0] / 2,))
+    return body
+
+
+def reversed_gradients(layer, x):
+    x = layer.body(x)
+    if x.requires_grad:
+        x.register_hook(lambda gradient: -gradient)
+    return x
+
+
+def decayed(model, features, y):
+    penalty = sum(p.square().sum() for p in model.parameters() if p.requires_grad)
+    return (model.heads(features) - y).square() + 0.1 * penalty
+
+
+def criticised(layer, x):
+    """A pass through a part that is frozen meanwhile."""
+    x = layer.body(x)
+    layer.critic.requires_grad_(False)
+    score = layer.critic(x)
+    layer.critic.requires_grad_(True)
+    return x * score + layer.critic(x.detach())
+
+
+@torch.library.custom_op("auxilearn_tests::cube", mutates_args=())
+def registered_cube(x: torch.Tensor) -> torch.Tensor:
+    return x**3
+
+
+registered_cube.register_autograd(
+    lambda ctx, grad: 3 * grad * ctx.saved_tensors[0] ** 2,
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)
+
+
+def adversarial(layer, x):
+    """A step on the input, found without a graph."""
+    x = x.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(layer.body(x).square().sum(), x)
+    return layer.body(x + 0.1 * slope)
+
+
+def momentum_encoder(layer, x):
+    for own, other in zip(layer.slow.parameters(), layer.body.parameters(), strict=True):
+        own.data = 0.9 * own.data + 0.1 * other.data
+    with torch.no_grad():
+        key = layer.slow(x)
+    return layer.body(x) - key
+
+
+def clamped(layer, x):
+    layer.body[0].weight.data.clamp_(-0.2, 0.2)
+    return layer.body(x)
+
+
+def in_a_closure():
+    weight = nn.Parameter(torch.randn(6, D))
+    return Call(lambda layer, x: torch.tanh(x @ weight) * layer.weight.mean(), weight=weight)
+
+
+class Pair(NamedTuple):
+    weight: torch.Tensor
+    bias: torch.Tensor
+
+
+def in_a_tuple():
+    weight, bias = nn.Parameter(torch.randn(6, D)), nn.Parameter(torch.randn(D))
+    call = Call(
+        lambda layer, x: torch.tanh(x @ layer.pair.weight + layer.pair.bias),
+        weight=weight,
+        bias=bias,
+    )
+    call.pair = Pair(weight, bias)
+    return call
+
+
+def masked_weights():
+    body = perceptron()
+    body[0].weight.register_hook(lambda gradient: gradient * (torch.arange(6) % 2))
+    return body
+
+
+def weighed_by_kind(layer, x):
+    """Looks for parameters by their class."""
+    own = [v for v in layer.body[0]._parameters.values() if isinstance(v, nn.Parameter)]
+    return layer.body(x) * sum(p.sum() for p in own)
+
+
+def views(layer, x):
+    """A view of a buffer that is written into."""
+    x = layer.body(x)
+    layer.statistics[0].mul_(0.9).add_(x.detach().mean(dim=0), alpha=0.1)
+    return x * layer.statistics[0] + layer.first
+
+
+def with_views():
+    call = Call(views, body=perceptron(), statistics=torch.ones(2, D))
+    call.first = call.statistics[0]
+    return call
+
+
+def taps():
+    """A hook that keeps activations in a dictionary."""
+    kept = {}
+    body = perceptron()
+    body[0].register_forward_hook(lambda module, args, output: kept.update(hidden=output))
+    return Call(lambda layer, x: layer.body(x) + kept["hidden"], body=body)
+
+
+def own_noise(layer, x):
+    x = layer.body(x)
+    x = x * torch.rand(x.shape, generator=layer.generator)
+    layer.counted.update(["calls"])
+    layer.record.average += float(x.mean().detach())
+    layer.array += x.detach().numpy().mean()
+    return x * layer.counted["calls"] * layer.record.average * layer.array[0] * random.random()
+
+
+@dataclasses.dataclass
+class Record:
+    average: float = 1.0
+
+
+def writes_into_its_batch(layer, x):
+    x.mul_(0.5)
+    return layer.body(x)
+
+
 ROWS, SEQUENCE, IMAGES, TOKENS = (6,), (5, 6), (3, 6, 6), (4,)
 LINEAR = lambda: nn.Linear(6, D)  # noqa: E731
 BATCH_NORM = lambda: nn.Sequential(nn.Linear(6, D), nn.BatchNorm1d(D), nn.Tanh())  # noqa: E731
@@ -678,6 +815,36 @@ MODELS = {
         ROWS,
     ),
     "saved elsewhere": (around(saved_elsewhere, BATCH_NORM), ROWS),
+    # Forward mode differentiates another function, or would
+    "backward hook": (lambda: Regression(halved_gradients()), ROWS),
+    "hook on a tensor": (around(reversed_gradients), ROWS),
+    "penalty of what is trained": (at_the_losses(decayed), ROWS),
+    "frozen meanwhile": (lambda: around(criticised, critic=nn.Linear(D, D))(), ROWS),
+    "registered operator": (around(lambda m, x: registered_cube(m.body(x))), ROWS),
+    "adversarial": (around(adversarial), ROWS),
+    # Parameters by other ways
+    "momentum encoder": (
+        lambda: around(momentum_encoder, slow=perceptron().requires_grad_(False))(),
+        ROWS,
+    ),
+    "clamped through data": (around(clamped), ROWS),
+    "in a closure": (lambda: Regression(in_a_closure()), ROWS),
+    "in a tuple": (lambda: Regression(in_a_tuple()), ROWS),
+    "hook on a parameter": (lambda: Regression(masked_weights()), ROWS),
+    "by their class": (around(weighed_by_kind), ROWS),
+    # Further state
+    "views of a buffer": (lambda: Regression(with_views()), ROWS),
+    "state of every kind": (
+        lambda: around(
+            own_noise,
+            generator=torch.Generator().manual_seed(3),
+            counted=collections.Counter(),
+            record=Record(),
+            array=np.ones(2),
+        )(),
+        ROWS,
+    ),
+    "batch that is changed": (around(writes_into_its_batch), ROWS),
     # Derivatives within
     "gradient penalty": (around(gradient_penalty), ROWS),
     "inner step": (
@@ -726,14 +893,21 @@ MODELS = {
     "compiled in place": (compiled_in_place, ROWS),
     "dictionaries": (lambda: Dictionary(perceptron()), ROWS),
 }
+OTHER = "the model's forward-mode derivative is not that"
 WARNED = {  # model: the operator without a forward-mode derivative
+    "backward hook": OTHER,
+    "hook on a tensor": OTHER,
+    "penalty of what is trained": OTHER,
+    "frozen meanwhile": OTHER,
+    "registered operator": OTHER,
+    "adversarial": OTHER,
     "weight norm": "_weight_norm_interface",
     "old weight norm": "_weight_norm_interface",
     "cdist": "_cdist_forward",
     "inner step": 'the model ("element 0 of tensors does not require grad',
     "torch.func.jvp": "torch.func.jvp inside the model",
     "embedding with max_norm, no forward mode": "Cube (a custom autograd.Function)",
-    "embedding scaled by frequency": "the model's forward-mode derivative is not that",
+    "embedding scaled by frequency": OTHER,
     "own function": "Cube (a custom autograd.Function)",
 }
 
@@ -772,18 +946,21 @@ def by_hand(model, scheduler, train, dev, terms, scale):
 
     ``train`` and ``dev``: lists of batches. Batch i sees the generator seeded with seed + i.
     """
-    model = copy.deepcopy(getattr(model, "_orig_mod", getattr(model, "module", model)))
+    model = getattr(model, "_orig_mod", getattr(model, "module", model))
     parameters = [p for p in model.parameters() if p.requires_grad]
     values = {p: p.detach().clone() for p in model.parameters()}
-    seed = int(torch.randint(2**31, ()))
+    seed, others = int(torch.randint(2**31, ())), random.getstate()
+
+    def start():
+        random.setstate(others)
+        for parameter, value in values.items():
+            parameter.data = value.clone()
 
     def outputs(number, batch):
         torch.manual_seed(seed + number)
-        with torch.no_grad():
-            for parameter, value in values.items():
-                parameter.data = value.clone()
+        start()
         with torch.enable_grad():
-            return copy.deepcopy(model, {id(p): p for p in values})(batch)
+            return copy.deepcopy(model, {id(p): p for p in values})(copy.deepcopy(batch))
 
     def gradient(value, inputs, direction=None, **more):
         return torch.autograd.grad(
@@ -799,7 +976,9 @@ def by_hand(model, scheduler, train, dev, terms, scale):
         product = gradient(g, parameters, term, retain_graph=True)
         term = [t - ALPHA * h / s for t, h, s in zip(term, product, scale, strict=True)]
         p = [a + b for a, b in zip(p, term, strict=True)]
-    return [-t for t in gradient(g, list(scheduler.parameters()), p)]
+    found = [-t for t in gradient(g, list(scheduler.parameters()), p)]
+    start()
+    return found
 
 
 def target_mean(outputs):
@@ -1007,6 +1186,14 @@ def squeezes():
     ]
 
 
+def sparse():
+    table = nn.Embedding(10, D, sparse=True)
+    return [
+        Regression(table),
+        Regression(nn.Embedding.from_pretrained(table.weight.data.clone(), False)),
+    ]
+
+
 def gates(function=None):
     first, last = LINEAR(), nn.Linear(D, D)
     return [
@@ -1019,6 +1206,7 @@ ONCE_IN_PYTORCH = {  # models with an operator that has no second derivative, an
     "Hardsigmoid": (gates, ROWS),
     "hardsigmoid": (lambda: gates(Call(lambda _, x: F.hardsigmoid(x))), ROWS),
     "squeeze and excitation": (squeezes, IMAGES),
+    "sparse embedding": (sparse, TOKENS),
     "mean": bags(),
     "sum": bags(mode="sum"),
     "max": bags(mode="max"),
@@ -1131,6 +1319,50 @@ def test_what_has_no_derivative_is_refused_by_name(name, solver):
     with pytest.raises(Unsupported, match=words):
         levels(model, MonoJoint(0, K, D), solver).hypergradient([data(shape, 7)], [data(shape, 5)])
     assert_same(model.state_dict(), before)
+
+
+def test_three_derivatives_of_a_batch_norm_are_refused_and_two_are_exact():
+    model, scheduler = around(gradient_penalty, BATCH_NORM)(), MonoJoint(0, K, D)
+    train, dev = [data(ROWS, 7)], [data(ROWS, 5)]
+    with pytest.raises(Unsupported, match=r"batch_norm does not support 3rd.*identity\(\)"):
+        levels(model, scheduler, neumann(ALPHA, TERMS)).hypergradient(train, dev)
+    found, _, _ = levels(model, scheduler, identity()).hypergradient(train, dev)
+    ones = [torch.ones_like(p) for p in model.parameters()]
+    assert relative_error(found, by_hand(model, scheduler, train, dev, 0, ones)) < 1e-8
+
+
+class Hidden(nn.Module):
+    """Layers in a list, and a tensor outside of the model, both trained."""
+
+    def __init__(self):
+        super().__init__()
+        self.heads, self.layers = nn.Linear(D, K), [nn.Linear(6, D), nn.BatchNorm1d(D)]
+        self.offsets = torch.zeros(K, requires_grad=True)
+
+    def forward(self, batch):
+        x, y = batch
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return TaskLosses((self.heads(x) + self.offsets - y).square(), x)
+
+
+def test_all_that_the_lower_optimiser_holds_counts():
+    model, scheduler = Hidden(), MonoJoint(0, K, D)
+    learned = [p for part in (model.heads, *model.layers) for p in part.parameters()]
+    learned.append(model.offsets)
+    train, dev = [data(ROWS, 7)], [data(ROWS, 5)]
+    both = Bilevel(model, scheduler, torch.optim.SGD(learned, 0.1), solver=neumann(ALPHA, TERMS))
+    means = model.layers[1].running_mean.clone()
+    found, _, _ = both.hypergradient(train, dev)
+    assert torch.equal(model.layers[1].running_mean, means)
+    v = p = torch.autograd.grad(model(dev[0]).losses[:, 0].mean(), learned)
+    g = torch.autograd.grad(scheduled(scheduler, model(train[0])), learned, create_graph=True)
+    for _ in range(TERMS):
+        h = torch.autograd.grad(g, learned, v, retain_graph=True)
+        v = [t - ALPHA * s for t, s in zip(v, h, strict=True)]
+        p = [a + b for a, b in zip(p, v, strict=True)]
+    expected = [-t for t in torch.autograd.grad(g, list(scheduler.parameters()), p)]
+    assert relative_error(found, expected) < 1e-8
 
 
 def test_recurrent_layers_do_without_cudnn():

@@ -26,7 +26,7 @@ from auxilearn.randomness import generators, put_back
 from auxilearn.second_order.batch_norm import SMALLEST_IN_FORWARD_MODE, fast_batch_norm
 from auxilearn.second_order.double_backward import gradients
 from auxilearn.second_order.operators import TWICE_DIFFERENTIABLE, Operators
-from auxilearn.second_order.state import State
+from auxilearn.second_order.state import GLOBAL_GENERATORS, State
 
 _reverse_only = weakref.WeakSet()  # models in which forward mode has failed
 _checked = weakref.WeakSet()  # models in which it has been held against a backward pass
@@ -54,7 +54,7 @@ class ModelFunction:
                     "back after an upper step: pass the module that was scripted"
                 )
         self.theta = list(theta)
-        self._state = State(self.model, self.theta, *others)
+        self._state = State(self.model, self.theta, GLOBAL_GENERATORS, *others)
         self._batches = {}  # by id: the batch and its state
 
     def __enter__(self):
@@ -65,6 +65,12 @@ class ModelFunction:
 
     def __exit__(self, *error):
         self._operators.__exit__(*error)
+        self._restore()
+
+    def _start(self, batch):
+        """Put everything back, ``batch`` too if it has been evaluated before."""
+        if id(batch) not in self._batches:
+            self._batches[id(batch)] = batch, State(batch)
         self._restore()
 
     def _restore(self):
@@ -79,9 +85,7 @@ class ModelFunction:
         Backward passes belong into the block: gradient checkpointing evaluates parts of the model
         in them.
         """
-        if id(batch) not in self._batches:
-            self._batches[id(batch)] = batch, State(batch)
-        self._restore()
+        self._start(batch)
         with Operators(table):
             with torch.enable_grad():  # also puts the mode back if the model does not
                 outputs = task_losses(self.model(batch))
@@ -130,7 +134,7 @@ class ModelFunction:
             | TWICE_DIFFERENTIABLE
             | {torch._C._set_grad_enabled: _set_grad_enabled}
         )
-        self._restore()
+        self._start(batch)
         # Nothing requires a gradient, so no graph is recorded.
         with frozen(self._state.parameters()), forward_ad.dual_level():
             with torch.no_grad():
@@ -302,7 +306,9 @@ def second_derivatives(what):
     try:
         yield
     except RuntimeError as error:
-        if not re.search(r"derivative for|differentiate twice|double backward", str(error), re.I):
+        if not re.search(
+            r"derivative for|differentiate twice|double backward|3rd\+ order", str(error), re.I
+        ):
             raise
         raise _unsupported(without_derivative(error), what) from error
 

@@ -12,6 +12,8 @@ from torch import nn
 
 # What every module has, and forward passes leave alone: flags and tables of hooks.
 _MACHINERY = vars(nn.Module()).keys() - {"_parameters", "_buffers", "_modules"}
+# What random's and numpy.random's own functions draw from.
+GLOBAL_GENERATORS = (random._inst, np.random.mtrand._rand)
 _IMMUTABLE = {type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device}
 
 
@@ -21,16 +23,13 @@ class State:
     Reached are attributes, parameters and buffers of modules, entries of lists, tuples,
     dictionaries, sets and deques, and attributes of dataclasses and SimpleNamespaces, at any depth.
     Tensors and NumPy arrays are put back in place, so that whatever shares their memory is, too.
-    Generators of PyTorch, NumPy and Python that are reached, and NumPy's and Python's global ones,
-    draw again what they have drawn since.
+    Generators of PyTorch, NumPy and Python that are reached draw again what they have drawn since.
     """
 
     def __init__(self, *roots):
         self._attributes, self._containers, self._arrays = [], [], []
         self._tensors, self._kept = [], []
-        self._generators = [(random.setstate, random.getstate())]
-        legacy = np.random.mtrand._rand  # of numpy.random's functions, which others may call
-        self._generators.append((legacy.set_state, legacy.get_state()))
+        self._generators = []
         seen, waiting = set(), list(roots)
         while waiting:
             value = waiting.pop()
@@ -60,6 +59,8 @@ class State:
             self._generators.append((value.set_state, value.get_state()))
         elif isinstance(value, random.Random):
             self._generators.append((value.setstate, value.getstate()))
+        elif isinstance(value, np.random.RandomState):
+            self._generators.append((value.set_state, value.get_state()))
         elif isinstance(value, np.random.Generator):
             bits = value.bit_generator
             self._generators.append((lambda state: setattr(bits, "state", state), bits.state))
