@@ -65,18 +65,17 @@ class ModelFunction:
 
     def __exit__(self, *error):
         self._operators.__exit__(*error)
-        self._restore()
-
-    def _start(self, batch):
-        """Put everything back, ``batch`` too if it has been evaluated before."""
-        if id(batch) not in self._batches:
-            self._batches[id(batch)] = batch, State(batch)
-        self._restore()
-
-    def _restore(self):
         self._state.restore()
         for _, state in self._batches.values():
             state.restore()
+
+    def _start(self, batch):
+        """Put the model and ``batch`` back."""
+        self._state.restore()
+        if id(batch) in self._batches:
+            self._batches[id(batch)][1].restore()
+        else:
+            self._batches[id(batch)] = batch, State(batch)
 
     @contextlib.contextmanager
     def evaluated(self, batch, table=TWICE_DIFFERENTIABLE):
@@ -129,11 +128,9 @@ class ModelFunction:
 
     def _by_forward_mode(self, vector, batch):
         _load_forward_mode()
-        operators = _Precision(
-            fast_batch_norm(SMALLEST_IN_FORWARD_MODE)
-            | TWICE_DIFFERENTIABLE
-            | {torch._C._set_grad_enabled: _set_grad_enabled}
-        )
+        table = fast_batch_norm(SMALLEST_IN_FORWARD_MODE) | TWICE_DIFFERENTIABLE
+        table[torch._C._set_grad_enabled] = _set_grad_enabled
+        operators = (Operators if self.model in _checked else _Precision)(table)
         self._start(batch)
         # Nothing requires a gradient, so no graph is recorded.
         with frozen(self._state.parameters()), forward_ad.dual_level():
@@ -146,7 +143,7 @@ class ModelFunction:
             entries = [None if e is None else forward_ad.unpack_dual(e).primal for e in outputs]
         # Views of theta that the model holds look at its flags when it has been written into.
         torch.autograd.graph.increment_version(self.theta)
-        self._eps = operators.eps
+        self._eps = getattr(operators, "eps", None)
         outputs = TaskLosses(*entries).detached()
         if derivative is None:  # no loss depends on theta
             derivative = torch.zeros_like(outputs.losses)

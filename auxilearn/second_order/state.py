@@ -79,7 +79,8 @@ class State:
             attributes.clear()
             attributes.update(kept)
         for container, kept in self._containers:
-            _refill(container, kept)
+            if container or kept:
+                _refill(container, kept)
         for array, kept in self._arrays:
             array[...] = kept
         for set_state, state in self._generators:
