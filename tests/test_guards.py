@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten
+from torch.utils.data import DataLoader
 
 from auxilearn import (
     Bilevel,
@@ -15,11 +16,14 @@ from auxilearn import (
     Naive_hyper,
     StableJoint,
     TaskLosses,
+    adam_scale,
     fill_missing,
     identity,
     neumann,
+    preconditioned,
     scheduled_loss,
 )
+from auxilearn.errors import Unsupported
 from auxilearn.hypernet import weighted_mean
 from tests.test_reads import reads_counted
 
@@ -118,6 +122,195 @@ def test_a_masked_target_that_is_not_filled_is_refused_with_the_cure(scheduler):
         with pytest.raises(ValueError, match=cure):
             step()
     assert same_bits(levels.state_dict(), before)
+
+
+FILLED_TOO_LATE = {
+    "torch.where": lambda e, mask: torch.where(mask, e, 0.0),
+    "masked_fill": lambda e, mask: e.masked_fill(~mask, 0.0),
+    "nan_to_num": lambda e, mask: e.nan_to_num(),
+    "infinite": lambda e, mask: e.where(mask, torch.inf),
+}
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("name", FILLED_TOO_LATE)
+def test_a_target_that_is_filled_after_the_loss_is_refused_with_the_cure(name, fused):
+    def late(predictions, features, y):
+        mask = ~y.isnan()
+        errors = FILLED_TOO_LATE[name]((predictions - y).square(), mask)
+        return TaskLosses(errors, features, mask=mask)
+
+    levels = bilevel(late, lower=lambda p: torch.optim.Adam(p, fused=fused))
+    before = copy.deepcopy(levels.model.state_dict())
+    for step in (
+        lambda: levels.lower_step(with_missing()),
+        lambda: levels.upper_step([with_missing()], [batch()]),
+        lambda: levels.upper_step([batch()], [with_missing()]),
+    ):
+        with pytest.raises(ValueError, match=r"auxilearn.fill_missing\(targets\)"):
+            step()
+    assert same_bits(levels.model.state_dict(), before)
+
+
+def test_a_step_that_was_not_taken_leaves_the_next_upper_step_alone():
+    scale = []
+    levels = bilevel(
+        lower=torch.optim.Adam,
+        solver=preconditioned(identity(), lambda: scale.extend(found()) or scale[-4:]),
+    )
+
+    def found():
+        return adam_scale(levels.lower, levels.model.parameters())
+
+    good = batch()
+    levels.lower_step(good)
+    levels.lower_step((good[0], good[1] * torch.nan))
+    assert levels.upper_step([good], [good]).hypergradient_norm > 0
+    assert all(d.isfinite().all() for d in scale)
+
+
+class Closure(torch.optim.SGD):
+    def step(self, closure):
+        closure()
+
+
+def without_target(predictions, features, y):
+    mask = (torch.arange(K) > 0).expand_as(y)
+    return TaskLosses((predictions - y).square(), features, mask=mask)
+
+
+def other(cls=torch.optim.SGD, **options):
+    return lambda p: cls(Model().parameters(), 0.1, **options)
+
+
+MISTAKES = {
+    "a function for a model": (
+        lambda: Bilevel(print, MonoJoint(0, K, D), other()(0)),
+        TypeError,
+        "model must be an instance of Module, not builtin_function",
+    ),
+    "no scheduler": (
+        lambda: Bilevel(Model(), nn.Linear(2, 2), other()(0)),
+        TypeError,
+        "scheduler must be an instance of HyperNet, not Linear",
+    ),
+    "an optimiser's class": (
+        lambda: bilevel(lower=lambda p: torch.optim.SGD),
+        TypeError,
+        "lower must be an instance of Optimizer, not SGD",
+    ),
+    "parameters for an optimiser": (
+        lambda: bilevel(lower=list),
+        TypeError,
+        "lower must be an instance of Optimizer, not list",
+    ),
+    "LBFGS": (
+        lambda: bilevel(lower=torch.optim.LBFGS),
+        TypeError,
+        "LBFGS evaluates its loss by itself",
+    ),
+    "a closure of one's own": (
+        lambda: bilevel(lower=lambda p: Closure(p, 0.1)),
+        TypeError,
+        "Closure evaluates its loss by itself",
+    ),
+    "maximize": (
+        lambda: bilevel(lower=lambda p: torch.optim.SGD(p, 0.1, maximize=True)),
+        ValueError,
+        "lower maximises",
+    ),
+    "a solver that is not made": (
+        lambda: bilevel(solver=neumann),
+        TypeError,
+        r"solver=neumann\(alpha=0.1\), not neumann",
+    ),
+    "a solver's name": (lambda: bilevel(solver="cg"), TypeError, "not 'cg'"),
+    "a list of scales": (
+        lambda: preconditioned(identity(), [torch.ones(2)]),
+        TypeError,
+        "scale must be a callable.* not list",
+    ),
+    "another model's optimiser, lower": (
+        lambda: bilevel(lower=other()).lower_step(batch()),
+        ValueError,
+        "no gradient reaches the parameters of the lower optimiser",
+    ),
+    "another model's optimiser, upper": (
+        lambda: bilevel(lower=other()).upper_step([batch()], [batch()]),
+        ValueError,
+        "depends on no parameter that the lower optimiser holds",
+    ),
+    "development data without the target": (
+        lambda: bilevel(without_target).upper_step([batch()], [batch()]),
+        ValueError,
+        "no loss under the target task",
+    ),
+    "a DataLoader": (
+        lambda: bilevel().upper_step(DataLoader([batch()]), [batch()]),
+        TypeError,
+        "train_batches must be a list of batches, not DataLoader",
+    ),
+    "nothing": (
+        lambda: bilevel().upper_step([batch()], None),
+        TypeError,
+        "dev_batches must be a list of batches, not NoneType",
+    ),
+    "losses of integers": (
+        lambda: bilevel(lambda p, f, y: TaskLosses(p.long(), f)).lower_step(batch()),
+        ValueError,
+        "losses must be real numbers, not torch.int64",
+    ),
+    "losses in a list": (
+        lambda: bilevel(lambda p, f, y: TaskLosses([p], f)).lower_step(batch()),
+        TypeError,
+        "losses of TaskLosses must be a tensor, not list",
+    ),
+    "features of another precision": (
+        lambda: bilevel(lambda p, f, y: TaskLosses(p, f.half())).lower_step(batch()),
+        ValueError,
+        r"features are torch.float16 .* MonoJoint torch.float64: .* features.float\(\)",
+    ),
+    "places that are no integers": (
+        lambda: bilevel(
+            lambda p, f, y: TaskLosses(p, sample_id=torch.arange(1.0 * B)), Naive_hyper(B, K)
+        ).lower_step(batch()),
+        ValueError,
+        r"sample_id must be int64 \(9,\), .* not torch.float64",
+    ),
+    "a model for its parameters": (
+        lambda: adam_scale(other(torch.optim.Adam)(0), Model()),
+        TypeError,
+        r"give model.parameters\(\)",
+    ),
+    "named parameters": (
+        lambda: adam_scale(other(torch.optim.Adam)(0), Model().named_parameters()),
+        TypeError,
+        "takes real tensors, such as model.parameters.*, not tuple",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_gets_one_line(name):
+    make, kind, words = MISTAKES[name]
+    with pytest.raises(kind, match=words) as raised:
+        make()
+    assert "\n" not in str(raised.value)
+
+
+def test_optimisers_in_the_wrong_order():
+    model, scheduler = Model(), MonoJoint(0, K, D)
+    of_model, of_scheduler = (torch.optim.SGD(m.parameters(), 0.1) for m in (model, scheduler))
+    with pytest.raises(ValueError, match=r"the order is Bilevel\(model, scheduler, lower, upper\)"):
+        Bilevel(model, scheduler, of_scheduler, of_model)
+
+
+def test_complex_parameters_are_refused():
+    levels = bilevel()
+    levels.model.filter = nn.Parameter(torch.randn(2, dtype=torch.complex128))
+    levels.lower.add_param_group({"params": [levels.model.filter]})
+    with pytest.raises(Unsupported, match=r"complex parameters: .*view_as_complex\(\)"):
+        levels.hypergradient([batch()], [batch()])
 
 
 def test_masked_nan_without_a_gradient_does_no_harm():

@@ -173,8 +173,8 @@ def test_the_average_over_processes_is_what_is_stepped_along():
         return [3 * t for t in tensors]
 
     bilevel, data = joint(average=average), batch()
-    alone = Bilevel(*copy.deepcopy((bilevel.model, bilevel.scheduler)), None)
-    alone.lower = torch.optim.SGD(alone.model.parameters(), lr=0.1)
+    model, scheduler = copy.deepcopy((bilevel.model, bilevel.scheduler))
+    alone = Bilevel(model, scheduler, torch.optim.SGD(model.parameters(), lr=0.1))
     bilevel.lower = torch.optim.SGD(bilevel.model.parameters(), lr=0.1)
     start = {name: p.detach().clone() for name, p in alone.model.named_parameters()}
     norms = [one.lower_step(data).gradient_norm for one in (bilevel, alone)]
