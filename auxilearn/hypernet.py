@@ -129,12 +129,9 @@ def check_outputs(outputs, scheduler):
             f"features must be ({rows}, d), a vector per sample, not {tuple(features.shape)}: "
             "pool or flatten the rest"
         )
-    if sample_id is not None and (
-        sample_id.shape != (rows,) or sample_id.dtype not in (torch.int64, torch.int32)
-    ):
+    if sample_id is not None and sample_id.shape != (rows,):
         raise ValueError(
-            f"sample_id must be int64 ({rows},), a number per sample, not {sample_id.dtype} "
-            f"{tuple(sample_id.shape)}"
+            f"sample_id must be ({rows},), a number per sample, not {tuple(sample_id.shape)}"
         )
     if mask is not None and (mask.shape != losses.shape or mask.dtype != torch.bool):
         raise ValueError(
@@ -432,6 +429,10 @@ class Naive_hyper(MonoHyperNet):
     def scheduled_loss(self, losses, seen):
         if seen.sample_id is None:
             raise ValueError("Naive_hyper needs TaskLosses(losses, sample_id=...)")
+        if seen.sample_id.is_floating_point():
+            raise ValueError(
+                f"sample_id must be integers, places in the training set, not {seen.sample_id.dtype}"
+            )
         return self(losses, seen.sample_id, seen.mask)
 
 

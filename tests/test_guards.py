@@ -275,7 +275,7 @@ MISTAKES = {
             lambda p, f, y: TaskLosses(p, sample_id=torch.arange(1.0 * B)), Naive_hyper(B, K)
         ).lower_step(batch()),
         ValueError,
-        r"sample_id must be int64 \(9,\), .* not torch.float64",
+        "sample_id must be integers, .* not torch.float64",
     ),
     "a model for its parameters": (
         lambda: adam_scale(other(torch.optim.Adam)(0), Model()),

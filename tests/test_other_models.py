@@ -1028,7 +1028,7 @@ def assert_same(one, other):
 
 @pytest.mark.parametrize("how", ["neumann", "identity", "preconditioned"])
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning", "ignore:Full backward hook")
 def test_the_hypergradient_is_that_of_double_backward(name, how):
     build, shape, features, tasks = (*MODELS[name], *(D, K)[len(MODELS[name]) - 2 :])
     model, scheduler = build(), MonoJoint(0, tasks, features)
