@@ -431,7 +431,8 @@ class Naive_hyper(MonoHyperNet):
             raise ValueError("Naive_hyper needs TaskLosses(losses, sample_id=...)")
         if seen.sample_id.is_floating_point():
             raise ValueError(
-                f"sample_id must be integers, places in the training set, not {seen.sample_id.dtype}"
+                "sample_id must be integers, places in the training set, not "
+                f"{seen.sample_id.dtype}"
             )
         return self(losses, seen.sample_id, seen.mask)
 

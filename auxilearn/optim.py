@@ -102,7 +102,7 @@ def _stand_in(parameter, group, coupled):
         return torch.zeros_like(parameter)
     gradient = parameter.grad.to_dense()
     reached = torch.count_nonzero(gradient)
-    if reached.is_cuda or reached.numpy() < gradient.numel():  # on a GPU, looking would wait
+    if not reached.is_cpu or reached.numpy() < gradient.numel():  # looking at a GPU's would wait
         size = torch.linalg.vector_norm(gradient) / reached.clamp(min=1).to(gradient.dtype).sqrt()
         gradient = gradient.masked_fill(gradient == 0, size)
     if group["maximize"]:
@@ -167,7 +167,7 @@ def _moving_mean(moment, beta, g):
 def _next_step(state):
     """A number, or a tensor where the device counts."""
     step = torch.as_tensor(state["step"], dtype=torch.float64)
-    return (step if step.is_cuda else step.numpy().item()) + 1
+    return (step.numpy().item() if step.is_cpu else step) + 1
 
 
 _NEXT_MOMENT = {
