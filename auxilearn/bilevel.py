@@ -103,7 +103,7 @@ class Bilevel:
         self.solver = solver
         self.max_norm = max_norm
         self.aux_weight = aux_weight
-        self.average = average or (lambda tensors, batches: tensors)
+        self.average = average or _of_one_process
         self._operators = FastOperators  # a class
         self._warned = False
 
@@ -133,7 +133,7 @@ class Bilevel:
                     "step: lower_step(batch, dev_batches)"
                 )
             check_batches("dev_batches", dev_batches)
-        parameters = self._theta()
+        self._theta()
         self.scheduler.before_lower_step(self.model, batch, dev_batches, self.average)
         outputs, losses, loss = self._scheduled(batch)
         if not losses.requires_grad:
@@ -143,6 +143,7 @@ class Bilevel:
             )
         losses.retain_grad()  # times N_k, the samples with a loss under task k: W_ik
         self.lower.zero_grad()
+        parameters = self._theta()  # those that forward() has not frozen
         loss.backward(inputs=parameters)
         reached = [p.grad for p in parameters if p.grad is not None]
         if not reached:
@@ -206,7 +207,7 @@ class Bilevel:
         derivatives = Derivatives(
             self.model,
             self.scheduler,
-            self._theta_in_order(),
+            self.lower_parameters(),
             self._phi(),
             train_batches,
             self.aux_weight,
@@ -218,6 +219,24 @@ class Bilevel:
             operators = self._operators(derivatives)
             gradient, solution = hypergradient(v, operators.hvp, operators.mixed, solver)
         return gradient, solution, dev_loss
+
+    def lower_parameters(self) -> list[Tensor]:
+        """Theta: what ``lower`` holds and trains, in the model's order, then what it does not name.
+
+        Without the scheduler's parameters. Raises ValueError: there are none.
+        """
+        learned = {id(p): p for p in self._theta()}
+        for p in self.scheduler.parameters():
+            learned.pop(id(p), None)
+        if any(p.is_complex() for p in learned.values()):
+            raise Unsupported(
+                "the lower level has complex parameters: hold them as real ones and use "
+                "torch.view_as_complex() in forward()"
+            )
+        named = [
+            p for p in unwrapped(self.model).parameters() if learned.pop(id(p), None) is not None
+        ]
+        return [*named, *learned.values()]
 
     def state_dict(self) -> dict[str, Any]:
         """The state of model, scheduler and both optimisers."""
@@ -233,7 +252,7 @@ class Bilevel:
         self.model.load_state_dict(state["model"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.lower.load_state_dict(state["lower"])
-        if self.upper:
+        if self.upper and state["upper"]:
             self.upper.load_state_dict(state["upper"])
 
     def _scheduled(self, batch):
@@ -269,7 +288,7 @@ class Bilevel:
 
     def _refuse_poisoned(self, batches):
         """ValueError where missing targets are why a hypergradient is not finite."""
-        with ModelFunction(self.model, self._theta_in_order()) as function:
+        with ModelFunction(self.model, self.lower_parameters()) as function:
             for batch in batches:
                 with function.evaluated(batch) as outputs:
                     if outputs.mask is None or not losses_are_finite(outputs).item():
@@ -286,7 +305,7 @@ class Bilevel:
 
     def _theta(self):
         """The parameters that the lower level learns. Raises ValueError: there are none."""
-        parameters = self._lower_parameters()
+        parameters = self._trainable()
         if not parameters:
             raise ValueError(
                 "nothing to train: all parameters that the lower optimiser holds are frozen "
@@ -294,27 +313,12 @@ class Bilevel:
             )
         return parameters
 
-    def _theta_in_order(self):
-        """``_theta`` in the model's order, then what it does not name; none of the scheduler's."""
-        learned = {id(p): p for p in self._theta()}
-        for p in self.scheduler.parameters():
-            learned.pop(id(p), None)
-        if any(p.is_complex() for p in learned.values()):
-            raise Unsupported(
-                "the lower level has complex parameters: hold them as real ones and use "
-                "torch.view_as_complex() in forward()"
-            )
-        named = [
-            p for p in unwrapped(self.model).parameters() if learned.pop(id(p), None) is not None
-        ]
-        return [*named, *learned.values()]
-
-    def _lower_parameters(self):
+    def _trainable(self):
         return [p for p in held(self.lower) if p.requires_grad]
 
     def _constants(self):
         """The scheduler's parameters that the lower level does not learn."""
-        below = set(map(id, self._lower_parameters()))
+        below = set(map(id, self._trainable()))
         return [p for p in self.scheduler.parameters() if id(p) not in below]
 
     def _check_mode(self):
@@ -325,3 +329,7 @@ class Bilevel:
                 "uses its running statistics; call model.train() first if that is not intended",
                 stacklevel=3,
             )
+
+
+def _of_one_process(tensors, batches):
+    return tensors

@@ -22,7 +22,7 @@ from auxilearn.hypernet import (
     standardise,
 )
 from auxilearn.implicit_diff import identity, preconditioned
-from auxilearn.optim import adam_scale, held, upper_adam
+from auxilearn.optim import adam_scale, upper_adam
 
 TARGET_SHARES = ("learned", "fixed", "free")
 
@@ -193,9 +193,7 @@ def fit_stable(
     scheduler = StableJoint(main_task, tasks, feature_dim).to(next(model.parameters()))
     solver = identity()
     if isinstance(lower, (torch.optim.Adam, torch.optim.AdamW)):
-        stepped = set(map(id, held(lower)))
-        theta = [p for p in model.parameters() if p.requires_grad and id(p) in stepped]
-        solver = preconditioned(solver, lambda: adam_scale(lower, theta))
+        solver = preconditioned(solver, lambda: adam_scale(lower, bilevel.lower_parameters()))
     upper = upper_adam(scheduler.parameters(), RECIPE["upper_lr"], UPPER_DECAY)
     bilevel = Bilevel(model, scheduler, lower, upper, solver=solver, aux_weight=aux_weight)
     best = _Best(model, validate)

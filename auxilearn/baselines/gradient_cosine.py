@@ -105,14 +105,7 @@ class GradientCosine(HyperNet):
         target = None
         for start in range(0, len(order), chunk):
             tasks = order[start : start + chunk]
-            some = torch.autograd.grad(
-                means,
-                leaves,
-                directions[tasks],
-                retain_graph=True,
-                allow_unused=True,
-                is_grads_batched=True,
-            )
+            some = _along_each(means, leaves, directions[tasks])
             some = [
                 leaf.new_zeros((len(tasks), *leaf.shape)) if g is None else g
                 for g, leaf in zip(some, leaves, strict=True)
@@ -125,3 +118,13 @@ class GradientCosine(HyperNet):
 
     def forward(self, losses, outputs=None, labels=None, data=None, *, mask=None):
         return (self.weights * masked_column_means(losses, mask)).sum()
+
+
+def _along_each(means, leaves, directions):
+    """Gradients (n, ...) of ``leaves``, for each of n ``directions``; None where none reaches."""
+    options = {"retain_graph": True, "allow_unused": True}
+    try:
+        return torch.autograd.grad(means, leaves, directions, is_grads_batched=True, **options)
+    except RuntimeError:  # vmap lacks some operators, and random numbers in checkpointed parts
+        rows = [torch.autograd.grad(means, leaves, one, **options) for one in directions]
+        return [None if g[0] is None else torch.stack(g) for g in zip(*rows, strict=True)]

@@ -7,6 +7,7 @@ attention written out (fused attention has neither a second nor a forward-mode d
 
 import contextlib
 import functools
+import math
 import re
 import sys
 import traceback
@@ -29,7 +30,8 @@ from auxilearn.second_order.operators import TWICE_DIFFERENTIABLE, Operators
 from auxilearn.second_order.state import GLOBAL_GENERATORS, State
 
 _reverse_only = weakref.WeakSet()  # models in which forward mode has failed
-_checked = weakref.WeakSet()  # models in which it has been held against a backward pass
+# model: the sets of parameters, by id, along which it has been held against a backward pass
+_checked = weakref.WeakKeyDictionary()
 
 
 class ModelFunction:
@@ -54,6 +56,7 @@ class ModelFunction:
                     "back after an upper step: pass the module that was scripted"
                 )
         self.theta = list(theta)
+        self._along = frozenset(map(id, self.theta))
         self._state = State(self.model, self.theta, GLOBAL_GENERATORS, *others)
         self._batches = {}  # by id: the batch and its state
 
@@ -70,12 +73,11 @@ class ModelFunction:
             state.restore()
 
     def _start(self, batch):
-        """Put the model and ``batch`` back."""
+        """Put the model and the batches back; the state of ``batch`` alone is kept."""
         self._state.restore()
-        if id(batch) in self._batches:
-            self._batches[id(batch)][1].restore()
-        else:
-            self._batches[id(batch)] = batch, State(batch)
+        for _, state in self._batches.values():
+            state.restore()
+        self._batches = {id(batch): self._batches.get(id(batch)) or (batch, State(batch))}
 
     @contextlib.contextmanager
     def evaluated(self, batch, table=TWICE_DIFFERENTIABLE):
@@ -105,14 +107,16 @@ class ModelFunction:
             result = self._by_forward_mode(vector, batch)
         except torch.OutOfMemoryError:
             raise
-        except (NotImplementedError, RuntimeError) as error:
+        except Exception as error:  # one of the model's own comes again from the backward passes
             reason = f"{without_derivative(error)} has no forward-mode derivative"
         if reason is None:
-            if self.model in _checked:
+            if self._is_checked():
                 return result
             put_back(states)
-            if self._agrees(*result, vector, batch):
-                _checked.add(self.model)
+            agrees = self._agrees(*result, vector, batch)
+            if agrees is not False:
+                if agrees:
+                    _checked.setdefault(self.model, set()).add(self._along)
                 return result
             reason = (
                 "the model's forward-mode derivative is not that of its backward pass (a hook that "
@@ -126,14 +130,22 @@ class ModelFunction:
         )
         return result
 
+    def _is_checked(self):
+        return self._along in _checked.get(self.model, ())
+
     def _by_forward_mode(self, vector, batch):
         _load_forward_mode()
         table = fast_batch_norm(SMALLEST_IN_FORWARD_MODE) | TWICE_DIFFERENTIABLE
         table[torch._C._set_grad_enabled] = _set_grad_enabled
-        operators = (Operators if self.model in _checked else _Precision)(table)
+        operators = (Operators if self._is_checked() else _Precision)(table)
         self._start(batch)
-        # Nothing requires a gradient, so no graph is recorded.
-        with frozen(self._state.parameters()), forward_ad.dual_level():
+        with (
+            # Nothing requires a gradient, so no graph is recorded.
+            frozen(self._state.parameters()),
+            # Graphs of the caller's may hold theta, whose values stay the same.
+            torch.autograd._unsafe_preserve_version_counter(tuple(self.theta)),
+            forward_ad.dual_level(),
+        ):
             with torch.no_grad():
                 for parameter, tangent in zip(self.theta, vector, strict=True):
                     parameter.copy_(forward_ad.make_dual(parameter.detach(), tangent))
@@ -141,8 +153,6 @@ class ModelFunction:
                 outputs = task_losses(self.model(batch))
             derivative = forward_ad.unpack_dual(outputs.losses).tangent
             entries = [None if e is None else forward_ad.unpack_dual(e).primal for e in outputs]
-        # Views of theta that the model holds look at its flags when it has been written into.
-        torch.autograd.graph.increment_version(self.theta)
         self._eps = getattr(operators, "eps", None)
         outputs = TaskLosses(*entries).detached()
         if derivative is None:  # no loss depends on theta
@@ -159,7 +169,10 @@ class ModelFunction:
         return outputs.detached(), derivative
 
     def _agrees(self, outputs, derivative, vector, batch):
-        """Whether <u, D> is <J^T u, vector>, for a u without meaning, up to rounding."""
+        """Whether <u, D> is <J^T u, vector>, for a u without meaning, up to rounding.
+
+        None: they are zero or not finite, which says nothing.
+        """
         u = torch.rand(derivative.shape, generator=torch.Generator().manual_seed(0), device="cpu")
         u = u.to(derivative)
         if outputs.mask is not None:
@@ -168,9 +181,12 @@ class ModelFunction:
             slopes = gradients([again.losses], self.theta, [u])
         found, expected = torch.sum(u * derivative), dot(slopes, vector)
         size = torch.linalg.vector_norm(derivative) + expected.abs()
-        tolerance = 3 * self._eps**0.5 * size + 50 * self._eps * norm(slopes) * norm(vector)
-        differs = (found - expected).abs() > tolerance  # not so where one is not finite
-        return not differs.item()
+        rounding = 5 * self._eps * norm(torch._foreach_mul(slopes, list(vector)))
+        tolerance = min(3 * self._eps**0.5, 0.1) * size + rounding
+        difference, size, tolerance = torch.stack([found - expected, size, tolerance]).tolist()
+        if not math.isfinite(difference) or size <= 2 * tolerance:
+            return None
+        return abs(difference) <= tolerance
 
 
 class _Precision(Operators):

@@ -124,8 +124,7 @@ class FastOperators:
                 self._kept = hvp
             return hvp(u)
 
-        with frozen(problem.phi):
-            return problem.training_mean(product)
+        return problem.training_mean(product)
 
     def _second_order(self, batch):
         """The product with one batch's H; it holds the graph of the gradient."""
@@ -139,7 +138,11 @@ class FastOperators:
 
     def _by_operators(self, batch, table):
         problem, convolution = self.problem, table.get(F.conv2d)
-        with second_derivatives("H u"), problem.evaluated(batch, table) as outputs:
+        with (
+            second_derivatives("H u"),
+            problem.evaluated(batch, table) as outputs,
+            frozen(problem.phi),
+        ):
             loss = problem.training_loss(outputs)
             refuse_once_differentiable(loss, "H u")
             if convolution:

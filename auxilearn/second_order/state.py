@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-# What every module has, and forward passes leave alone: flags and tables of hooks.
+# What every module has beside its state: flags and tables of hooks.
 _MACHINERY = vars(nn.Module()).keys() - {"_parameters", "_buffers", "_modules"}
 # What random's and numpy.random's own functions draw from.
 GLOBAL_GENERATORS = (random._inst, np.random.mtrand._rand)
@@ -42,11 +42,13 @@ class State:
         """Note the state of ``value``; the values to look at next."""
         if isinstance(value, torch.Tensor):
             if _is_plain(value):
-                self._tensors.append((value, value.data))
+                self._tensors.append((value, value.data, value.requires_grad))
             return ()
         if isinstance(value, nn.Module):
             attributes = vars(value)
             self._attributes.append((attributes, attributes.copy()))
+            hooks = [attributes.get(name) for name in _MACHINERY]
+            self._containers += [(h, _shallow(h)) for h in hooks if isinstance(h, dict)]
             return [v for name, v in attributes.items() if name not in _MACHINERY]
         if isinstance(value, (dict, list, set, collections.deque)):
             self._containers.append((value, _shallow(value)))
@@ -57,7 +59,7 @@ class State:
             self._arrays.append((value, value.copy()))
         elif isinstance(value, torch.Generator):
             self._generators.append((value.set_state, value.get_state()))
-        elif isinstance(value, random.Random):
+        elif isinstance(value, random.Random) and not isinstance(value, random.SystemRandom):
             self._generators.append((value.setstate, value.getstate()))
         elif isinstance(value, np.random.RandomState):
             self._generators.append((value.set_state, value.get_state()))
@@ -72,7 +74,7 @@ class State:
 
     def parameters(self):
         """The leaf tensors that require a gradient."""
-        return [tensor for tensor, _ in self._tensors if tensor.requires_grad]
+        return [tensor for tensor, _, flag in self._tensors if flag]
 
     def restore(self):
         for attributes, kept in self._attributes:
@@ -89,21 +91,26 @@ class State:
             torch._foreach_copy_(self._tensors_now(), self._kept)
 
     def _tensors_now(self):
-        """The memory of all tensors, to which they return if they have left it."""
-        for tensor, memory in self._tensors:
+        """The memory of all tensors, to which they return, with their shapes and flags."""
+        for tensor, memory, flag in self._tensors:
+            if tensor.grad_fn is not None and not tensor._is_view():
+                tensor.detach_()  # it was a leaf: the result of a graph was written into it
             if (
-                tensor.grad_fn is not None
-            ):  # it was a leaf: the result of a graph was written into it
-                tensor.detach_()
-            if tensor.data_ptr() != memory.data_ptr():
+                tensor.data_ptr() != memory.data_ptr()
+                or tensor.shape != memory.shape
+                or tensor.stride() != memory.stride()
+            ):
                 tensor.data = memory
-        return [memory for _, memory in self._tensors]
+            if tensor.requires_grad != flag and tensor.is_leaf:
+                tensor.requires_grad_(flag)
+        return [memory for _, memory, _ in self._tensors]
 
 
 def _is_plain(tensor):
     """Whether it can be written into: results of a graph are bound anew, not written into."""
     return (
         tensor.is_leaf
+        and not tensor.is_nested
         and tensor.layout is torch.strided
         and not tensor.is_meta
         and not tensor.is_inference()
@@ -112,7 +119,7 @@ def _is_plain(tensor):
 
 
 def _is_record(value):
-    return isinstance(value, types.SimpleNamespace) or (
+    return isinstance(value, (types.SimpleNamespace, collections.UserDict)) or (
         dataclasses.is_dataclass(value)
         and not isinstance(value, type)
         and hasattr(value, "__dict__")
@@ -126,7 +133,7 @@ def _shallow(container):
 def _refill(container, kept):
     """Give ``container`` the entries ``kept`` unless it has them."""
     if isinstance(container, dict):
-        same = container.keys() == kept.keys() and _are(container.values(), kept.values())
+        same = list(container) == list(kept) and _are(container.values(), kept.values())
         fill = container.update
     else:
         same = len(container) == len(kept) and _are(container, kept)
