@@ -1365,6 +1365,65 @@ def test_all_that_the_lower_optimiser_holds_counts():
     assert relative_error(found, expected) < 1e-8
 
 
+@pytest.mark.parametrize("before", ["losses of zero", "not finite", "other parameters"])
+@pytest.mark.filterwarnings("ignore:Full backward hook")
+def test_a_first_comparison_that_says_nothing_does_not_count(before):
+    model, scheduler = Regression(halved_gradients()), MonoJoint(0, K, D)
+    x, y = data(ROWS, 7)
+    dev = [data(ROWS, 5)]
+    first = {"losses of zero": (x, model.heads(model.body(x)).detach()), "not finite": (x, y / 0)}
+    both = levels(model, scheduler, neumann(ALPHA, TERMS))
+    if before == "other parameters":
+        lower = torch.optim.SGD(model.heads.parameters(), 0.1)
+        Bilevel(model, scheduler, lower, solver=identity()).hypergradient([(x, y)], dev)
+    else:
+        both.hypergradient([first[before]], dev)
+    torch.manual_seed(1)
+    with pytest.warns(UserWarning, match="two backward passes take its place"):
+        found, _, _ = both.hypergradient([(x, y)], dev)
+    torch.manual_seed(1)
+    ones = [torch.ones_like(p) for p in model.parameters()]
+    expected = by_hand(model, scheduler, [(x, y)], dev, TERMS, ones)
+    assert relative_error(found, expected) < 1e-8
+
+
+def test_graphs_that_are_open_meanwhile_stay_valid():
+    model, scheduler = Regression(perceptron()), MonoJoint(0, K, D)
+    both, train, dev = levels(model, scheduler, neumann(ALPHA, 1)), data(ROWS, 7), data(ROWS, 5)
+    loss = both.lower_loss(train)
+    expected = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+    both.hypergradient([train], [dev])
+    found = torch.autograd.grad(loss, list(model.parameters()))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+class Restless(nn.Module):
+    """Changes flags, hooks and shapes of its own, and the flag of its batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.heads, self.calls = perceptron(), nn.Linear(D, K), 0
+        self.register_buffer("bank", torch.ones(6, 2))
+
+    def forward(self, batch):
+        x, y = batch
+        self.calls += 1
+        self.body.requires_grad_(self.calls % 2 == 0)
+        self.body.register_forward_hook(lambda module, args, output: 1.1 * output)
+        self.bank.t_()
+        features = self.body(x.requires_grad_())
+        return TaskLosses((self.heads(features) - y).square(), features)
+
+
+def test_flags_hooks_and_shapes_are_put_back():
+    model, scheduler = Restless(), MonoJoint(0, K, D)
+    both, train, dev = levels(model, scheduler, neumann(ALPHA, 1)), data(ROWS, 7), data(ROWS, 5)
+    both.hypergradient([train, data(ROWS, 6)], [dev])
+    assert all(p.requires_grad for p in model.parameters())
+    assert not model.body._forward_hooks and model.calls == 0 and model.bank.shape == (6, 2)
+    assert not train[0].requires_grad and not dev[0].requires_grad
+
+
 def test_recurrent_layers_do_without_cudnn():
     """Its recurrent layers have no second derivative."""
     seen = []
