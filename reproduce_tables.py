@@ -380,7 +380,7 @@ def with_data(args, places):
 
 def own_data(dataset, split):
     """The name of data in CUB's layout that are not CUB; None for those of ``dataset``."""
-    is_cub = (len(split.class_names), len(split.labels)) == CUB_CLASSES_AND_IMAGES
+    is_cub = (split.target.classes, len(split.labels)) == CUB_CLASSES_AND_IMAGES
     return None if dataset != "cub" or is_cub else Path(split.data_root).resolve().name
 
 

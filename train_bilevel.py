@@ -6,7 +6,8 @@
 This script alternates lower-level task updates with upper-level implicit-gradient updates of the
 scheduler (auxilearn.hypernet.MonoJoint unless --method says otherwise). It writes
 RECORD_DIR/<full|semi|noisy>/EXP_NAME with config.json, metrics.jsonl, log.txt, best.pt and
-summary.json, and ends with the test accuracy of the checkpoint that was best in validation.
+summary.json, and ends with the test accuracy (of a real-valued target the test RMSE) of the
+checkpoint that was best in validation.
 """
 
 import dataclasses
@@ -51,7 +52,9 @@ def train(config):
                 return fit(run, record, ineffective(config, needs_dev))
             if ranks.first:
                 print(f"{record.directory} was finished before")
-                print(f"test accuracy: {summary['test_accuracy']:.4f}", flush=True)
+                metric = run.metric
+                value = metric.text(summary[f"test_{metric.name}"])
+                print(f"test {metric.words}: {value}", flush=True)
             return summary
         finally:
             record.close()
@@ -89,13 +92,13 @@ def fit(run, record, ineffective=()):
                 validate(run, state, step, valid)
             save_and_stop(run, state, step, stop)
     state.load_best()
-    accuracy = evaluate(model, run.evaluation_batches("test"), run.ranks)
-    summary = state.finish(accuracy)
+    value = evaluate(model, run.evaluation_batches("test"), run.metric, run.ranks)
+    summary = state.finish(value)
     script = os.path.relpath(Path(__file__).with_name("inspect_schedule.py"))
     plugin = ["--plugin", run.config.plugin] if run.config.plugin else []
     command = shlex.join(["python", script, str(record.directory), *plugin])
     state.progress.say(f"look at the schedule: {command}")
-    state.progress.say(f"test accuracy: {accuracy:.4f}")
+    state.progress.say(f"test {run.metric.words}: {run.metric.text(value)}")
     return summary
 
 
@@ -112,8 +115,8 @@ def lower_step(run, state, step, batches, dev_batches):
     if state.history and not fine_tuning:
         state.history.add(result)
     with torch.no_grad():
-        logits = bilevel.model.heads.target_logits(result.outputs.features)
-    window.add(result, logits)
+        outputs = bilevel.model.heads.target_logits(result.outputs.features)
+    window.add(result, outputs)
     window.lower_seconds += time.perf_counter() - clock
 
 
@@ -133,34 +136,38 @@ def upper_step(run, state, step, batches):
 
 
 def validate(run, state, step, batches):
-    """Validation accuracy at the end of an epoch; the best checkpoint is kept."""
+    """Validation at the end of an epoch; the best checkpoint is kept."""
     state.read()
     clock = time.perf_counter()
     model = run.bilevel.model
     run.ranks.same_as_first(list(model.buffers()))  # batch norm's statistics differ
-    accuracy = evaluate(model, batches, run.ranks)
-    if math.isnan(accuracy):
+    value = evaluate(model, batches, run.metric, run.ranks)
+    if math.isnan(value):
         raise state.diverged(step, "predictions on the validation set are not finite")
-    state.progress.epoch_row(step, accuracy, time.perf_counter() - clock)
-    state.keep_if_best(step, accuracy)
+    state.progress.epoch_row(step, value, time.perf_counter() - clock)
+    state.keep_if_best(step, value)
 
 
 @torch.inference_mode()
-def evaluate(model, batches, ranks):
-    """Share of images whose target class is predicted, over the ranks' streams of batches.
+def evaluate(model, batches, metric, ranks):
+    """The target task's metric on the samples that have its label, over the ranks' streams.
 
     NaN if any prediction is not finite. The model is in training mode afterwards.
     """
     model.eval()
-    hits, images = [], 0
+    points, samples = [], 0
     for batch in batches:
-        logits = model.predict(batch.images)
-        right = logits.argmax(dim=1) == batch.labels[:, 0]
-        hits.append(torch.where(torch.isfinite(logits).all(), right.sum(), math.nan))
-        images += len(batch.images)
+        outputs = model.predict(batch.inputs)
+        of_each = metric.points(outputs, batch.labels)
+        if batch.mask is None:
+            samples += len(batch.labels)
+        else:
+            of_each = of_each.masked_fill(~batch.mask[:, 0], 0)
+            samples += batch.mask[:, 0].sum()
+        points.append(torch.where(torch.isfinite(outputs).all(), of_each.sum(), math.nan))
     model.train()
-    hits, images = ranks.total(float(sum(hits)), images)
-    return hits / images
+    points, samples = ranks.total(float(sum(points)), float(samples))
+    return metric.value(points, samples)
 
 
 def save_and_stop(run, state, step, stop):

@@ -1,6 +1,7 @@
 """Files: written whole or not at all, read with one clear error, locked by one process."""
 
 import contextlib
+import hashlib
 import json
 import os
 import tempfile
@@ -26,6 +27,42 @@ def write_aside(path, write):
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
+
+
+def replace_together(folder, contents, last):
+    """Write ``contents``, {name: bytes}, into ``folder``; no file is ever half-written.
+
+    The old file ``last`` is removed first, and the new one put in place last: where it is there,
+    all are.
+    """
+    names = sorted(contents, key=lambda name: name == last)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as aside:
+        for name in names:
+            with (Path(aside) / name).open("wb") as file:
+                file.write(contents[name])
+                file.flush()
+                os.fsync(file.fileno())
+        (folder / last).unlink(missing_ok=True)
+        for name in names:
+            os.replace(Path(aside) / name, folder / name)
+
+
+def bytes_or_none(path):
+    return path.read_bytes() if path.is_file() else None
+
+
+def hash_file(path, algorithm="sha256", cure="put it back"):
+    """The hex digest of a file. Raises ``UserError`` if it can not be read."""
+    digest = hashlib.new(algorithm)
+    try:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing; {cure}") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    return digest.hexdigest()
 
 
 def read_json(path):

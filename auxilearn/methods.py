@@ -38,7 +38,7 @@ class Problem(NamedTuple):
     tasks: int  # K, the target included
     feature_dim: int  # d
     samples: int  # in the training set
-    classes: tuple[int, ...]  # of every task, K entries
+    classes: tuple[int | None, ...]  # of every task, K entries; None: a real number
     few_labels: bool = False  # whether most samples lack the target label (semi-supervised)
 
 

@@ -19,50 +19,63 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class Batch(NamedTuple):
-    """images (B, 3, H, W) uint8; labels (B, K) int64; sample_id (B,); mask (B, K) bool or None."""
+    """inputs: images (B, 3, H, W) uint8, or rows: (numbers (B, n) float32, codes (B, c) int64);
+    labels (B, K) int64, or float32 if a task is a real number; sample_id (B,); mask (B, K) bool or
+    None. Labels outside the mask are 0."""
 
-    images: torch.Tensor
+    inputs: torch.Tensor | tuple[torch.Tensor, torch.Tensor]
     labels: torch.Tensor
     sample_id: torch.Tensor
     mask: torch.Tensor | None = None
 
 
 class TaskHeads(nn.Module):
-    """All heads in one matrix product, and the losses of neighbours of equal width in one call.
+    """All heads in one matrix product, and the losses of neighbours of one kind in one call.
 
     Args:
         feature_dim: d.
-        class_counts: number of classes of every task, K entries; any mixture of widths.
+        class_counts: number of classes of every task, K entries, any mixture; None: a real number.
     """
 
     def __init__(self, feature_dim, class_counts):
         super().__init__()
         self.class_counts = list(class_counts)
-        self.linear = nn.Linear(feature_dim, sum(self.class_counts))
+        self.linear = nn.Linear(feature_dim, sum(map(_width, self.class_counts)))
         self.groups = [
-            (width, len(list(tasks))) for width, tasks in itertools.groupby(self.class_counts)
+            (classes, len(list(tasks))) for classes, tasks in itertools.groupby(self.class_counts)
         ]
 
     def target_logits(self, features):
-        """Logits of the target task alone, (B, C)."""
-        classes = self.class_counts[0]
-        return F.linear(features, self.linear.weight[:classes], self.linear.bias[:classes])
+        """Outputs of the target task alone: logits (B, C), or a standardised number (B, 1)."""
+        width = _width(self.class_counts[0])
+        return F.linear(features, self.linear.weight[:width], self.linear.bias[:width])
 
     def forward(self, features, labels):
-        """Unreduced cross entropies L (B, K) of ``labels`` (B, K).
+        """Unreduced losses L (B, K) of ``labels`` (B, K): cross entropies, or squared errors of
+        standardised numbers.
 
-        Labels of masked entries must be valid class numbers; their losses are the caller's to mask.
+        Labels of masked entries must be valid ones; their losses are the caller's to mask.
         """
-        logits = self.linear(features)  # (B, sum of class counts)
+        outputs = self.linear(features)  # (B, sum of widths)
         # Slices, not gathers: the backward pass of a gather is slow.
-        logits = logits.split([width * tasks for width, tasks in self.groups], dim=1)
+        widths = [_width(classes) * tasks for classes, tasks in self.groups]
         labels = labels.split([tasks for _, tasks in self.groups], dim=1)
         losses = []
-        for group, wanted, (width, _) in zip(logits, labels, self.groups, strict=True):
-            group = group.reshape(-1, width)
-            loss = F.cross_entropy(group, wanted.reshape(-1), reduction="none")
+        for group, wanted, (classes, _) in zip(
+            outputs.split(widths, dim=1), labels, self.groups, strict=True
+        ):
+            if classes is None:
+                losses.append((group - wanted).square())
+                continue
+            group, flat = group.reshape(-1, classes), wanted.reshape(-1).long()
+            loss = F.cross_entropy(group, flat, reduction="none")
             losses.append(loss.reshape(wanted.shape))
         return torch.cat(losses, dim=1)
+
+
+def _width(classes):
+    """How many outputs a task of so many classes has; None: a real number."""
+    return 1 if classes is None else classes
 
 
 class TaskModel(nn.Module):
@@ -86,18 +99,23 @@ class TaskModel(nn.Module):
             scaled = 255 * torch.tensor(values).reshape(1, 3, 1, 1)
             self.register_buffer(f"pixel_{name}", scaled, persistent=False)
 
-    def features(self, images):
-        """Features F (B, d) of uint8 images (B, 3, H, W); normalised here, on the device."""
-        images = (images - self.pixel_mean).div_(self.pixel_std)
+    def features(self, inputs):
+        """Features F (B, d) of the inputs of a ``Batch``; images are normalised here, on the
+        device."""
+        if isinstance(inputs, tuple):
+            return self._of_backbone(*inputs)
+        return self._of_backbone((inputs - self.pixel_mean).div_(self.pixel_std))
+
+    def _of_backbone(self, *inputs):
         if not self.bf16:
-            return self._checked(self.backbone(images))
+            return self._checked(self.backbone(*inputs))
         # torch.autocast does not see through torch.func, so the weights are cast by hand.
         weights = {
             name: weight.bfloat16() if name in self.cast else weight
             for name, weight in self.backbone.named_parameters()
         }
-        features = functional_call(self.backbone, weights, (images.bfloat16(),))
-        return self._checked(features).float()
+        inputs = tuple(i.bfloat16() if i.is_floating_point() else i for i in inputs)
+        return self._checked(functional_call(self.backbone, weights, inputs)).float()
 
     def _checked(self, features):
         wanted = self.heads.linear.in_features
@@ -109,13 +127,13 @@ class TaskModel(nn.Module):
         return features
 
     def forward(self, batch):
-        features = self.features(batch.images)
+        features = self.features(batch.inputs)
         losses = self.heads(features, batch.labels)
         return TaskLosses(losses, features, batch.sample_id, batch.mask, batch.labels)
 
-    def predict(self, images):
-        """Logits of the target task (B, C)."""
-        return self.heads.target_logits(self.features(images))
+    def predict(self, inputs):
+        """Outputs of the target task: logits (B, C), or a standardised number (B, 1)."""
+        return self.heads.target_logits(self.features(inputs))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -153,26 +171,30 @@ def _convolution(channels, width, kernel, stride):
 
 class Backbone(NamedTuple):
     """``build``: d -> module whose output is (B, d). ``smallest``: images with a shorter side are
-    shrunk to a single position, where batch norm cannot train on a batch of one image."""
+    shrunk to a single position, where batch norm cannot train on a batch of one image. ``rows``:
+    its inputs are rows; ``build`` takes (d, ``RowsShape``)."""
 
-    build: Callable[[int], nn.Module]
+    build: Callable[..., nn.Module]
     smallest: int = 1
+    rows: bool = False
 
 
 BACKBONES: dict[str, Backbone] = {}
 
 
-def register_backbone(name: str, *, smallest: int = 1) -> Callable:
+def register_backbone(name: str, *, smallest: int = 1, rows: bool = False) -> Callable:
     """A decorator that makes a builder, d -> module, the ``--backbone`` called ``name``.
 
     The module takes images (B, 3, H, W), normalised as for ImageNet, and returns features (B, d).
+    With ``rows`` the builder takes (d, ``auxilearn.data.contract.RowsShape``), and the module
+    numbers (B, n) float32 and codes (B, c) int64.
     Raises ValueError: the name is taken.
     """
     if name in BACKBONES:
         raise ValueError(f"there is a backbone {name!r} already: choose another name")
 
     def decorator(build):
-        BACKBONES[name] = Backbone(build, smallest)
+        BACKBONES[name] = Backbone(build, smallest, rows)
         return build
 
     return decorator
@@ -195,15 +217,18 @@ def resnet18(feature_dim):
     return nn.Sequential(resnet, nn.Linear(RESNET18_DIM, feature_dim), nn.ReLU())
 
 
-def build_backbone(name, feature_dim, pretrained=False, weights_path=None):
+def build_backbone(name, feature_dim, pretrained=False, weights_path=None, rows=None):
     """A backbone whose pooled output has ``feature_dim`` entries.
+
+    ``rows``: the ``RowsShape`` of the inputs, for a backbone that takes rows.
 
     ``pretrained`` loads ImageNet weights (resnet18 only), ``weights_path`` a file: a torchvision
     state dict, or a checkpoint of this project.
 
     Raises UserError: weights that cannot be had, or that belong to another architecture.
     """
-    backbone = BACKBONES[name].build(feature_dim)
+    shape = (rows,) if BACKBONES[name].rows else ()
+    backbone = BACKBONES[name].build(feature_dim, *shape)
     if weights_path:
         _load_backbone(backbone, weights_path, name)
     elif pretrained:

@@ -27,9 +27,10 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from auxilearn.data.cache import open_images  # noqa: E402
+from auxilearn.data.contract import Split  # noqa: E402
 from auxilearn.data.dataset import Stream, sample_set, shuffled  # noqa: E402
 from auxilearn.data.pixels import PackedImages, resized_side  # noqa: E402
-from auxilearn.data.split import Split  # noqa: E402
+from auxilearn.data.split import cub_tasks  # noqa: E402
 from auxilearn.data.views import PRODUCTS_UP_TO, Resizer, draw_views, largest_side  # noqa: E402
 
 WIDTH, HEIGHT = 500, 375
@@ -59,22 +60,32 @@ def as_split(root, names):
     """A split with all images in its training set, random labels and attributes."""
     rng = np.random.default_rng(0)
     return Split(
-        image_ids=names,
-        paths=names,
-        labels=rng.integers(CUB_CLASSES, size=len(names)),
-        attributes=rng.integers(2, size=(len(names), CUB_ATTRIBUTES), dtype=np.uint8),
+        **random_labels(rng, len(names), CUB_CLASSES, CUB_ATTRIBUTES),
+        mask=None,
         indices={"full_train": np.arange(len(names))},
-        class_names=[f"class_{number}" for number in range(CUB_CLASSES)],
-        attribute_names=[f"attribute_{number}" for number in range(CUB_ATTRIBUTES)],
-        attribute_roles=None,
+        ids=names,
         data_root=root,
         info={},
         fingerprint="",
+        paths=names,
+        image_folder=root and root / "images",
     )
 
 
+def random_labels(rng, images, classes, attributes):
+    """{"tasks", "labels"} of a ``Split`` of CUB's kind."""
+    labels = rng.integers(classes, size=images)
+    bits = rng.integers(2, size=(images, attributes), dtype=np.uint8)
+    class_names = [f"class_{number}" for number in range(classes)]
+    attribute_names = [f"attribute_{number}" for number in range(attributes)]
+    return {
+        "tasks": cub_tasks(class_names, attribute_names),
+        "labels": np.column_stack([labels, bits]),
+    }
+
+
 def stream_of(images, split, image_size, batch_size):
-    samples = sample_set(split, "full_train", 1 + CUB_ATTRIBUTES)
+    samples = sample_set(split, "full_train", split.tasks)
     order = shuffled(len(samples), batch_size, 5, "benchmark")
     options = {"augment": True, "seed": 5, "name": "benchmark"}
     return iter(Stream(images, samples, order, image_size, torch.device("cpu"), **options))

@@ -39,7 +39,7 @@ from auxilearn.tables.protocol import (  # noqa: E402
     rows,
     usual_rows,
 )
-from benchmarks.input_pipeline import as_split, write_images  # noqa: E402
+from benchmarks.input_pipeline import as_split, random_labels, write_images  # noqa: E402
 from benchmarks.side_by_side import say, table  # noqa: E402
 from benchmarks.sides import TERMS, Package, Plain, Workload  # noqa: E402
 from reproduce_tables import SEEDS  # noqa: E402
@@ -63,13 +63,12 @@ def cub_shaped(root, images, tasks):
     places, rng = np.arange(images), np.random.default_rng(0)
     full, (valid, test) = places[:train], np.array_split(places[train:], 2)
     dev, rest = full[:classes], full[classes:]
+    data = random_labels(rng, images, classes, tasks - 1)
+    data["labels"][:, 0] = places % classes
     return dataclasses.replace(
         as_split(root, names),
-        labels=places % classes,
-        attributes=rng.integers(2, size=(images, tasks - 1), dtype=np.uint8),
+        **data,
         indices={"full_train": full, "dev": dev, "rest_train": rest, "valid": valid, "test": test},
-        class_names=[f"class_{number}" for number in range(classes)],
-        attribute_names=[f"attribute_{number}" for number in range(tasks - 1)],
     )
 
 
@@ -211,7 +210,9 @@ def actions_of(run):
     return {
         "lower": lambda: run.bilevel.lower_step(next(lower), next(dev)),
         "upper": lambda: run.bilevel.upper_step(*next(upper)),
-        "epoch": lambda: train_bilevel.evaluate(model, run.evaluation_batches("valid"), run.ranks),
+        "epoch": lambda: train_bilevel.evaluate(
+            model, run.evaluation_batches("valid"), run.metric, run.ranks
+        ),
     }
 
 

@@ -34,7 +34,7 @@ from auxilearn.run.build import build, set_precision  # noqa: E402
 from auxilearn.run.command_line import given_settings  # noqa: E402
 from auxilearn.solvers import conjugate_gradient  # noqa: E402
 from benchmarks import plain  # noqa: E402
-from benchmarks.input_pipeline import as_split, write_images  # noqa: E402
+from benchmarks.input_pipeline import as_split, random_labels, write_images  # noqa: E402
 
 SOLVERS = ("neumann", "identity", "cg")
 TERMS = {"neumann": 3, "identity": 0}  # products of a Neumann series; plain has no cg
@@ -79,11 +79,8 @@ class Workload:
         train, dev = np.split(places, [TRAIN_BATCHES * self.batch])
         return dataclasses.replace(
             as_split(self.root, names),
-            labels=rng.integers(self.classes, size=len(names)),
-            attributes=rng.integers(2, size=(len(names), self.tasks - 1), dtype=np.uint8),
+            **random_labels(rng, len(names), self.classes, self.tasks - 1),
             indices={"full_train": places, "rest_train": train, "dev": dev, "valid": dev},
-            class_names=[f"class_{number}" for number in range(self.classes)],
-            attribute_names=[f"attribute_{number}" for number in range(self.tasks - 1)],
         )
 
     def initial_models(self, bf16=False):
@@ -156,8 +153,7 @@ class Plain(Side):
 
     def _dataset(self, split, positions, train):
         paths = [split.image_path(position) for position in positions]
-        labels = np.column_stack([split.labels, split.attributes])[positions]
-        return plain.PlainDataset(paths, labels, train, self.workload.image_size)
+        return plain.PlainDataset(paths, split.labels[positions], train, self.workload.image_size)
 
     def _views(self, split, positions):
         """The centre crops at ``positions`` and their labels, as one batch."""
@@ -252,7 +248,7 @@ class Package(Side):
 
     def _views(self, samples, size):
         """The centre crops of the first ``size`` samples, as one batch."""
-        images, pixels = self.run.images, self.workload.image_size
+        images, pixels = self.run.inputs, self.workload.image_size
         order = in_order(len(samples), size)
         options = {"augment": False, "seed": 0, "name": "benchmark"}
         return next(iter(Stream(images, samples, order, pixels, self.device, **options)))

@@ -34,7 +34,7 @@ def test_both_compute_the_same_numbers(workload):
     for name in ("train_batch", "dev_batch"):
         images, labels = getattr(plain, name)
         ours = getattr(package, name)
-        exact = (ours.images - model.pixel_mean) / model.pixel_std
+        exact = (ours.inputs - model.pixel_mean) / model.pixel_std
         torch.testing.assert_close(images, exact, rtol=0, atol=1e-5)
         assert torch.equal(labels, ours.labels)
         setattr(plain, name, (exact, labels))  # plain has them rounded to float32
@@ -226,11 +226,11 @@ def test_the_share_of_time_in_which_a_device_is_busy():
 def test_data_of_cubs_proportions(tmp_path):
     split = on_gpu.cub_shaped(tmp_path, images=300, tasks=4)
     sizes = {name: len(places) for name, places in split.indices.items()}
-    classes = len(split.class_names)
+    classes = split.target.classes
     assert sizes["full_train"] == 152 == sizes["rest_train"] + sizes["dev"]  # 5,994 of 11,788
     assert sizes["full_train"] + sizes["valid"] + sizes["test"] == 300
-    assert sorted(split.labels[split.indices["dev"]]) == list(range(classes))
-    assert split.attributes.shape == (300, 3)
+    assert sorted(split.labels[split.indices["dev"], 0]) == list(range(classes))
+    assert split.labels.shape == (300, 4)
     assert len(set(split.paths)) == 300
     assert all(split.image_path(position).exists() for position in (0, 299))
 

@@ -139,7 +139,7 @@ def test_windows_hold_the_boxes_whichever_the_source(split, directory):
 def test_batches_do_not_depend_on_the_source(split, directory, augment, products, monkeypatch):
     if not products:
         monkeypatch.setattr("auxilearn.data.dataset.PRODUCTS_UP_TO", 0)
-    samples = sample_set(split, "full_train", 4)
+    samples = sample_set(split, "full_train", split.tasks[:4])
 
     def batches(images):
         order = shuffled(len(samples), 6, 5, "lower")
@@ -151,18 +151,18 @@ def test_batches_do_not_depend_on_the_source(split, directory, augment, products
     found = {name: batches(images) for name, images in sources(split, directory).items()}
     for name, others in found.items():
         for one, other in zip(found["cache"], others, strict=True):
-            assert other.images.dtype == torch.uint8
-            assert torch.equal(one.images, other.images), name
+            assert other.inputs.dtype == torch.uint8
+            assert torch.equal(one.inputs, other.inputs), name
             assert torch.equal(one.labels, other.labels)
             assert torch.equal(one.sample_id, other.sample_id)
-            assert other.images.is_contiguous(memory_format=torch.channels_last)
+            assert other.inputs.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_threads_decode_one_batch_ahead(split):
     images = open_images(split, IMAGE_SIZE, "none", 2)
     loaded, decode = [], images.load
     images.load = lambda position: loaded.append(position) or decode(position)
-    samples = sample_set(split, "full_train", 1)
+    samples = sample_set(split, "full_train", split.tasks[:1])
     order = in_order(len(samples), 4)
     options = {"augment": False, "seed": 5, "name": "report"}
     stream = iter(Stream(images, samples, order, IMAGE_SIZE, torch.device("cpu"), **options))

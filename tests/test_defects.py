@@ -75,14 +75,14 @@ def test_row_1_upper_steps_of_a_run_see_every_class(tiny_run, monkeypatch):
 def test_row_1_the_released_behaviour_is_there_on_request(tiny_config, tiny_split):
     split = load_split(tiny_split)
     run = built(tiny_config(dev_batch_size=2, dev_batches="first"))
-    first = split.labels[split.indices["dev"][:2]].tolist()
+    first = split.labels[split.indices["dev"][:2], 0].tolist()
     assert development_classes(run, 6) == [first] * 6
 
 
 def test_row_1_development_images_are_not_augmented(tiny_config):
     run = built(tiny_config(dev_batch_size=4))
     one, other = development_batches(run, 2)
-    assert torch.equal(one.images[one.sample_id.argsort()], other.images[other.sample_id.argsort()])
+    assert torch.equal(one.inputs[one.sample_id.argsort()], other.inputs[other.sample_id.argsort()])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -102,11 +102,11 @@ def test_row_2_the_checkpoint_of_every_method_is_the_one_that_is_tested(
     again = built(tiny_config(method=method))
     again.bilevel.scheduler.load_state_dict(checkpoint["scheduler"])
     split = load_split(tiny_split)
-    images = [again.images.load(position) for position in split.indices["test"]]
+    images = [again.inputs.load(position) for position in split.indices["test"]]
     hits = 0
     with torch.no_grad():
         model.eval()
-        for image, label in zip(images, split.labels[split.indices["test"]], strict=True):
+        for image, label in zip(images, split.labels[split.indices["test"], 0], strict=True):
             top, left = (round((side - 16) / 2) for side in image.shape[:2])
             view = torch.tensor(image[top : top + 16, left : left + 16]).permute(2, 0, 1)
             hits += int(model.predict(view[None]).argmax()) == label

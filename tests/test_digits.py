@@ -172,7 +172,7 @@ def test_generate_on_the_command_line(tmp_path, monkeypatch, capsys):
     split = load_split("preprocess_data")
     sizes = {name: len(positions) for name, positions in split.indices.items()}
     assert sizes == {"full_train": 720, "dev": 10, "rest_train": 710, "valid": 538, "test": 539}
-    assert split.attribute_roles["has_parity::even"] == "informative"
+    assert split.roles["has_parity::even"] == "informative"
     assert split.data_root == tmp_path / "digits"
     data_preprocess.main(["--generate", "digits"])
     assert "already up to date" in capsys.readouterr().out

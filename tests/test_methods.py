@@ -322,7 +322,7 @@ def test_fine_tuning_is_adam_on_the_target_loss_of_the_development_set(tiny_conf
     model = built(tiny_config(**settings, dev_batch_size=4)).bilevel.model
     model.load_state_dict(start)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01, weight_decay=5e-4)
-    logits = model.train().heads.target_logits(model.features(batch.images))
+    logits = model.train().heads.target_logits(model.features(batch.inputs))
     F.cross_entropy(logits, batch.labels[:, 0]).backward()
     optimizer.step()
     gradients = {name: p.grad + 5e-4 * start[name] for name, p in model.named_parameters()}
@@ -333,7 +333,7 @@ def test_fine_tuning_is_adam_on_the_target_loss_of_the_development_set(tiny_conf
             assert rounding.sum() < 10
             mine, value = mine[~rounding], value[~rounding]
         torch.testing.assert_close(mine, value, rtol=1e-4, atol=1e-5)
-    clean = run.split.labels[run.split.indices["dev"]]
+    clean = run.split.labels[run.split.indices["dev"], 0]
     assert sorted(batch.labels[:, 0].tolist()) == sorted(clean.tolist())
 
 

@@ -15,6 +15,7 @@ from PIL import Image
 
 import data_preprocess
 from auxilearn.data import cub
+from auxilearn.data.contract import Task
 from auxilearn.data.split import SET_FILES, SPLIT_FILES, load_split
 from auxilearn.errors import UserError
 from tests.cub_shape import write_cub_shape
@@ -114,7 +115,7 @@ def test_the_genuine_counts(tmp_path, out):
     assert written["image_dictionary.json"] == expected["image_dictionary.json"]
     assert len(written["aux_set.json"]) == 200
     split = load_split(out)
-    assert split.attributes.shape == (600, 312) and split.labels.max() == 199
+    assert split.labels.shape == (600, 313) and split.labels[:, 0].max() == 199
 
 
 def test_odd_test_count_goes_to_test(tmp_path, out):
@@ -501,18 +502,20 @@ def test_load_split_agrees_with_the_text_files(root, out):
     prepare(root, out)
     split = load_split(out)
     expected, _ = expected_files(root)
-    assert split.image_ids == list(expected["image_dictionary.json"])
+    assert split.ids == list(expected["image_dictionary.json"])
     for i, (path, label, bits) in enumerate(expected["image_dictionary.json"].values()):
-        assert split.paths[i] == path and split.labels[i] == label
-        assert split.attributes[i].tolist() == bits
+        assert split.paths[i] == path
+        assert split.labels[i].tolist() == [label, *bits]
         assert split.image_path(i) == root / "images" / path
     written = read_json(out)
     for name, file in SET_FILES.items():
-        assert [split.image_ids[i] for i in split.indices[name]] == written[file]
+        assert [split.ids[i] for i in split.indices[name]] == written[file]
         assert split.indices[name].dtype == np.int64
-    assert split.labels.dtype == np.int64 and split.attributes.dtype == np.uint8
-    assert (split.class_names[4], split.attribute_names[0]) == ("005.Bird_5", "has_part_1::kind_1")
-    assert split.attribute_roles is None and split.data_root == root
+    assert split.labels.dtype == np.int64 and split.mask is None and split.rows is None
+    target, attribute = split.tasks[:2]
+    assert (target.name, target.classes, target.class_names[4]) == ("target", 10, "005.Bird_5")
+    assert attribute == Task("has_part_1::kind_1", 2, ("no", "yes"))
+    assert split.roles is None and split.data_root == root
     assert any(Image.open(split.image_path(i)).mode == "L" for i in range(10))
 
 

@@ -250,10 +250,10 @@ class Drift(HyperNet):
         self.rate, self.seen, self.batches = rate, 0.0, []
 
     def before_lower_step(self, model, batch, dev_batches, average):
-        own = torch.stack([dev.images.float().mean() for dev in dev_batches]).mean()
+        own = torch.stack([dev.inputs.float().mean() for dev in dev_batches]).mean()
         (own,) = average([own], dev_batches)
         self.seen += self.rate * (own.item() / 255 - self.seen)
-        self.batches = [len(dev.images) for dev in dev_batches]
+        self.batches = [len(dev.inputs) for dev in dev_batches]
 
     def scheduled_loss(self, losses, seen):
         return (losses * torch.nn.functional.softplus(self.logits + self.seen)).mean(0).sum()

@@ -404,15 +404,17 @@ def test_samples_csv_has_both_labels_and_what_the_checkpoint_makes_of_them(full_
     run, report, *_ = full_report
     config = from_record(json.loads((run / "config.json").read_text())["config"])
     split = load_split(data / "split")
-    samples = training_set(split, "rest_train", config.task_num, config.seed, corrupted_rate=0.5)
+    samples = training_set(
+        split, "rest_train", split.tasks[: config.task_num], config.seed, corrupted_rate=0.5
+    )
     rows = read_csv(report / "samples.csv")
     columns = ["id", "path", "label", "given_label", "weight", "loss", "prediction"]
     assert list(rows[0]) == columns
     positions = samples.positions.tolist()
-    assert [row["id"] for row in rows] == [split.image_ids[p] for p in positions]
+    assert [row["id"] for row in rows] == [split.ids[p] for p in positions]
     assert [row["path"] for row in rows] == [split.paths[p] for p in positions]
-    assert [int(row["label"]) for row in rows] == [split.labels[p] for p in positions]
-    assert [int(row["given_label"]) for row in rows] == samples.targets.tolist()
+    assert [int(row["label"]) for row in rows] == [split.labels[p, 0] for p in positions]
+    assert [int(row["given_label"]) for row in rows] == samples.labels[:, 0].tolist()
     assert any(row["label"] != row["given_label"] for row in rows)
 
     built = build(config, split)
@@ -425,7 +427,7 @@ def test_samples_csv_has_both_labels_and_what_the_checkpoint_makes_of_them(full_
     with torch.no_grad():
         outputs = model(batch)
         weights = scheduler.schedule(outputs.features, outputs.losses)
-        predicted = model.predict(batch.images).argmax(dim=1)
+        predicted = model.predict(batch.inputs).argmax(dim=1)
     column = lambda name: [float(row[name]) for row in rows]  # noqa: E731
     assert column("weight") == pytest.approx(weights[:, 0].tolist(), rel=1e-4)
     assert column("loss") == pytest.approx(outputs.losses[:, 0].tolist(), rel=1e-4)
@@ -438,7 +440,7 @@ def test_samples_csv_has_both_labels_and_what_the_checkpoint_makes_of_them(full_
     assert table["ids"].tolist() == [row["id"] for row in rows]
     tasks = read_csv(report / "tasks.csv")
     assert list(tasks[0])[:4] == ["name", "mean_weight", "spread", "task_factor"]
-    assert [row["name"] for row in tasks] == ["target", *split.attribute_names]
+    assert [row["name"] for row in tasks] == [task.name for task in split.tasks]
     assert table["task_names"].tolist() == [row["name"] for row in tasks]
     mean = [float(row["mean_weight"]) for row in tasks]
     assert mean == pytest.approx(weights.mean(dim=0).tolist(), rel=1e-4)

@@ -43,30 +43,30 @@ def positions_of(split, samples, chosen):
 @pytest.mark.parametrize("per_class", [1, 2, 4])
 @pytest.mark.parametrize("seed", [5, 6])
 def test_n_images_per_class_keep_their_label(per_class, seed, split):
-    samples = training_set(split, "rest_train", 5, seed, labeled_per_class=per_class)
-    chosen = split.labels[samples.positions[samples.labeled.numpy()]]
+    samples = training_set(split, "rest_train", split.tasks, seed, labeled_per_class=per_class)
+    chosen = split.labels[samples.positions[samples.mask[:, 0].numpy()], 0]
     assert np.bincount(chosen, minlength=4).tolist() == [per_class] * 4
-    plain = training_set(split, "rest_train", 5, seed)
-    assert torch.equal(samples.attributes, plain.attributes)
-    assert plain.labeled is None
+    plain = training_set(split, "rest_train", split.tasks, seed)
+    assert torch.equal(samples.labels[:, 1:], plain.labels[:, 1:])
+    assert samples.mask[:, 1:].all() and plain.mask is None
 
 
 def test_the_choice_is_the_same_for_every_method_and_follows_the_seed(split):
-    rest = training_set(split, "rest_train", 5, 5, labeled_per_class=2)
-    full = training_set(split, "full_train", 5, 5, labeled_per_class=2)
-    chosen = positions_of(split, rest, rest.labeled)
+    rest = training_set(split, "rest_train", split.tasks, 5, labeled_per_class=2)
+    full = training_set(split, "full_train", split.tasks, 5, labeled_per_class=2)
+    chosen = positions_of(split, rest, rest.mask[:, 0])
     dev = set(split.indices["dev"].tolist())
     # The development images' labels are known to every method: bilevel ones read them above.
-    assert positions_of(split, full, full.labeled) == chosen | dev
-    other = training_set(split, "rest_train", 5, 6, labeled_per_class=2)
-    assert positions_of(split, other, other.labeled) != chosen
+    assert positions_of(split, full, full.mask[:, 0]) == chosen | dev
+    other = training_set(split, "rest_train", split.tasks, 6, labeled_per_class=2)
+    assert positions_of(split, other, other.mask[:, 0]) != chosen
 
 
 def test_the_choice_is_random_within_a_class(split):
     counts = np.zeros(len(split.labels), dtype=int)
     for seed in range(200):
-        samples = training_set(split, "rest_train", 5, seed, labeled_per_class=1)
-        counts[samples.positions[samples.labeled.numpy()]] += 1
+        samples = training_set(split, "rest_train", split.tasks, seed, labeled_per_class=1)
+        counts[samples.positions[samples.mask[:, 0].numpy()]] += 1
     # 200 draws of one in four: 50 +- 6
     assert (np.abs(counts[split.indices["rest_train"]] - 50) < 30).all()
 
@@ -75,7 +75,7 @@ def test_the_mask_is_on_the_target_column_alone(tiny_config):
     run = built(tiny_config(labeled_per_class=2, train_batch_size=16))
     batch, ((upper,), (dev,)) = next(run.lower_batches(0)), next(run.upper_batches(0))
     assert batch.mask[:, 1:].all()
-    assert torch.equal(batch.mask[:, 0], run.train_set.labeled[batch.sample_id])
+    assert torch.equal(batch.mask[:, 0], run.train_set.mask[:, 0][batch.sample_id])
     assert batch.mask[:, 0].sum() == 8
     assert torch.equal(upper.mask.sum(dim=0), batch.mask.sum(dim=0))
     assert dev.mask is None and next(iter(run.evaluation_batches("valid"))).mask is None
@@ -101,18 +101,19 @@ def exchanged_masked_labels(split, same_choice):
 
     With ``same_choice`` the exchange is one after which the seed still chooses the same images.
     """
-    samples = training_set(split, "rest_train", 5, SEED, labeled_per_class=1)
-    masked = samples.positions[~samples.labeled.numpy()]
+    samples = training_set(split, "rest_train", split.tasks, SEED, labeled_per_class=1)
+    masked = samples.positions[~samples.mask[:, 0].numpy()]
     generator = np.random.default_rng(0)
     for _ in range(5000):
-        labels = split.labels.copy()
+        labels = split.labels[:, 0].copy()
         pairs = generator.permutation(masked)[:4].reshape(2, 2)
         labels[pairs] = labels[pairs[:, ::-1]]
-        if (labels[pairs] == split.labels[pairs]).any():
+        if (labels[pairs] == split.labels[pairs, 0]).any():
             continue
-        trial = dataclasses.replace(split, labels=labels)
-        again = training_set(trial, "rest_train", 5, SEED, labeled_per_class=1)
-        if not same_choice or torch.equal(again.labeled, samples.labeled):
+        exchanged = np.column_stack([labels, split.labels[:, 1:]])
+        trial = dataclasses.replace(split, labels=exchanged)
+        again = training_set(trial, "rest_train", trial.tasks, SEED, labeled_per_class=1)
+        if not same_choice or torch.equal(again.mask, samples.mask):
             return labels
     raise AssertionError("no exchange leaves the choice as it was")
 
@@ -154,7 +155,7 @@ def test_more_labels_than_a_class_has_names_the_class(tiny_split, tmp_path, comm
     flags = tiny_flags(split_dir=tiny_split, record_dir=tmp_path / "record")
     code, out, err = command(train_bilevel.main, *flags, "--labeled_per_class", "5")
     assert (code, out) == (2, "")
-    assert_one_error_line(err, "--labeled_per_class 5", split.class_names[0], "4")
+    assert_one_error_line(err, "--labeled_per_class 5", split.target.class_names[0], "4")
     assert not (tmp_path / "record").exists()
 
 
@@ -219,7 +220,7 @@ def test_only_target_labels_of_training_images_change(name, split):
 
 def test_corruption_leaves_the_split_alone(split):
     before = split.labels.copy()
-    training_set(split, "full_train", 5, 5, corrupted_rate=1.0)
+    training_set(split, "full_train", split.tasks, 5, corrupted_rate=1.0)
     assert np.array_equal(split.labels, before)
 
 

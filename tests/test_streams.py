@@ -38,10 +38,18 @@ def stream(split, images):
     """``stream(order, ...)`` of the training set."""
 
     def make(order, augment=True, images=images, device=CPU, name="lower", samples=None):
-        samples = samples or sample_set(split, "full_train", 5)
+        samples = samples or sample_set(split, "full_train", split.tasks)
         return Stream(images, samples, order, SIZE, device, augment=augment, seed=5, name=name)
 
     return make
+
+
+def partly_labeled(split, labeled):
+    """The training set, of which only the samples that are ``labeled`` (n,) have a target."""
+    samples = sample_set(split, "full_train", split.tasks)
+    mask = torch.ones(samples.labels.shape, dtype=torch.bool)
+    mask[:, 0] = labeled
+    return SampleSet(samples.positions, samples.labels * mask, mask)
 
 
 def take(iterator, count):
@@ -123,7 +131,7 @@ def test_a_view_depends_on_its_sample_and_pass_alone(stream):
     def views(order, batches):
         found = {}
         for batch in take(iter(stream(order)), batches):
-            found |= dict(zip(batch.sample_id.tolist(), batch.images, strict=True))
+            found |= dict(zip(batch.sample_id.tolist(), batch.inputs, strict=True))
         return found
 
     whole = views(shuffled(20, 6, 5, "lower"), 4)
@@ -140,12 +148,12 @@ def test_a_view_depends_on_its_sample_and_pass_alone(stream):
 
 def test_labels_and_what_is_behind_the_mask(stream, split):
     positions = split.indices["full_train"]
-    labels = np.column_stack([split.labels, split.attributes])[positions]
+    labels = split.labels[positions]
     for batch in stream(in_order(20, 6), augment=False):
         assert batch.mask is None
         assert batch.labels.tolist() == labels[batch.sample_id].tolist()
     labeled = torch.arange(20) % 3 == 0
-    samples = SampleSet(*sample_set(split, "full_train", 5)[:3], labeled)
+    samples = partly_labeled(split, labeled)
     labels[~labeled, 0] = 0
     for batch in stream(in_order(20, 6), augment=False, samples=samples):
         assert batch.labels.tolist() == labels[batch.sample_id].tolist()
@@ -161,14 +169,18 @@ def test_nothing_is_read_from_the_device(stream, split, images, masked, augment,
     What is in device memory stays there: a step moves nothing but windows from the host."""
     source = ResidentImages(images, META) if resident else images
     labeled = torch.arange(20) % 3 == 0 if masked else None
-    samples = SampleSet(*sample_set(split, "full_train", 5)[:3], labeled)
+    samples = (
+        sample_set(split, "full_train", split.tasks)
+        if labeled is None
+        else (partly_labeled(split, labeled))
+    )
     options = {"augment": augment, "images": source, "device": META, "samples": samples}
     iterator = iter(stream(shuffled(20, 6, 5, "lower"), **options))
     next(iterator)
     with Copies() as copies:
         batch = next(iterator)
     assert {tensor.device for tensor in batch if tensor is not None} == {META}
-    assert batch.images.shape == (6, 3, SIZE, SIZE)
+    assert batch.inputs.shape == (6, 3, SIZE, SIZE)
     assert len(copies.sizes) == (0 if resident else 1)
 
 

@@ -314,14 +314,14 @@ def test_settings_of_the_upper_level_do_not_move_the_lower_levels_data(change, t
     pairs = zip(base.lower_batches(0), changed.lower_batches(0), strict=False)
     for _, (one, other) in zip(range(5), pairs, strict=False):
         assert torch.equal(one.sample_id, other.sample_id)
-        assert torch.equal(one.images, other.images)
+        assert torch.equal(one.inputs, other.inputs)
 
 
 def test_augmentation_differs_between_passes_and_between_the_levels(tiny_config):
     run = built(tiny_config(train_batch_size=16))  # a pass is a batch
 
     def images_in_order(batch):
-        return batch.images[batch.sample_id.argsort()]
+        return batch.inputs[batch.sample_id.argsort()]
 
     lower, (upper, _) = run.lower_batches(0), next(run.upper_batches(0))
     first, second = images_in_order(next(lower)), images_in_order(next(lower))
@@ -363,9 +363,9 @@ class PlainTraining:
         self.head = copy.deepcopy(model.heads.linear)
         self.theta = [*self.backbone.parameters(), *self.head.parameters()]
         self.phi = {n: p.detach().clone() for n, p in scheduler.named_parameters()}
-        self.classes = len(run.split.class_names)
-        labeled = run.train_set.labeled
-        self.labeled = None if labeled is None else labeled.clone()
+        self.classes = run.split.target.classes
+        mask = run.train_set.mask
+        self.labeled = None if mask is None else mask[:, 0].clone()
         self.moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in self.theta]
         self.momentum = dict.fromkeys(self.phi, 0.0)
         self.steps = 0
@@ -376,7 +376,7 @@ class PlainTraining:
             (255 * torch.tensor(v)).double().reshape(1, 3, 1, 1)
             for v in (IMAGENET_MEAN, IMAGENET_STD)
         )
-        features = self.backbone((batch.images.double() - mean) / std)
+        features = self.backbone((batch.inputs.double() - mean) / std)
         logits = self.head(features)
         columns = []
         for task in range(batch.labels.shape[1]):

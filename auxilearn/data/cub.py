@@ -6,7 +6,6 @@ run can compare it.
 """
 
 import codecs
-import hashlib
 import os
 import re
 import shlex
@@ -18,7 +17,9 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from auxilearn.data.image_files import IMAGE_FORMATS, hash_images, image_size, in_rgb
 from auxilearn.errors import UserError
+from auxilearn.files import hash_file
 
 IMAGES = "images.txt"
 LABELS = "image_class_labels.txt"
@@ -32,9 +33,7 @@ REQUIRED_FILES = (IMAGES, LABELS, OFFICIAL_SPLIT, CLASSES, ATTRIBUTE_LABELS)
 _ARCHIVE = "unpack the archive again if this is CUB-200-2011"
 _REPAIR = f"correct it, or {_ARCHIVE}"
 _REPLACE = f"put it back, or {_ARCHIVE}"
-
-# Other formats of Pillow are programs (Ghostscript runs EPS) or exist on one system alone.
-IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
+_PUT_BACK = f"give --data_root, or {_REPLACE}"
 
 
 # ---------------------------------------------------------------------------------------------
@@ -89,7 +88,7 @@ def read_annotations(root):
     )
     check_training_images(annotations, needed=1, why="every class needs one")
     for line, path in images.values():
-        _image_size(root, path, f"{root / IMAGES}, line {line}: ")
+        image_size(root / "images", path, f"{root / IMAGES}, line {line}: ", _REPLACE)
     return annotations
 
 
@@ -346,24 +345,6 @@ def check_training_images(annotations, needed, why):
         )
 
 
-def _image_size(root, path, where=""):
-    """The byte size of an image file, which must be there and not empty."""
-    file = root / "images" / path
-    try:
-        size = file.stat().st_size
-    except (OSError, ValueError) as error:  # ValueError: a null byte, of a damaged file
-        reason = getattr(error, "strerror", None) or error
-        cure = _REPLACE
-        if "\\" in path and (root / "images" / path.replace("\\", "/")).exists():
-            cure = "folders are parted by / on every system: replace each \\ in the file by /"
-        elif os.path.islink(file):
-            cure = "it is a link that leads nowhere: fetch its content (dvc pull, git annex get)"
-        raise UserError(f"{where}cannot find image file {file}: {reason}; {cure}") from None
-    if size == 0:
-        raise UserError(f"{where}image file {file} is empty; {_REPLACE}")
-    return size
-
-
 def check_images(annotations, progress=True):
     """Decode every image in full. Raises ``UserError`` naming those that cannot be read."""
     bad = []
@@ -384,13 +365,6 @@ def check_images(annotations, progress=True):
         )
 
 
-def in_rgb(image):
-    """A Pillow image in RGB. ValueError: over 8 bits per channel, which RGB would clip to white."""
-    if image.mode.startswith(("I", "F")):
-        raise ValueError(f"more than 8 bits per channel, mode {image.mode}; expected 8")
-    return image.convert("RGB")
-
-
 # ---------------------------------------------------------------------------------------------
 # Recognising the input again
 # ---------------------------------------------------------------------------------------------
@@ -403,10 +377,10 @@ def fingerprint(root):
     that every run can afford it at its start.
     """
     root = Path(root)
-    files = {name: hash_file(root / name) for name in REQUIRED_FILES}
+    files = {name: hash_file(root / name, cure=_PUT_BACK) for name in REQUIRED_FILES}
     for name, file in ((ATTRIBUTES, _attributes_file(root)), (ROLES, root / ROLES)):
         if file is not None and file.is_file():
-            files[name] = hash_file(file)
+            files[name] = hash_file(file, cure=_PUT_BACK)
     return {
         "files": files,
         "images": _hash_images(root, [path for _, path in _read_images(root).values()]),
@@ -439,30 +413,13 @@ def check_image_files(root, paths, recorded, command):
 _IMAGES_DIFFER = "the set of image files (paths and byte sizes) differs"
 
 
+def _hash_images(root, paths):
+    return hash_images(root / "images", paths, _REPLACE)
+
+
 def _refuse_changes(changes, root, command):
     command = command or f"python data_preprocess.py --data_root {shlex.quote(str(root))}"
     raise UserError(
         f"data root {root} has changed since it was preprocessed: {', '.join(changes)}; "
         f"run {command} again"
     )
-
-
-def _hash_images(root, paths):
-    digest = hashlib.sha256()
-    for path in sorted(paths):
-        digest.update(f"{path}\t{_image_size(root, path)}\n".encode())
-    return digest.hexdigest()
-
-
-def hash_file(path, algorithm="sha256"):
-    """The hex digest of a file. Raises ``UserError`` if it can not be read."""
-    digest = hashlib.new(algorithm)
-    try:
-        with open(path, "rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing; give --data_root, or {_REPLACE}") from None
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    return digest.hexdigest()

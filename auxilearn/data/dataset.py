@@ -4,6 +4,7 @@ The order of a pass is a function of (seed, stream, pass), and so is the view of
 nothing depends on threads, on the cache, or on where a run was interrupted.
 """
 
+import dataclasses
 from functools import partial
 from typing import NamedTuple
 
@@ -30,73 +31,90 @@ from auxilearn.randomness import derived_generator
 class SampleSet(NamedTuple):
     """The samples of one set of the split, in its order, with n samples and K tasks.
 
-    positions (n,): places in the split's arrays. targets (n,) int64: target labels to train on.
-    attributes (n, K - 1) uint8. labeled (n,) bool: True if the target label may be used; None: all
-    may.
+    positions (n,): places in the split's arrays. labels (n, K): what to train on, int64, or float32
+    where a task is a real number (which is standardised). mask (n, K) bool: True where a label may
+    be used, None: everywhere. Labels outside the mask are 0.
     """
 
     positions: np.ndarray
-    targets: torch.Tensor
-    attributes: torch.Tensor
-    labeled: torch.Tensor | None = None
+    labels: torch.Tensor
+    mask: torch.Tensor | None = None
 
     def __len__(self):
         return len(self.positions)
 
-    def labels_on(self, device):
-        """(labels (n, K) int64, mask (n, K) bool or None) on ``device``.
-
-        A target label that may not be used is 0.
-        """
-        targets, mask = self.targets, None
-        if self.labeled is not None:
-            mask = torch.ones(len(self), 1 + self.attributes.shape[1], dtype=torch.bool)
-            mask[:, 0] = self.labeled
-            targets = targets.masked_fill(~self.labeled, 0)
-            mask = on_device(mask, device)
-        labels = torch.cat([targets[:, None], self.attributes.long()], dim=1)
-        return on_device(labels, device), mask
-
 
 def sample_set(split, name, tasks):
-    """The set ``name`` of the split with its own labels and its first ``tasks`` - 1 attributes."""
+    """The set ``name`` of the split with its own labels under its first tasks.
+
+    Args: ``tasks``: the first of ``split.tasks``, ``fitted`` if one of them is a real number.
+    """
     positions = split.indices[name]
-    return SampleSet(
-        positions,
-        torch.from_numpy(split.labels[positions]),
-        torch.from_numpy(split.attributes[positions][:, : tasks - 1]),
-    )
+    mask = None if split.mask is None else split.mask[positions, : len(tasks)]
+    return _samples(positions, split.labels[positions, : len(tasks)], mask, tasks)
+
+
+def _samples(positions, labels, mask, tasks):
+    """The ``SampleSet`` of labels (n, K) in their own units."""
+    if any(task.classes is None for task in tasks):
+        mean = np.array([task.mean for task in tasks])
+        std = np.array([task.std for task in tasks])
+        labels = ((labels - mean) / std).astype(np.float32)  # classes: less 0, by 1
+    if mask is not None:
+        labels = np.where(mask, labels, np.zeros((), labels.dtype))
+        mask = torch.from_numpy(mask)
+    return SampleSet(positions, torch.from_numpy(labels), mask)
+
+
+def fitted(split, count, seed=0, labeled_per_class=0):
+    """The first ``count`` tasks, with the mean and std of each real number.
+
+    They are those of the labels in full_train that a run may see: in the semi-supervised setting,
+    of the target labels that are kept. (Permuting labels, which corrupts them, changes neither.)
+    """
+    train = split.indices["full_train"]
+    tasks = []
+    for k, task in enumerate(split.tasks[:count]):
+        if task.classes is None:
+            seen = np.ones(len(train), bool) if split.mask is None else split.mask[train, k]
+            if k == 0 and labeled_per_class:
+                seen = seen & _labeled(split, seed, labeled_per_class)[train]
+            values = split.labels[train[seen], k]
+            if len(values):
+                std = float(values.std()) or 1.0  # of a constant
+                task = dataclasses.replace(task, mean=float(values.mean()), std=std)
+        tasks.append(task)
+    return tasks
 
 
 def training_set(split, name, tasks, seed, corrupted_rate=0.0, labeled_per_class=0):
     """The training set ``name`` (full_train or rest_train) under one of the paper's settings.
 
-    Corrupted labels (``corrupted_rate`` r > 0): each label is redrawn from (1 - r) I + r / C.
-    Semi-supervised (``labeled_per_class`` N > 0): N samples per class keep their target label. Both
-    draws are over the training images outside the development set, so they are the same whether a
-    method trains on rest_train or on full_train. The development images' labels are clean and known
-    to every method: in full_train they stay as they are.
+    Corrupted labels (``corrupted_rate`` r > 0): each class is redrawn from (1 - r) I + r / C; of
+    real numbers a share r is permuted. Semi-supervised (``labeled_per_class`` N > 0): N samples per
+    class keep their target label, or N in all of a target that is a real number. Both draws are
+    over the training samples outside the development set, so they are the same whether a method
+    trains on rest_train or on full_train. The development samples' labels are clean and known to
+    every method: in full_train they stay as they are.
 
-    Raises UserError: a class has fewer than N such images.
+    Raises UserError: there are fewer than N such samples.
     """
-    samples = sample_set(split, name, tasks)
-    rest = split.indices["rest_train"]
-    in_rest = np.isin(samples.positions, rest)
+    positions, count = split.indices[name], len(tasks)
+    labels = split.labels[positions, :count]
+    mask = None if split.mask is None else split.mask[positions, :count]
     if corrupted_rate:
-        classes = len(split.class_names)
-        labels = split.labels.copy()
-        labels[rest] = corrupt(
-            labels[rest], corrupted_rate, classes, derived_generator(seed, "corruption")
-        )
-        targets = torch.from_numpy(labels[samples.positions])
-        # _replace() counts a named tuple's fields with len(), which here counts samples.
-        samples = SampleSet(samples.positions, targets, samples.attributes)
+        rest = split.indices["rest_train"]
+        rest = rest[split.has_target[rest]]
+        generator, targets = derived_generator(seed, "corruption"), split.labels[:, 0].copy()
+        if split.target.classes is None:
+            targets[rest] = permute(targets[rest], corrupted_rate, generator)
+        else:
+            targets[rest] = corrupt(targets[rest], corrupted_rate, split.target.classes, generator)
+        labels[:, 0] = targets[positions]
     if labeled_per_class:
-        generator = derived_generator(seed, "labeled")
-        chosen = choose_labeled(split, rest, labeled_per_class, generator)
-        labeled = np.isin(samples.positions, chosen) | ~in_rest
-        samples = SampleSet(*samples[:3], torch.from_numpy(labeled))
-    return samples
+        mask = np.ones(labels.shape, bool) if mask is None else mask
+        mask[:, 0] &= _labeled(split, seed, labeled_per_class)[positions]
+    return _samples(positions, labels, mask, tasks)
 
 
 def corrupt(labels, rate, classes, generator):
@@ -106,20 +124,44 @@ def corrupt(labels, rate, classes, generator):
     return np.where(redrawn, generator.integers(classes, size=len(labels)), labels)
 
 
+def permute(labels, rate, generator):
+    """``labels`` (n,) of which each is, with probability ``rate``, among those that change places
+    at random; some may come back to their own."""
+    moved = np.flatnonzero(generator.random(len(labels)) < rate)
+    labels = labels.copy()
+    labels[moved] = labels[generator.permutation(moved)]
+    return labels
+
+
+def _labeled(split, seed, per_class):
+    """(N,) bool: the samples that keep their target label in the semi-supervised setting."""
+    rest = split.indices["rest_train"]
+    chosen = choose_labeled(split, rest, per_class, derived_generator(seed, "labeled"))
+    kept = np.ones(len(split.labels), bool)
+    kept[rest] = False
+    kept[chosen] = True
+    return kept
+
+
 def choose_labeled(split, positions, per_class, generator):
-    """``per_class`` randomly chosen entries of ``positions`` for every class.
+    """``per_class`` randomly chosen entries of ``positions`` for every class; of a target that is a
+    real number, so many in all.
 
     The classes are those at preprocessing, so later edits of masked labels do not change the
     choice.
     """
-    labels = split.preprocessed_labels[positions]
+    positions = positions[split.has_target[positions]]
+    groups = {"": positions}
+    if split.target.classes:
+        labels = split.preprocessed_targets[positions]
+        names = split.target.class_names
+        groups = {f"class {name}": positions[labels == k] for k, name in enumerate(names)}
     chosen = []
-    for number, name in enumerate(split.class_names):
-        members = positions[labels == number]
+    for name, members in groups.items():
         if len(members) < per_class:
             raise UserError(
-                f"--labeled_per_class {per_class} is more than class {name} has: "
-                f"{len(members)} training images outside the development set"
+                f"--labeled_per_class {per_class} is more than {name or 'the data'} has: "
+                f"{len(members)} labelled training samples outside the development set"
             )
         chosen.append(generator.choice(members, per_class, replace=False))
     return np.concatenate(chosen)
@@ -167,8 +209,54 @@ def _share(batch, rank, size):
     return batch[rank::size] if len(batch) >= size else batch
 
 
+def _passes(order, skip):
+    """(number, batches) of every pass of an order, without the first ``skip`` batches."""
+    number, done = divmod(skip, len(order(0))) if skip else (0, 0)
+    while batches := order(number)[done:]:
+        yield number, batches
+        number, done = number + 1, 0
+
+
+class _Labels:
+    """Labels and mask of a ``SampleSet``, on a device."""
+
+    def __init__(self, samples, device):
+        self.labels = on_device(samples.labels, device)
+        self.mask = None if samples.mask is None else on_device(samples.mask, device)
+
+    def batch(self, inputs, places):
+        """The ``Batch`` of the samples at ``places`` (B,), a tensor on the device."""
+        mask = None if self.mask is None else self.mask.index_select(0, places)
+        return Batch(inputs, self.labels.index_select(0, places), places, mask)
+
+
+class RowStream:
+    """Iterates over the ``Batch``es of a sample set whose inputs are rows; see ``Stream``.
+
+    Args: ``rows``: (numbers (N, n) float32, codes (N, c) int64) of the split, on ``device``.
+    """
+
+    def __init__(self, rows, samples, order, device):
+        self.rows, self.order, self.device = rows, order, device
+        self.positions = on_device(torch.from_numpy(samples.positions), device)
+        self.labels = _Labels(samples, device)
+
+    def __iter__(self):
+        return self.after(0)
+
+    def after(self, batches):
+        """An iterator that leaves out the first ``batches`` batches."""
+        for _, parts in _passes(self.order, batches):
+            # The places of the whole pass move at once: a step copies nothing.
+            every = on_device(torch.from_numpy(np.concatenate(parts)), self.device)
+            for places in every.split([len(part) for part in parts]):
+                positions = self.positions.index_select(0, places)
+                inputs = tuple(column.index_select(0, positions) for column in self.rows)
+                yield self.labels.batch(inputs, places)
+
+
 class Stream:
-    """Iterates over the ``Batch``es of a sample set, which are on ``device``.
+    """Iterates over the ``Batch``es of a sample set of images, which are on ``device``.
 
     Training views (``augment``) are random resized crops and flips, evaluation views are centre
     crops, both of ``image_size`` pixels a side. The device is never waited for.
@@ -187,7 +275,7 @@ class Stream:
         self.augment, self.seed, self.name = augment, seed, name
         self.positions = samples.positions
         self.shapes = images.shapes[samples.positions]
-        self.labels, self.mask = samples.labels_on(device)
+        self.labels = _Labels(samples, device)
         if augment:
             self.resizer = Resizer(image_size, largest_side(self.shapes), device)
 
@@ -199,17 +287,12 @@ class Stream:
         pinned = self.device.type == "cuda"
         for here, there, windows in self.images.windows(self._wanted(batches), pinned):
             windows = windows.to(self.device, non_blocking=True)
-            yield Batch(
-                self._views(windows, here.boxes, there.boxes),
-                self.labels.index_select(0, there.places),
-                there.places,
-                None if self.mask is None else self.mask.index_select(0, there.places),
-            )
+            views = self._views(windows, here.boxes, there.boxes)
+            yield self.labels.batch(views, there.places)
 
     def _wanted(self, skip):
         """Pairs of ``Wanted``, of the host and of the device, for every batch but ``skip``."""
-        number, done = divmod(skip, len(self.order(0))) if skip else (0, 0)
-        while batches := self.order(number)[done:]:
+        for number, batches in _passes(self.order, skip):
             places = np.concatenate(batches)
             here = Wanted(places, self.positions[places], self._boxes(number)[places])
             there = here.on(self.device)  # of the whole pass: a step copies nothing
@@ -217,7 +300,6 @@ class Stream:
             for batch in batches:
                 start, stop = stop, stop + len(batch)
                 yield here.part(start, stop), there.part(start, stop)
-            number, done = number + 1, 0
 
     def _boxes(self, number):
         """(n, 5), those of the set's images in a pass."""

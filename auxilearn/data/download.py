@@ -14,8 +14,9 @@ from urllib.request import Request, urlopen
 
 from tqdm import tqdm
 
-from auxilearn.data.cub import ATTRIBUTES, IMAGES, hash_file
+from auxilearn.data.cub import ATTRIBUTES, IMAGES
 from auxilearn.errors import UserError
+from auxilearn.files import hash_file
 
 CUB_URL = "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz"
 CUB_MD5 = "97eceeb196236b17998738112f37df78"

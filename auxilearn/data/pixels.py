@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from auxilearn.data.cub import IMAGE_FORMATS, in_rgb
+from auxilearn.data.image_files import IMAGE_FORMATS, in_rgb
 from auxilearn.errors import UserError
 
 RESIZE_RATIO = 256 / 224  # Resize(256) goes before every crop of 224

@@ -10,7 +10,6 @@ import os
 import shlex
 import shutil
 import sys
-import tempfile
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,6 +18,8 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
+from auxilearn.data.columns import is_columns, load_columns
+from auxilearn.data.contract import Split, Task
 from auxilearn.data.cub import (
     OFFICIAL_SPLIT,
     REQUIRED_FILES,
@@ -30,7 +31,7 @@ from auxilearn.data.cub import (
     shown,
 )
 from auxilearn.errors import UserError
-from auxilearn.files import locked, read_json
+from auxilearn.files import bytes_or_none, locked, read_json, replace_together
 
 DICTIONARY_FILE = "image_dictionary.json"
 SET_FILES = {
@@ -143,12 +144,12 @@ def write_split(split_dir, annotations, aux_shot=1, split_seed=5):
         info["attribute_roles"] = _read_roles(roles_file, annotations.attribute_names)
     contents[INFO_FILE] = _to_json(info)
     try:
-        if all(_bytes_or_none(split_dir / name) == data for name, data in contents.items()):
+        if all(bytes_or_none(split_dir / name) == data for name, data in contents.items()):
             return Written(info, changed=False, kept=[])
         split_dir.mkdir(parents=True, exist_ok=True)
         with locked(split_dir / ".lock"):
             kept = _keep_edited(split_dir, contents)
-            _replace_files(split_dir, contents)
+            replace_together(split_dir, contents, last=INFO_FILE)
     except OSError as error:
         raise UserError(
             f"cannot write to {error.filename or split_dir}: {error.strerror}; "
@@ -185,10 +186,6 @@ def _to_json(value):
     return (json.dumps(value, separators=(",", ":")) + "\n").encode()
 
 
-def _bytes_or_none(path):
-    return path.read_bytes() if path.is_file() else None
-
-
 def _keep_edited(split_dir, contents):
     """Copy the files that somebody edited: neither as recorded nor as about to be written."""
     recorded = {}  # without a usable record, whatever is there may be somebody's own work
@@ -196,7 +193,7 @@ def _keep_edited(split_dir, contents):
         recorded = json.loads((split_dir / INFO_FILE).read_bytes())["sha256"]
     kept = []
     for name in SPLIT_FILES:
-        data = _bytes_or_none(split_dir / name)
+        data = bytes_or_none(split_dir / name)
         if data is None or data == contents[name]:
             continue
         digest = hashlib.sha256(data).hexdigest()
@@ -206,19 +203,6 @@ def _keep_edited(split_dir, contents):
         shutil.copy2(split_dir / name, copy)
         kept.append(copy)
     return kept
-
-
-def _replace_files(split_dir, contents):
-    """Write ``contents`` (split_info.json last) so that no half-written file is ever in place."""
-    with tempfile.TemporaryDirectory(dir=split_dir, prefix=".writing-") as aside:
-        for name, data in contents.items():
-            with (Path(aside) / name).open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-        (split_dir / INFO_FILE).unlink(missing_ok=True)
-        for name in contents:
-            os.replace(Path(aside) / name, split_dir / name)
 
 
 def _read_roles(path, attribute_names):
@@ -241,37 +225,25 @@ def _read_roles(path, attribute_names):
 # ---------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, eq=False)
-class Split:
-    """A preprocessed data set, as training uses it. N images, C classes, A attributes."""
-
-    image_ids: list[str]  # N, in the order of image_dictionary.json
-    paths: list[str]  # N, relative to data_root/images
-    labels: np.ndarray  # (N,) int64, 0..C-1
-    attributes: np.ndarray  # (N, A) uint8, 0 or 1
-    indices: dict[str, np.ndarray]  # full_train, dev, rest_train, valid, test -> int64 positions
-    class_names: list[str]  # C
-    attribute_names: list[str]  # A
-    attribute_roles: dict[str, str] | None  # attribute name -> a word such as noise
-    data_root: Path
-    info: dict  # the content of split_info.json
-    fingerprint: str  # hex; covers the annotation files, the images and the six JSON files
-
-    @property
-    def preprocessed_labels(self):
-        """(N,) labels before anybody edited image_dictionary.json.
-
-        ``labels`` if images were added or removed since.
-        """
-        recorded = np.array(self.info.get("labels", []), dtype=np.int64)
-        return recorded if len(recorded) == len(self.labels) else self.labels
-
-    def image_path(self, i):
-        """The file of the i-th image."""
-        return self.data_root / "images" / self.paths[i]
+def cub_tasks(class_names, attribute_names):
+    """The tasks of a folder of CUB's layout: the class, then an attribute each."""
+    attributes = [Task(name, 2, ("no", "yes")) for name in attribute_names]
+    return [Task("target", len(class_names), tuple(class_names)), *attributes]
 
 
 def load_split(split_dir, data_root=None):
+    """The ``Split`` that ``data_preprocess.py`` wrote to ``split_dir``, of whatever kind.
+
+    ``data_root``: where the images are now, if they were moved. Raises ``UserError``: files are
+    missing, damaged or contradict each other, or the data have changed since.
+    """
+    split_dir = Path(split_dir)
+    if is_columns(split_dir):
+        return load_columns(split_dir, data_root)
+    return _load_cub(split_dir, data_root)
+
+
+def _load_cub(split_dir, data_root):
     """Load the files of ``write_split``, and check them against each other and against the data.
 
     ``data_root`` defaults to the recorded one. Raises ``UserError`` for a missing or unreadable
@@ -280,7 +252,6 @@ def load_split(split_dir, data_root=None):
     (if the data root has ``images/`` alone, only the images are compared). JSON files may be
     edited: a warning on stderr names them.
     """
-    split_dir = Path(split_dir)
     values, hashes = _read_split_files(split_dir)
     info = values[INFO_FILE]
     _check_info(split_dir / INFO_FILE, info)
@@ -290,21 +261,22 @@ def load_split(split_dir, data_root=None):
     sets = {name: values[file] for name, file in SET_FILES.items()}
     _check_sets(split_dir, sets, image_ids)
     position = {image_id: i for i, image_id in enumerate(image_ids)}
+    root = Path(info["data_root"] if data_root is None else data_root)
     split = Split(
-        image_ids=image_ids,
-        paths=paths,
-        labels=labels,
-        attributes=attributes,
+        tasks=cub_tasks(info["class_names"], info["attribute_names"]),
+        labels=np.column_stack([labels, attributes]),
+        mask=None,
         indices={
             name: np.array([position[image_id] for image_id in ids], dtype=np.int64)
             for name, ids in sets.items()
         },
-        class_names=info["class_names"],
-        attribute_names=info["attribute_names"],
-        attribute_roles=info.get("attribute_roles"),
-        data_root=Path(info["data_root"] if data_root is None else data_root),
+        ids=image_ids,
+        data_root=root,
         info=info,
         fingerprint=combined_fingerprint(info, hashes),
+        paths=paths,
+        image_folder=root / "images",
+        roles=info.get("attribute_roles"),
     )
     _check_classes(split_dir, split)
     edited = [name for name in SPLIT_FILES if hashes[name] != info["sha256"].get(name)]
@@ -410,12 +382,13 @@ def _check_sets(split_dir, sets, image_ids):
 
 def _check_classes(split_dir, split):
     for name in ("full_train", "rest_train"):
-        present = np.bincount(split.labels[split.indices[name]], minlength=len(split.class_names))
+        targets = split.labels[split.indices[name], 0]
+        present = np.bincount(targets, minlength=split.target.classes)
         absent = np.flatnonzero(present == 0)
         if len(absent):
             raise UserError(
                 f"{split_dir / SET_FILES[name]}: no image of class {absent[0]} "
-                f"({split.class_names[absent[0]]}); every class needs a training image"
+                f"({split.target.class_names[absent[0]]}); every class needs a training image"
             )
 
 

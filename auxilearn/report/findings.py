@@ -217,12 +217,13 @@ def _tasks_from_history(run):
 
 def _tasks(run, evaluation):
     table, split, samples = evaluation.table, evaluation.split, evaluation.samples
-    names = ["target", *split.attribute_names[: samples.attributes.shape[1]]]
+    names = [task.name for task in split.tasks[: samples.labels.shape[1]]]
     low, high = np.nanquantile(table.weights, (0.05, 0.95), axis=0)
     # The one place that knows that ``table.losses`` are raw: a_k turns them into scheduled ones.
     part = np.nanmean(table.weights * table.losses, axis=0) * run.loss_factors
-    roles = split.attribute_roles
-    information = class_information(samples.attributes.numpy(), split.labels[samples.positions])
+    roles = split.roles
+    attributes, targets = samples.labels[:, 1:].numpy(), split.labels[samples.positions, 0]
+    information = class_information(attributes, targets)
     columns = {
         "name": names,
         "mean_weight": np.nanmean(table.weights, axis=0),
@@ -245,10 +246,10 @@ def _samples(run, evaluation):
     loss = table.losses[:, 0].astype(float)
     return pd.DataFrame(
         {
-            "id": [split.image_ids[p] for p in positions],
+            "id": [split.ids[p] for p in positions],
             "path": [split.paths[p] for p in positions],
-            "label": split.labels[positions],
-            "given_label": pd.array(evaluation.samples.targets.numpy(), "Int64"),
+            "label": split.labels[positions, 0],
+            "given_label": pd.array(evaluation.samples.labels[:, 0].numpy(), "Int64"),
             "weight": table.weights[:, 0].astype(float) if run.method.bilevel else np.nan,
             "loss": loss,
             "prediction": table.prediction,

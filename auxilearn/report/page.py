@@ -93,12 +93,12 @@ def _card(findings, place, number, task=0):
     evaluation = findings.evaluation
     card = {"place": int(place), "number": number, "wrong": None}  # not known
     if task == 0:
-        sample, names = findings.labels.loc[place], evaluation.split.class_names
+        sample, names = findings.labels.loc[place], evaluation.split.target.class_names
         card |= {"given": names[sample.given_label], "predicted": names[sample.prediction]}
         if "wrong" in sample:
             card |= {"wrong": bool(sample.wrong), "truth": names[sample.label]}
         return card
-    label = int(evaluation.samples.attributes[place, task - 1])
+    label = int(evaluation.samples.labels[place, task])
     # Of two classes, the one whose cross entropy is under log 2 is predicted.
     right = evaluation.table.losses[place, task] < math.log(2)
     words = ("no", "yes")
@@ -134,7 +134,7 @@ def _label_rows(findings, thumbnails):
     first |= labels.loss.rank(ascending=False) <= TABLE_ROWS
     if findings.weighted:
         first |= labels.weight.rank() <= TABLE_ROWS
-    names = findings.evaluation.split.class_names
+    names = findings.evaluation.split.target.class_names
     return [
         row._asdict()
         | {

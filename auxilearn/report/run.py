@@ -10,8 +10,9 @@ import torch
 from tqdm import tqdm
 
 from auxilearn.data.cache import open_images
+from auxilearn.data.contract import Split
 from auxilearn.data.dataset import SampleSet, Stream, in_order
-from auxilearn.data.split import Split, load_split
+from auxilearn.data.split import load_split
 from auxilearn.errors import UserError
 from auxilearn.files import read_json, read_rows
 from auxilearn.methods import METHODS, Method

@@ -31,7 +31,7 @@ def write_tables(directory, findings):
         _write_csv(directory / TASKS_FILE, tasks.drop(columns=["low", "high"], errors="ignore"))
     if evaluation is None:
         return
-    names = evaluation.split.class_names
+    names = evaluation.split.target.class_names
     classes = pd.DataFrame({"class": range(len(names)), "name": names})
     _write_csv(directory / CLASSES_FILE, classes)
     _write_csv(directory / SAMPLES_FILE, findings.samples)

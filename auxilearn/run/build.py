@@ -8,20 +8,23 @@ import torch
 
 from auxilearn.bilevel import Bilevel
 from auxilearn.data.cache import open_images
+from auxilearn.data.contract import Split, Task
 from auxilearn.data.dataset import (
+    RowStream,
     SampleSet,
     Stream,
     first_batch,
+    fitted,
     in_order,
     sample_set,
     shuffled,
     training_set,
 )
-from auxilearn.data.pixels import near
-from auxilearn.data.split import Split
+from auxilearn.data.pixels import near, on_device
 from auxilearn.errors import UserError
 from auxilearn.implicit_diff import identity, neumann, preconditioned
 from auxilearn.methods import LOWER, METHODS, Method, Problem, load_plugin
+from auxilearn.metrics import metric_of
 from auxilearn.models import TaskModel, build_backbone
 from auxilearn.optim import adam_scale, upper_adam
 from auxilearn.randomness import derived_seed
@@ -94,17 +97,23 @@ class Run:
 
     config: Config  # resolved
     split: Split
+    tasks: list[Task]  # the K that are trained, fitted
     ranks: Ranks
     method: Method
     plan: Plan
     train_set: SampleSet
     bilevel: Bilevel
     fine_tuning: Bilevel | None
-    images: Any
+    inputs: Any  # a source of images, or rows, for ``stream``
 
     @property
     def device(self):
         return torch.device(self.config.device)
+
+    @property
+    def metric(self):
+        """The metric of the target task."""
+        return metric_of(self.tasks[0])
 
     @property
     def trained_on(self):
@@ -158,7 +167,7 @@ class Run:
         return self._stream(samples, order, name, augment=False)
 
     def _set(self, name):
-        return sample_set(self.split, name, self.config.task_num)
+        return sample_set(self.split, name, self.tasks)
 
     def _dev_stream(self, name):
         dev, size = self._set("dev"), self.config.dev_batch_size
@@ -173,16 +182,7 @@ class Run:
         return self._stream(samples, order, name, augment=augment)
 
     def _stream(self, samples, order, name, *, augment):
-        return Stream(
-            self.images,
-            samples,
-            order,
-            self.config.image_size,
-            self.device,
-            augment=augment,
-            seed=self.config.seed,
-            name=name,
-        )
+        return stream(self.config, self.inputs, samples, order, name, augment=augment)
 
 
 def build(config, split, ranks=None):
@@ -191,6 +191,7 @@ def build(config, split, ranks=None):
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     method = METHODS[config.method]
+    tasks = tasks_of(config, split)
     train_set = training_set_of(config, split)
     plan = Plan.of(config, len(train_set), len(split.indices["dev"]))
     model = build_model(config, split)
@@ -224,9 +225,27 @@ def build(config, split, ranks=None):
     if plan.passes:
         fresh = lower_optimizer(config, theta, config.main_lr / FINE_TUNING_DIVISOR)
         fine_tuning = Bilevel(model, TargetTask(0, config.task_num), fresh, average=average)
+    inputs = open_inputs(config, split)
+    return Run(config, split, tasks, ranks, method, plan, train_set, bilevel, fine_tuning, inputs)
+
+
+def open_inputs(config, split):
+    """The inputs of all samples, for ``stream``: a source of images, or rows on the device."""
+    device = torch.device(config.device)
+    if split.rows:
+        columns = split.rows.numbers, split.rows.codes
+        return tuple(on_device(torch.from_numpy(column), device) for column in columns)
     images = open_images(split, config.image_size, config.cache_dir, config.num_workers)
-    images = near(images, torch.device(config.device))
-    return Run(config, split, ranks, method, plan, train_set, bilevel, fine_tuning, images)
+    return near(images, device)
+
+
+def stream(config, inputs, samples, order, name, *, augment):
+    """The ``Batch``es of a ``SampleSet`` in this order; ``augment`` and ``name`` as ``Stream``."""
+    device = torch.device(config.device)
+    if isinstance(inputs, tuple):
+        return RowStream(inputs, samples, order, device)
+    options = {"augment": augment, "seed": config.seed, "name": name}
+    return Stream(inputs, samples, order, config.image_size, device, **options)
 
 
 def build_model(config, split, pretrained=True):
@@ -236,8 +255,9 @@ def build_model(config, split, pretrained=True):
     """
     set_precision(config.precision)
     torch.manual_seed(derived_seed(config.seed, "task model"))
-    weights = (config.backbone_pretrain, config.backbone_weights) if pretrained else ()
-    backbone = build_backbone(config.backbone, config.feature_dim, *weights)
+    weights = (config.backbone_pretrain, config.backbone_weights) if pretrained else (False, None)
+    rows = split.rows and split.rows.shape
+    backbone = build_backbone(config.backbone, config.feature_dim, *weights, rows)
     model = TaskModel(
         backbone, config.feature_dim, class_counts(config, split), bf16=config.precision == "bf16"
     )
@@ -269,8 +289,13 @@ def build_scheduler(config, split, samples):
 
 
 def class_counts(config, split):
-    """The number of classes of every task."""
-    return [len(split.class_names)] + [2] * (config.task_num - 1)
+    """The number of classes of every task; None: a real number."""
+    return [task.classes for task in split.tasks[: config.task_num]]
+
+
+def tasks_of(config, split):
+    """The tasks of a resolved ``Config``, fitted to the labels that its run may see."""
+    return fitted(split, config.task_num, config.seed, config.labeled_per_class)
 
 
 def training_set_of(config, split):
@@ -278,7 +303,7 @@ def training_set_of(config, split):
     return training_set(
         split,
         training_set_name(config),
-        config.task_num,
+        tasks_of(config, split),
         config.seed,
         corrupted_rate=config.effective_corrupted_rate,
         labeled_per_class=config.labeled_per_class,

@@ -57,15 +57,16 @@ class Config:
     )
     corrupted_rate: float = _setting(
         0.2,
-        "with --corrupted: probability that a label is redrawn uniformly over all classes",
+        "with --corrupted: probability that a label is redrawn uniformly over all classes, or, of "
+        "a target that is a real number, is among those that are permuted",
         aliases=("corupted_rate",),
         low=0,
         high=1,
     )
     labeled_per_class: int = _setting(
         0,
-        "semi-supervised (Table 3): this many random images per class keep their target label, "
-        "the others train the auxiliary tasks only; 0 is supervised",
+        "semi-supervised (Table 3): this many random samples per class (of a real number: in all) "
+        "keep their target label, the others train the auxiliary tasks only; 0 is supervised",
         low=0,
     )
     epochs: int = _setting(20, "passes over the training set", low=1)
@@ -123,7 +124,9 @@ class Config:
         neutral=True,
     )
     task_num: int | None = _setting(
-        None, "number of tasks K: the target and the first K - 1 attributes (default: all)", low=1
+        None,
+        "number of tasks K: the target and the first K - 1 auxiliary ones (default: all)",
+        low=1,
     )
     whether_aux: bool | None = _setting(None)
     image_size: int = _setting(
@@ -399,7 +402,7 @@ def resolve(config, split):
     """
     check(config)
     method = METHODS[config.method]
-    available = 1 + split.attributes.shape[1]
+    available = len(split.tasks)
     whether_aux = method.auxiliary if config.whether_aux is None else config.whether_aux
     if whether_aux and not method.auxiliary:
         raise UserError(f"--method {config.method} trains no auxiliary task: drop --whether_aux 1")
@@ -409,7 +412,7 @@ def resolve(config, split):
     if task_num > available:
         raise UserError(
             f"--task_num {task_num} is more than the data has: the target and {available - 1} "
-            f"attributes, so at most {available}"
+            f"auxiliary tasks, so at most {available}"
         )
     if task_num > 1 and not whether_aux:
         reason = "--whether_aux 0" if method.auxiliary else f"--method {config.method}"
@@ -431,8 +434,22 @@ def resolve(config, split):
         device=str(choose_device(config.device)),
     )
     check(resolved)  # a method's own defaults too
+    _check_backbone(resolved, split)
     _check_batch_norm(resolved, split)
     return resolved
+
+
+def _check_backbone(config, split):
+    """The backbone must take the inputs that the data has."""
+    has_rows = split.rows is not None
+    if BACKBONES[config.backbone].rows == has_rows:
+        return
+    fitting = [name for name, backbone in BACKBONES.items() if backbone.rows == has_rows]
+    kinds = ("rows of columns", "images") if has_rows else ("images", "rows of columns")
+    raise UserError(
+        f"--backbone {config.backbone} takes {kinds[1]}, but the samples of {config.split_dir} are "
+        f"{kinds[0]}: choose from {', '.join(fitting) or '--plugin FILE'}"
+    )
 
 
 def _check_batch_norm(config, split):

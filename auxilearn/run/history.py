@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from auxilearn.data.dataset import sample_set
 from auxilearn.run.record import SCHEDULE_FILE
 from auxilearn.weights import samples_with_loss
 
@@ -45,11 +46,11 @@ class ScheduleHistory:
     @classmethod
     def of_run(cls, directory, run):
         """The history of a ``Run`` that is recorded in ``directory``."""
-        samples, split = run.train_set, run.split
-        names = ["target", *split.attribute_names[: samples.attributes.shape[1]]]
-        wrong = samples.targets.numpy() != split.labels[samples.positions]
-        corrupted = run.config.effective_corrupted_rate > 0
-        return cls(Path(directory) / SCHEDULE_FILE, names, wrong if corrupted else None)
+        names, wrong = [task.name for task in run.tasks], None
+        if run.config.effective_corrupted_rate:
+            clean = sample_set(run.split, run.trained_on, run.tasks)
+            wrong = (run.train_set.labels[:, 0] != clean.labels[:, 0]).numpy()
+        return cls(Path(directory) / SCHEDULE_FILE, names, wrong)
 
     def _start(self):
         self.total = self.count = 0

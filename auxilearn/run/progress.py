@@ -23,7 +23,7 @@ class Progress:
     def __init__(self, run, record):
         self.run, self.record = run, record
         self.reported = []
-        self.window = Window()
+        self.window = Window(run.metric)
         self._bar = None
 
     def bar(self, done):
@@ -58,9 +58,10 @@ class Progress:
         """
         run, config, plan = self.run, self.run.config, self.run.plan
         others = f" and {run.ranks.size - 1} more" if run.ranks.size > 1 else ""
+        samples = "rows" if run.split.rows else "images"
         self.say(
             f"{config.method} ({run.method.title}), {config.setting} setting, "
-            f"{len(run.train_set)} images, {config.task_num} task{'s' * (config.task_num > 1)}, "
+            f"{len(run.train_set)} {samples}, {config.task_num} task{'s' * (config.task_num > 1)}, "
             f"on {run.device}{others}"
         )
         self.say(f"recording in {self.record.directory}")
@@ -94,7 +95,8 @@ class Progress:
         row = self.window.close(step, self.run.ranks)
         phase = {"phase": plan.phase(step), "epoch": plan.epoch(step)}
         self.record.metrics("step", **phase, **row)
-        self._bar.set_postfix(loss=f"{row['loss']:.3f}", accuracy=row["accuracy"])
+        name = self.run.metric.name
+        self._bar.set_postfix({"loss": f"{row['loss']:.3f}", name: row[name]})
 
     def upper_row(self, step, result, seconds):
         """Write the row of an upper step, and say if the series diverges."""
@@ -142,23 +144,23 @@ class Progress:
                 f"the target), which has {largest / sum(weights):.1%} of the mean weight",
             )
 
-    def epoch_row(self, step, accuracy, seconds):
-        plan = self.run.plan
+    def epoch_row(self, step, value, seconds):
+        """Write the row of an epoch's end; ``value``: of the metric in validation."""
+        plan, metric = self.run.plan, self.run.metric
         phase, epoch = plan.phase(step), plan.epoch(step)
         self.record.metrics(
             "epoch",
             phase=phase,
             epoch=epoch,
             step=step,
-            valid_accuracy=accuracy,
-            valid_seconds=seconds,
+            **{f"valid_{metric.name}": value, "valid_seconds": seconds},
         )
         name = (
             f"fine-tuning pass {epoch} of {plan.passes}"
             if phase == FINE_TUNING
             else (f"epoch {epoch}")
         )
-        self.say(f"{name}, step {step}: validation accuracy {accuracy:.4f}")
+        self.say(f"{name}, step {step}: validation {metric.words} {metric.text(value)}")
 
 
 def named(best):
@@ -171,28 +173,30 @@ class Window:
     """Means over the lower steps since the last row of metrics.
 
     ``add`` leaves the numbers of a step on the device, ``take`` counts them once they are read.
+    ``metric``: of the target task.
     """
 
-    def __init__(self, start=0):
+    def __init__(self, metric, start=0):
+        self.metric = metric
         self.start = start
         self.taken = start  # the step up to which numbers are counted
         self.loss = self.target_loss = self.aux_loss = 0.0
-        self.hits = self.known = self.labeled_steps = 0
+        self.points = self.known = self.labeled_steps = self.aux_steps = 0
         self.data_seconds = self.lower_seconds = 0.0
         self._waiting = []
 
     @torch.no_grad()
-    def add(self, step, logits):
-        """Take down a ``LowerStep``; ``logits`` (B, C) of the target task, after it."""
+    def add(self, step, outputs):
+        """Take down a ``LowerStep``; ``outputs`` (B, C) of the target task, after it."""
         losses, _, _, mask, labels = step.outputs
-        right = logits.argmax(dim=1) == labels[:, 0]
+        points = self.metric.points(outputs, labels)
         if mask is None:
             known, others = losses.new_full((), len(losses)), losses[:, 1:].mean()
         else:
-            right, known = right & mask[:, 0], mask[:, 0].sum()
+            points, known = points.masked_fill(~mask[:, 0], 0), mask[:, 0].sum()
             losses = losses.masked_fill(~mask, 0.0)
             others = losses[:, 1:].sum() / mask[:, 1:].sum()
-        numbers = step.loss, step.gradient_norm, losses[:, 0].sum(), others, right.sum(), known
+        numbers = step.loss, step.gradient_norm, losses[:, 0].sum(), others, points.sum(), known
         self._waiting.append(torch.stack([n.to(losses.dtype) for n in numbers]))
 
     def waiting(self):
@@ -206,7 +210,7 @@ class Window:
         Returns (step, loss, norm of its gradient) of the first step that is not finite, or None.
         """
         self._waiting.clear()
-        for loss, norm, target, others, hits, known in numbers:
+        for loss, norm, target, others, points, known in numbers:
             self.taken += 1
             if not math.isfinite(loss + norm):
                 return self.taken, loss, norm
@@ -214,14 +218,16 @@ class Window:
             if known:
                 self.target_loss += target / known
                 self.labeled_steps += 1
-            self.aux_loss += 0.0 if math.isnan(others) else others
-            self.hits += int(hits)
+            if not math.isnan(others):
+                self.aux_loss += others
+                self.aux_steps += 1
+            self.points += points
             self.known += int(known)
         return None
 
     def state(self):
         """What is counted, for a checkpoint."""
-        return {name: value for name, value in vars(self).items() if name != "_waiting"}
+        return {n: value for n, value in vars(self).items() if n not in ("metric", "_waiting")}
 
     def restore(self, state):
         """Go on from ``state()``."""
@@ -230,21 +236,28 @@ class Window:
     def close(self, step, ranks):
         """The row of the steps up to ``step``, all of them counted; starts over.
 
-        Losses and seconds are per step, the target's per step that had a label (None: there was
-        none); over several ranks, losses are the mean of theirs.
+        Losses and seconds are per step, those of the target and of the auxiliary tasks per step
+        that had a label (without any, None and 0); over several ranks, losses are the mean of
+        theirs.
         """
         steps = step - self.start
-        loss, target_loss, labeled_steps, aux_loss, hits, known = ranks.total(
-            self.loss, self.target_loss, self.labeled_steps, self.aux_loss, self.hits, self.known
+        loss, target_loss, labeled_steps, aux_loss, aux_steps, points, known = ranks.total(
+            self.loss,
+            self.target_loss,
+            self.labeled_steps,
+            self.aux_loss,
+            self.aux_steps,
+            self.points,
+            self.known,
         )
         row = {
             "step": step,
             "loss": loss / steps / ranks.size,
             "target_loss": target_loss / labeled_steps if labeled_steps else None,
-            "aux_loss": aux_loss / steps / ranks.size,
-            "accuracy": hits / known if known else None,
+            "aux_loss": aux_loss / max(aux_steps, 1),
+            self.metric.name: self.metric.value(points, known) if known else None,
             "data_seconds": self.data_seconds / steps,
             "lower_seconds": self.lower_seconds / steps,
         }
-        self.__init__(step)
+        self.__init__(self.metric, step)
         return row

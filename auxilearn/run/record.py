@@ -247,7 +247,7 @@ def description(run):
             "data_root": str(split.data_root),
             "split_seed": split.info["split_seed"],
             "aux_shot": split.info["aux_shot"],
-            "classes": len(split.class_names),
+            "classes": split.target.classes,
             "sets": {name: len(indices) for name, indices in split.indices.items()},
             "trained_on": run.trained_on,
         },

@@ -16,9 +16,9 @@ from auxilearn.run.record import START_FILE
 class State:
     """The state of a ``Run`` that is recorded in ``record``.
 
-    ``best``: where validation was best so far: phase, epoch, step, valid_accuracy and the hash of
-    the checkpoint; {} before the first epoch's end. ``history``: of the schedule, on the rank that
-    writes, or None.
+    ``best``: where validation was best so far: phase, epoch, step, valid_accuracy (or valid_rmse)
+    and the hash of the checkpoint; {} before the first epoch's end. ``history``: of the schedule,
+    on the rank that writes, or None.
     """
 
     def __init__(self, run, record):
@@ -99,9 +99,14 @@ class State:
         self._start -= state["seconds"]
         return state["step"]
 
-    def keep_if_best(self, step, accuracy):
-        """Keep the model and the scheduler if their validation accuracy is the best so far."""
-        if accuracy <= self.best.get("valid_accuracy", -1.0):
+    @property
+    def _valid(self):
+        return f"valid_{self.run.metric.name}"
+
+    def keep_if_best(self, step, value):
+        """Keep the model and the scheduler if ``value``, of the metric in validation, is the best
+        so far."""
+        if self.best and not self.run.metric.better(value, self.best[self._valid]):
             return
         self._check_finite(step)
         plan, bilevel = self.run.plan, self.run.bilevel
@@ -109,13 +114,14 @@ class State:
             "phase": plan.phase(step),
             "epoch": plan.epoch(step),
             "step": step,
-            "valid_accuracy": accuracy,
+            self._valid: value,
         }
         self.best["hash"] = self.record.save_best(
             {
                 "model": bilevel.model.state_dict(),
                 "scheduler": bilevel.scheduler.state_dict(),
                 "config": dataclasses.asdict(self.run.config),
+                "tasks": [dataclasses.asdict(task) for task in self.run.tasks],
                 **self.best,
             }
         )
@@ -151,12 +157,15 @@ class State:
         self.record.log(message)
         return DivergenceError(message)
 
-    def finish(self, test_accuracy):
-        """Write summary.json and say how it went. Returns the summary, a dict."""
-        config, best = self.run.config, self.best
+    def finish(self, test):
+        """Write summary.json and say how it went. Returns the summary, a dict.
+
+        ``test``: the metric's value on the test set.
+        """
+        config, best, metric = self.run.config, self.best, self.run.metric
         summary = {
-            "test_accuracy": test_accuracy,
-            "valid_accuracy": best["valid_accuracy"],
+            f"test_{metric.name}": test,
+            self._valid: best[self._valid],
             "best_phase": best["phase"],
             "best_epoch": best["epoch"],
             "best_step": best["step"],
@@ -171,7 +180,8 @@ class State:
             "fingerprint": self.run.split.fingerprint,
         }
         self.record.summarise(summary)
-        self.progress.say(f"best validation accuracy {best['valid_accuracy']:.4f} in {named(best)}")
+        value = metric.text(best[self._valid])
+        self.progress.say(f"best validation {metric.words} {value} in {named(best)}")
         return summary
 
 
