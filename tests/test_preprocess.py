@@ -513,7 +513,7 @@ def test_load_split_agrees_with_the_text_files(root, out):
         assert split.indices[name].dtype == np.int64
     assert split.labels.dtype == np.int64 and split.mask is None and split.rows is None
     target, attribute = split.tasks[:2]
-    assert (target.name, target.classes, target.class_names[4]) == ("target", 10, "005.Bird_5")
+    assert (target.name, target.classes, target.class_names[4]) == ("target", 5, "005.Bird_5")
     assert attribute == Task("has_part_1::kind_1", 2, ("no", "yes"))
     assert split.roles is None and split.data_root == root
     assert any(Image.open(split.image_path(i)).mode == "L" for i in range(10))

@@ -208,14 +208,15 @@ def test_corruption_leaves_its_input_alone():
 
 @pytest.mark.parametrize("name", ["rest_train", "full_train"])
 def test_only_target_labels_of_training_images_change(name, split):
-    clean = training_set(split, name, 5, 5)
-    samples = training_set(split, name, 5, 5, corrupted_rate=0.6)
-    assert torch.equal(samples.attributes, clean.attributes)
-    assert samples.labeled is None
-    changed = positions_of(split, samples, samples.targets != clean.targets)
+    clean = training_set(split, name, split.tasks, 5)
+    samples = training_set(split, name, split.tasks, 5, corrupted_rate=0.6)
+    assert torch.equal(samples.labels[:, 1:], clean.labels[:, 1:])
+    assert samples.mask is None
+    changed = positions_of(split, samples, samples.labels[:, 0] != clean.labels[:, 0])
     assert changed
     assert changed <= set(split.indices["rest_train"].tolist())
-    assert torch.equal(training_set(split, name, 5, 5, corrupted_rate=0.0).targets, clean.targets)
+    uncorrupted = training_set(split, name, split.tasks, 5, corrupted_rate=0.0)
+    assert torch.equal(uncorrupted.labels, clean.labels)
 
 
 def test_corruption_leaves_the_split_alone(split):
@@ -226,8 +227,8 @@ def test_corruption_leaves_the_split_alone(split):
 
 def test_the_labels_are_the_same_for_every_method_and_follow_the_seed(split):
     def labels(name, seed=5, rate=0.6):
-        samples = training_set(split, name, 5, seed, corrupted_rate=rate)
-        return dict(zip(samples.positions.tolist(), samples.targets.tolist(), strict=True))
+        samples = training_set(split, name, split.tasks, seed, corrupted_rate=rate)
+        return dict(zip(samples.positions.tolist(), samples.labels[:, 0].tolist(), strict=True))
 
     rest, full = labels("rest_train"), labels("full_train")
     assert {position: full[position] for position in rest} == rest
@@ -252,14 +253,17 @@ def test_labels_are_drawn_once_for_all_epochs_and_both_levels(tiny_config, split
     assert lower == labels(of_upper_level(0), 12)
     assert len(lower) == 16
     train = split.indices["rest_train"]
-    wrong = sum(lower[place][0] != split.labels[position] for place, position in enumerate(train))
+    labels = split.labels[train, 0].tolist()
+    wrong = sum(lower[place][0] != label for place, label in enumerate(labels))
+        lower[place][0] != split.labels[position, 0] for place, position in enumerate(train)
+    )
     assert 0 < wrong < 16
     for place, position in enumerate(train):
-        assert lower[place][1:] == split.attributes[position].tolist()
+        assert lower[place][1:] == split.labels[position, 1:].tolist()
     for name, stream in (("dev", of_upper_level(1)), ("valid", run.evaluation_batches("valid"))):
         positions = split.indices[name]
         for place, row in labels(stream, 2).items():
-            assert row[0] == split.labels[positions[place]]
+            assert row[0] == split.labels[positions[place], 0]
 
 
 @pytest.mark.parametrize("method", ["joint"])
@@ -313,8 +317,7 @@ def test_task_num_takes_the_target_and_the_first_attributes(tiny_config, split):
     batch = next(run.lower_batches(0))
     positions = run.train_set.positions[batch.sample_id]
     assert batch.labels.shape == (20, 3)
-    assert batch.labels[:, 0].tolist() == split.labels[positions].tolist()
-    assert batch.labels[:, 1:].tolist() == split.attributes[positions, :2].tolist()
+    assert batch.labels.tolist() == split.labels[positions, :3].tolist()
 
 
 @pytest.mark.parametrize(
