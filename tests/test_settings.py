@@ -253,10 +253,8 @@ def test_labels_are_drawn_once_for_all_epochs_and_both_levels(tiny_config, split
     assert lower == labels(of_upper_level(0), 12)
     assert len(lower) == 16
     train = split.indices["rest_train"]
-    labels = split.labels[train, 0].tolist()
-    wrong = sum(lower[place][0] != label for place, label in enumerate(labels))
-        lower[place][0] != split.labels[position, 0] for place, position in enumerate(train)
-    )
+    clean = split.labels[train, 0].tolist()
+    wrong = sum(lower[place][0] != label for place, label in enumerate(clean))
     assert 0 < wrong < 16
     for place, position in enumerate(train):
         assert lower[place][1:] == split.labels[position, 1:].tolist()
