@@ -1,11 +1,16 @@
-"""Divide a data set of CUB-200-2011's layout into the sets that training uses.
+"""Divide a data set into the sets that training uses.
 
+  python data_preprocess.py --table samples.csv --target species              rows of columns
+  python data_preprocess.py --table samples.csv --target species --images photos
+  python data_preprocess.py --images photos             one folder of images per class
   python data_preprocess.py --download                  fetch CUB-200-2011 (1.1 GB), divide it
-  python data_preprocess.py --data_root /data/CUB_200_2011
+  python data_preprocess.py --data_root /data/CUB_200_2011       any data of its layout
   python data_preprocess.py --generate mini             no download: a small drawn data set
   python data_preprocess.py --generate digits           no download: 1,797 scanned digits
 
-Written to --out_dir (see preprocess_data/README.md for the shapes):
+Of a table, what is guessed of every column (role, kind, values, missing) is printed to be checked;
+--kinds and the flags of roles correct it. Written to --out_dir is then tasks.json and a .npy file
+per column. Of data of CUB's layout (see preprocess_data/README.md for the shapes):
 
   image_dictionary.json   image id: [path, class, attribute bits]
   full_train_set.json     the official training images
@@ -20,9 +25,14 @@ unless the input or an option changed.
 """
 
 import argparse
+import shlex
+import sys
 from pathlib import Path
 
-from auxilearn.data import cub
+from auxilearn.data import cub, table
+from auxilearn.data.columns import write_columns
+from auxilearn.data.folder import folder_columns
+from auxilearn.data.image_files import check_images
 from auxilearn.data.split import combined_fingerprint, write_split
 from auxilearn.errors import Parser, UserError, run_script
 
@@ -43,22 +53,35 @@ def parse_arguments(argv=None):
         type=Path,
         default=Path("preprocess_data"),
         metavar="DIR",
-        help="where the JSON files go (default: %(default)s)",
+        help="where the files go (default: %(default)s)",
     )
     parser.add_argument(
         "--aux_shot",
         type=_integer_from(1),
-        default=1,
         metavar="N",
-        help="development images per class (default: %(default)s)",
+        help="development samples per class (default: 1)",
+    )
+    parser.add_argument(
+        "--dev_size",
+        type=_integer_from(1),
+        metavar="N",
+        help="with --table or --images: so many development samples in all (default, of a target "
+        "that is a number: a tenth of the training set, at most 200)",
+    )
+    parser.add_argument(
+        "--dev_from",
+        choices=("train", "valid"),
+        default="train",
+        help="the set that gives the development samples (default: %(default)s)",
     )
     parser.add_argument(
         "--split_seed",
         type=_integer_from(0),
         default=5,
         metavar="N",
-        help="seed of the division into validation and test set (default: %(default)s)",
+        help="seed of the division into sets (default: %(default)s)",
     )
+    add_table_flags(parser)
     source = parser.add_mutually_exclusive_group()
     source.add_argument(
         "--download",
@@ -78,9 +101,84 @@ def parse_arguments(argv=None):
         help="decode every image in full (default: see that each file is there and not empty)",
     )
     args = parser.parse_args(argv)
+    check_table_flags(args)
     if args.data_root is None:
         args.data_root = Path(DEFAULT_ROOTS[args.generate])
     return args
+
+
+# Flags that only a table has.
+OF_TABLES = ("target", "image_column", "auxiliary", "features", "ignore", "set_column", "kinds")
+
+
+def add_table_flags(parser):
+    group = parser.add_argument_group("own data: a table, images, or both")
+    group.add_argument(
+        "--table", type=Path, metavar="FILE", help="a row per sample under a line of column names"
+    )
+    group.add_argument(
+        "--images",
+        type=Path,
+        metavar="DIR",
+        help="the images of the table's rows; without --table, one folder of images per class",
+    )
+    group.add_argument(
+        "--target",
+        metavar="COLUMN",
+        help="the target task (default, with --images: the folder that an image is in)",
+    )
+    columns = {
+        "auxiliary": "auxiliary tasks (with --images, all columns that are not named)",
+        "features": "inputs (without --images, all columns that are not named)",
+        "ignore": "not used",
+    }
+    for name, text in columns.items():
+        group.add_argument(f"--{name}", nargs="+", default=[], metavar="COLUMN", help=text)
+    group.add_argument(
+        "--image_column",
+        metavar="COLUMN",
+        help="paths of images below --images (default: the first column that begins with one)",
+    )
+    group.add_argument(
+        "--set_column",
+        metavar="COLUMN",
+        help="train, valid, test or dev of every row (default: a tenth of each class is drawn for "
+        "validation, a tenth for the test; without valid, half of the test rows are)",
+    )
+    group.add_argument(
+        "--kinds",
+        nargs="+",
+        type=_kind,
+        default=[],
+        metavar="COLUMN=KIND",
+        help="number or classes, where the guess is wrong",
+    )
+
+
+def check_table_flags(args):
+    """Raises UserError: flags that do not go together."""
+    own = args.table or args.images
+    for name in OF_TABLES:
+        if getattr(args, name) and not args.table:
+            raise UserError(f"--{name} is about the columns of a table: give --table FILE")
+    if args.image_column and not args.images:
+        raise UserError("--image_column needs --images, the folder that its paths start from")
+    if args.table and not args.target and not args.images:
+        raise UserError("--table needs --target COLUMN, what is to be predicted")
+    if args.dev_size and not own:
+        raise UserError("--dev_size is for --table and --images: give --aux_shot")
+    if args.dev_size and args.aux_shot:
+        raise UserError("--dev_size and --aux_shot exclude each other")
+    for name in ("data_root", "download", "generate"):
+        if own and getattr(args, name):
+            raise UserError(f"--{name} is not for --table and --images: leave it out")
+
+
+def _kind(text):
+    name, _, kind = text.rpartition("=")
+    if not name or kind not in (table.NUMBER, table.CLASSES):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected COLUMN=number or COLUMN=classes")
+    return name, kind
 
 
 def _integer_from(least):
@@ -98,6 +196,8 @@ def _integer_from(least):
 
 def main(argv=None):
     args = parse_arguments(argv)
+    if args.table or args.images:
+        return prepare_own(args, sys.argv[1:] if argv is None else argv)
     if args.download:
         download(args.data_root)
     if args.generate:
@@ -105,8 +205,74 @@ def main(argv=None):
     annotations = cub.read_annotations(args.data_root)
     if args.check_images:
         cub.check_images(annotations)
-    written = write_split(args.out_dir, annotations, args.aux_shot, args.split_seed)
+    aux_shot = args.aux_shot or 1
+    written = write_split(args.out_dir, annotations, aux_shot, args.split_seed, args.dev_from)
     print_summary(args.out_dir, written)
+    return None
+
+
+def prepare_own(args, words):
+    """Prepare a table, a folder of images, or both. ``words``: the command line."""
+    division = {
+        "aux_shot": args.aux_shot,
+        "dev_size": args.dev_size,
+        "dev_from": args.dev_from,
+        "seed": args.split_seed,
+    }
+    if args.table:
+        columns = read_own_table(args, division)
+    else:
+        columns = folder_columns(args.images, **division)
+    if args.check_images and columns.paths:
+        check_images(columns.root, columns.paths)
+    info, changed = write_columns(
+        args.out_dir,
+        columns,
+        split_seed=args.split_seed,
+        aux_shot=args.aux_shot,
+        dev_size=args.dev_size,
+        dev_from=args.dev_from,
+        command=shlex.join(["python", "data_preprocess.py", *map(str, words)]),
+    )
+    counts, target = info["counts"], columns.tasks[0]
+    kind = f"{target.classes} classes" if target.classes else "a number"
+    what = "images" if columns.paths else f"rows of {counts['features']} features"
+    print(f"data set     {args.table or args.images}: {counts['samples']:,} {what}")
+    print(f"target       {target.name}, {kind}; {counts['tasks'] - 1} auxiliary tasks")
+    print_sets(counts, info)
+    print(f"{'written to' if changed else 'already up to date:'} {args.out_dir}")
+
+
+def read_own_table(args, division):
+    """The ``Columns`` of --table; prints what is guessed of its columns."""
+    found = table.read_table(args.table)
+    other = {}
+    image_column = args.image_column
+    if args.images:
+        image_column = image_column or table.image_column_of(found, args.images)
+        other[found.column(image_column, "--image_column").name] = "path of the image"
+    if args.set_column:
+        other[found.column(args.set_column, "--set_column").name] = "name of the set"
+    choices = table.choose(
+        found,
+        target=args.target,
+        images=bool(args.images),
+        auxiliary=args.auxiliary,
+        features=args.features,
+        ignore=args.ignore,
+        other=other,
+        kinds=dict(args.kinds),
+    )
+    print("\n".join(table.described(choices)))
+    print("(wrong? --kinds COLUMN=number or classes; --auxiliary, --features, --ignore COLUMN)\n")
+    return table.table_columns(
+        found,
+        choices,
+        images=args.images,
+        image_column=image_column,
+        set_column=args.set_column,
+        **division,
+    )
 
 
 def download(root):
@@ -157,16 +323,21 @@ def print_summary(out_dir, written):
         f"             {counts['images']:,} images, {counts['classes']:,} classes, "
         f"{counts['attributes']:,} attributes"
     )
+    print_sets(counts, info)
+    print(f"fingerprint  {combined_fingerprint(info)[:12]}")
+    print(f"{'written to' if written.changed else 'already up to date:'} {out_dir}")
+
+
+def print_sets(counts, info):
+    per_class = f" ({info['aux_shot']} per class)" if info["aux_shot"] else ""
     print(
         f"training     {counts['full_train']:,} = {counts['rest_train']:,} + {counts['dev']:,} "
-        f"for development ({info['aux_shot']} per class)"
+        f"for development{per_class}"
     )
     print(
         f"testing      {counts['valid']:,} for validation, {counts['test']:,} for the test "
         f"(seed {info['split_seed']})"
     )
-    print(f"fingerprint  {combined_fingerprint(info)[:12]}")
-    print(f"{'written to' if written.changed else 'already up to date:'} {out_dir}")
 
 
 if __name__ == "__main__":

@@ -231,7 +231,7 @@ class Package(Side):
             "cg": conjugate_gradient(damping=1.0, iterations=10),
         }
         self.train_batch = self._views(self.run.train_set, workload.batch)
-        self.dev_batch = self._views(sample_set(split, "dev", workload.tasks), workload.dev_batch)
+        self.dev_batch = self._views(sample_set(split, "dev", split.tasks), workload.dev_batch)
         batches = self.run.lower_batches(after=0)
         self.actions = {"data": lambda: next(batches), "lower": self.lower}
         for solver in SOLVERS:

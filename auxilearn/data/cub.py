@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import numpy as np
-from PIL import Image
-from tqdm import tqdm
 
-from auxilearn.data.image_files import IMAGE_FORMATS, hash_images, image_size, in_rgb
+from auxilearn.data import image_files
+from auxilearn.data.image_files import hash_images, image_size
 from auxilearn.errors import UserError
 from auxilearn.files import hash_file
 
@@ -347,22 +346,7 @@ def check_training_images(annotations, needed, why):
 
 def check_images(annotations, progress=True):
     """Decode every image in full. Raises ``UserError`` naming those that cannot be read."""
-    bad = []
-    for path in tqdm(
-        annotations.paths, "decoding images", unit="image", disable=not progress or None
-    ):
-        file = annotations.root / "images" / path
-        try:
-            with Image.open(file, formats=IMAGE_FORMATS) as image:
-                in_rgb(image)
-        except Exception as error:  # Pillow's decoders raise many kinds on damaged files
-            bad.append(f"{file} ({error})")
-    if bad:
-        more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
-        raise UserError(
-            f"{len(bad)} of {len(annotations.paths)} images cannot be decoded: "
-            f"{', '.join(bad[:3])}{more}; replace them, or {_ARCHIVE}"
-        )
+    image_files.check_images(annotations.root / "images", annotations.paths, _REPLACE, progress)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -3,6 +3,9 @@
 import hashlib
 import os
 
+from PIL import Image
+from tqdm import tqdm
+
 from auxilearn.errors import UserError
 
 # Other formats of Pillow are programs (Ghostscript runs EPS) or exist on one system alone.
@@ -42,3 +45,21 @@ def hash_images(folder, paths, cure="put it back"):
     for path in sorted(paths):
         digest.update(f"{path}\t{image_size(folder, path, cure=cure)}\n".encode())
     return digest.hexdigest()
+
+
+def check_images(folder, paths, cure="replace them", progress=True):
+    """Decode every image in full. Raises ``UserError`` naming those that cannot be read."""
+    bad = []
+    for path in tqdm(paths, "decoding images", unit="image", disable=not progress or None):
+        file = folder / path
+        try:
+            with Image.open(file, formats=IMAGE_FORMATS) as image:
+                in_rgb(image)
+        except Exception as error:  # Pillow's decoders raise many kinds on damaged files
+            bad.append(f"{file} ({error})")
+    if bad:
+        more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+        raise UserError(
+            f"{len(bad)} of {len(paths)} images cannot be decoded: {', '.join(bad[:3])}{more}; "
+            f"{cure}"
+        )

@@ -50,7 +50,7 @@ INFO_FILE = "split_info.json"
 # ---------------------------------------------------------------------------------------------
 
 
-def make_split(annotations, aux_shot=1, split_seed=5):
+def make_split(annotations, aux_shot=1, split_seed=5, dev_from="train"):
     """Divide the images: {"full_train", "dev", "rest_train", "valid", "test": list of image ids}.
 
     ``full_train`` is the official training set in file order, ``dev`` the first ``aux_shot``
@@ -58,42 +58,70 @@ def make_split(annotations, aux_shot=1, split_seed=5):
     sorted by number and then shuffled by a generator of ``split_seed``, are halved into ``valid``
     and ``test`` (which gets the odd one): this depends on nothing but the seed and the ids.
 
-    Raises ``UserError`` for a class with fewer than ``aux_shot + 1`` training images, and for
-    fewer than two official test images.
+    With ``dev_from="valid"``, ``dev`` is the first ``aux_shot`` images of each class in ``valid``,
+    which keeps the others. ``rest_train`` is the official training set then, and ``full_train``
+    has ``dev`` after it.
+
+    Raises ``UserError`` for a class with fewer than ``aux_shot + 1`` training images (or fewer than
+    ``aux_shot`` in ``valid``), and for fewer than two official test images.
     """
     if aux_shot < 1:
         raise UserError(f"aux_shot is {aux_shot}; expected 1 or more development images per class")
     if split_seed < 0:
         raise UserError(f"split_seed is {split_seed}; expected 0 or more")
-    why = f"--aux_shot {aux_shot} needs {aux_shot + 1}: those for the development set and one more"
-    check_training_images(annotations, aux_shot + 1, why)
-    rows = zip(annotations.image_ids, annotations.labels, annotations.is_train, strict=True)
-    full_train, dev, official_test = [], [], []
-    taken = Counter()
-    for image_id, label, is_train in rows:
-        if not is_train:
-            official_test.append(image_id)
-            continue
-        full_train.append(image_id)
-        if taken[label] < aux_shot:
-            taken[label] += 1
-            dev.append(image_id)
+    if dev_from == "train":
+        why = f"--aux_shot {aux_shot} needs {aux_shot + 1}: those for the development set and one"
+        check_training_images(annotations, aux_shot + 1, f"{why} more")
+    labels = dict(zip(annotations.image_ids, annotations.labels.tolist(), strict=True))
+    train = dict(zip(annotations.image_ids, annotations.is_train.tolist(), strict=True))
+    full_train = [image_id for image_id in labels if train[image_id]]
+    official_test = [image_id for image_id in labels if not train[image_id]]
     if len(official_test) < 2:
         raise UserError(
             f"{annotations.root / OFFICIAL_SPLIT}: {len(official_test)} test images; expected 2 "
             "or more, to be halved into a validation and a test set"
         )
-    in_dev = set(dev)
     shuffled = np.random.default_rng(split_seed).permutation(sorted(official_test, key=int))
     shuffled = shuffled.tolist()
     half = len(shuffled) // 2
+    valid, test = shuffled[:half], shuffled[half:]
+    if dev_from == "train":
+        dev = _first_of_each_class(full_train, labels, aux_shot)
+    else:
+        dev = _first_of_each_class(valid, labels, aux_shot)
+        found = Counter(labels[image_id] for image_id in dev)
+        for number, name in enumerate(annotations.class_names):
+            if found[number] < aux_shot:
+                raise UserError(
+                    f"{annotations.root / OFFICIAL_SPLIT}: class {name} has {found[number]} "
+                    f"images in the validation half of the test images; --dev_from valid needs "
+                    f"{aux_shot} (--aux_shot): take another --split_seed, or --dev_from train"
+                )
+        if len(dev) == len(valid):
+            raise UserError(
+                f"--dev_from valid --aux_shot {aux_shot} takes all {len(valid)} validation images: "
+                "take fewer, or --dev_from train"
+            )
+        full_train = full_train + dev
+    in_dev = set(dev)
     return {
         "full_train": full_train,
         "dev": dev,
         "rest_train": [image_id for image_id in full_train if image_id not in in_dev],
-        "valid": shuffled[:half],
-        "test": shuffled[half:],
+        "valid": [image_id for image_id in valid if image_id not in in_dev],
+        "test": test,
     }
+
+
+def _first_of_each_class(image_ids, labels, count):
+    """The first ``count`` of every class, in order. ``labels``: {image id: class}."""
+    taken = Counter()
+    first = []
+    for image_id in image_ids:
+        taken[labels[image_id]] += 1
+        if taken[labels[image_id]] <= count:
+            first.append(image_id)
+    return first
 
 
 @dataclass(frozen=True)
@@ -106,7 +134,7 @@ class Written:
     kept: list[Path]
 
 
-def write_split(split_dir, annotations, aux_shot=1, split_seed=5):
+def write_split(split_dir, annotations, aux_shot=1, split_seed=5, dev_from="train"):
     """Divide the images and write the six JSON files and ``split_info.json`` to ``split_dir``.
 
     Every file is written aside and renamed. The old ``split_info.json`` is removed first and the
@@ -118,7 +146,7 @@ def write_split(split_dir, annotations, aux_shot=1, split_seed=5):
     if ``split_dir`` cannot be written.
     """
     split_dir = Path(split_dir)
-    ids = make_split(annotations, aux_shot, split_seed)
+    ids = make_split(annotations, aux_shot, split_seed, dev_from)
     values = {DICTIONARY_FILE: _image_dictionary(annotations)}
     values.update({file: ids[name] for name, file in SET_FILES.items()})
     contents = {name: _to_json(value) for name, value in values.items()}
@@ -138,6 +166,8 @@ def write_split(split_dir, annotations, aux_shot=1, split_seed=5):
             **{name: len(ids[name]) for name in SET_FILES},
         },
     }
+    if dev_from != "train":
+        info["dev_from"] = dev_from
     roles_file = annotations.root / ROLES
     if roles_file.is_file():
         info["attribute_roles_file"] = os.path.abspath(roles_file)
@@ -401,7 +431,8 @@ def _check_data(split_dir, split, edited):
             "give the folder that holds images/ as --data_root"
         )
     arguments = {"data_root": root, "out_dir": split_dir}
-    arguments.update({key: info[key] for key in ("aux_shot", "split_seed") if key in info})
+    settings = ("aux_shot", "split_seed", "dev_from")
+    arguments.update({key: info[key] for key in settings if key in info})
     command = "python data_preprocess.py" + "".join(
         f" --{key} {shlex.quote(str(value))}" for key, value in arguments.items()
     )

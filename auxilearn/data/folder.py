@@ -1,0 +1,78 @@
+"""Images in one folder per class, as torchvision's ImageFolder reads them."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+from auxilearn.data.columns import Columns
+from auxilearn.data.contract import Task
+from auxilearn.data.sets import SET_NAMES, divide
+from auxilearn.errors import UserError
+
+# What names of files end in, in torchvision's ImageFolder too.
+SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+
+
+def folder_columns(folder, **division):
+    """The ``Columns`` of a folder of images: the class is the name of the folder they are in.
+
+    If the folders inside are called train, valid (or val, validation) and test, these are the sets,
+    and the classes are the folders in them. Links are followed.
+
+    Args: ``division``: as of ``sets.divide``. Raises UserError: no folder, none of classes, or a
+    class without images.
+    """
+    root = Path(os.path.abspath(folder))
+    if not root.is_dir():
+        raise UserError(f"--images {folder}: no such folder")
+    parts = _folders(root)
+    given = "train" in parts and {name.lower() for name in parts} <= SET_NAMES.keys()
+    paths, sets = [], []
+    for name in parts if given else [""]:
+        found = [path for one in _folders(root / name) for path in _images(root, root / name / one)]
+        paths += found
+        sets += [SET_NAMES.get(name.lower())] * len(found)
+    names, labels = class_folders(paths, root, depth=1 if given else 0)
+    task = Task("folder", len(names), names)
+    sets = divide(task, labels, np.array(sets) if given else None, str(folder), **division)
+    return Columns([task], [labels], sets, root, paths=paths)
+
+
+def class_folders(paths, root, depth=0):
+    """(class names, numbers (n,)) of ``paths`` by the folder at ``depth``. UserError: too few."""
+    parts = [path.split("/") for path in paths]
+    loose = next((path for path, p in zip(paths, parts, strict=True) if len(p) < depth + 2), None)
+    if loose is not None:
+        raise UserError(
+            f"{root / loose} is in no folder of a class; expected FOLDER/CLASS/IMAGE, or a --table "
+            "with --target"
+        )
+    of_each = [p[depth] for p in parts]
+    names = sorted({*of_each})
+    if len(names) < 2:
+        found = f"the class {names[0]} alone" if names else "none"
+        raise UserError(f"{root}: expected a folder of images for every class, found {found}")
+    number = {name: k for k, name in enumerate(names)}
+    return tuple(names), np.array([number[name] for name in of_each], np.int32)
+
+
+def _folders(folder):
+    with os.scandir(folder) as entries:
+        return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+
+
+def _images(root, folder):
+    """The paths, relative to ``root``, of all images in and below ``folder``."""
+    found = []
+    for place, inner, names in os.walk(folder, followlinks=True):
+        inner.sort()
+        for name in sorted(names):
+            if name.lower().endswith(SUFFIXES) and not name.startswith("."):
+                found.append(Path(place, name).relative_to(root).as_posix())
+    if not found:
+        raise UserError(
+            f"{folder} holds no image ({', '.join(SUFFIXES)}); remove the folder, or put the "
+            "images of the class there"
+        )
+    return found
