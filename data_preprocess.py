@@ -225,11 +225,12 @@ def prepare_own(args, words):
         columns = folder_columns(args.images, **division)
     if args.check_images and columns.paths:
         check_images(columns.root, columns.paths)
+    per_class = columns.tasks[0].classes and not args.dev_size
     info, changed = write_columns(
         args.out_dir,
         columns,
         split_seed=args.split_seed,
-        aux_shot=args.aux_shot,
+        aux_shot=args.aux_shot or (1 if per_class else None),
         dev_size=args.dev_size,
         dev_from=args.dev_from,
         command=shlex.join(["python", "data_preprocess.py", *map(str, words)]),

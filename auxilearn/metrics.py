@@ -44,7 +44,7 @@ class RMSE:
         return value < other
 
     def text(self, value):
-        return f"{value:.5g}"
+        return f"{value:.6g}"
 
 
 def metric_of(task):
