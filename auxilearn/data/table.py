@@ -9,6 +9,7 @@ import csv
 import difflib
 import itertools
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -131,9 +132,9 @@ def _opened(path):
 
 def _reader(lines):
     """A reader of the file's fields, whose separator is the commonest in the line of names."""
-    first = lines.readline()
+    first = re.sub('"[^"]*"', "", lines.readline())  # a name in quotes may hold others
     lines.seek(0)
-    return csv.reader(lines, delimiter=max(",;\t", key=first.count), strict=True)
+    return csv.reader(lines, delimiter=max("\t;,", key=first.count), strict=True)
 
 
 def _with_lines(reader):
