@@ -353,6 +353,7 @@ def test_categories_of_no_training_row_are_missing(tmp_path):
     write_columns(tmp_path / "split", columns, split_seed=5, aux_shot=None)
     rows = load_split(tmp_path / "split").rows
     assert rows.shape.categories == [2]
+    assert rows.features[2] == {"name": "colour", "values": ["blue"]}
     assert rows.codes[[0, 45, 46], 0].tolist() == [1, 0, 1]
 
 

@@ -519,6 +519,26 @@ def test_load_split_agrees_with_the_text_files(root, out):
     assert any(Image.open(split.image_path(i)).mode == "L" for i in range(10))
 
 
+def test_development_images_of_the_validation_set(root, out, tmp_path):
+    prepare(root, out)
+    before = read_json(out)
+    prepare(root, tmp_path / "other", "--dev_from", "valid", "--split_seed", "3")
+    written, label = read_json(tmp_path / "other"), before["image_dictionary.json"]
+    dev = written["aux_set.json"]
+    assert sorted(label[key][1] for key in dev) == list(range(5))
+    assert written["rest_train_set.json"] == before["full_train_set.json"]
+    assert written["full_train_set.json"] == before["full_train_set.json"] + dev
+    half = dev + written["valid_set.json"]  # the half that was to be validated on
+    assert len(half) == len(before["valid_set.json"]) and not set(half) & set(
+        written["test_set.json"]
+    )
+    assert written["split_info.json"]["dev_from"] == "valid"
+    assert "dev_from" not in before["split_info.json"]
+    assert load_split(tmp_path / "other").indices["dev"].shape == (5,)
+    with pytest.raises(UserError, match="validation half .* --dev_from valid needs 9"):
+        prepare(root, out, "--dev_from", "valid", "--aux_shot", "9")
+
+
 def test_another_data_root_of_the_same_content(root, out, tmp_path):
     prepare(root, out)
     before = load_split(out).fingerprint

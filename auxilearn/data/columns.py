@@ -239,7 +239,8 @@ def _rows(features, column, samples):
     for k, entry in enumerate(categorical):
         codes[:, k] = column(entry["file"])
     shape = RowsShape(len(numeric), [len(entry["values"]) + 1 for entry in categorical])
-    return Rows(numbers, codes, shape)
+    features = [{k: value for k, value in entry.items() if k != "file"} for entry in features]
+    return Rows(numbers, codes, shape, features)
 
 
 def _check_data(info, root, paths, command):

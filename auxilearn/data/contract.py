@@ -40,11 +40,14 @@ class RowsShape(NamedTuple):
 
 class Rows(NamedTuple):
     """Inputs that are columns. numbers (N, n) float32: standardised on the training rows, 0 where
-    missing. codes (N, c) int64: from 1, and 0 where missing or not among the training rows."""
+    missing. codes (N, c) int64: from 1, and 0 where missing or not among the training rows.
+    features: how they come from a table, in its order: {name, mean, std} of a number, and {name,
+    values} of categories, whose first value has the code 1."""
 
     numbers: np.ndarray
     codes: np.ndarray
     shape: RowsShape
+    features: list[dict]
 
 
 @dataclass(frozen=True, eq=False)

@@ -100,7 +100,7 @@ def _check_root(root):
     problem = "is not a folder" if os.path.exists(root) else "does not exist"
     raise UserError(
         f"data root {root} {problem}; get CUB-200-2011 with python data_preprocess.py --download, "
-        f"or give the folder that holds {IMAGES} as --data_root"
+        f"or give the folder that holds {IMAGES} as --data_root, or own data by --table or --images"
     )
 
 

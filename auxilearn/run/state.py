@@ -122,6 +122,7 @@ class State:
                 "scheduler": bilevel.scheduler.state_dict(),
                 "config": dataclasses.asdict(self.run.config),
                 "tasks": [dataclasses.asdict(task) for task in self.run.tasks],
+                "features": self.run.split.rows and self.run.split.rows.features,
                 **self.best,
             }
         )
