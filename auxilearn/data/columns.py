@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from auxilearn.data.contract import Rows, RowsShape, Split, Task
+from auxilearn.data.contract import Rows, RowsShape, Split, Task, scale_of
 from auxilearn.data.image_files import hash_images
 from auxilearn.errors import UserError
 from auxilearn.files import bytes_or_none, hash_file, locked, read_json, replace_together
@@ -138,9 +138,8 @@ def _prepared(feature, train):
     values = feature.values
     if feature.names is None:
         known = values[train]
-        known = known[~np.isnan(known)]
-        mean, std = (float(known.mean()), float(known.std())) if len(known) else (0.0, 1.0)
-        return values, {"mean": mean, "std": std or 1.0}  # std 0: of a constant
+        mean, std = scale_of(known[~np.isnan(known)])
+        return values, {"mean": mean, "std": std}
     seen = np.unique(values[train])
     seen = seen[seen >= 0]
     codes = np.zeros(len(feature.names) + 1, np.int32)  # its last entry is that of -1

@@ -92,3 +92,11 @@ class Split:
     def image_path(self, i):
         """The file of the i-th image."""
         return self.image_folder / self.paths[i]
+
+
+def scale_of(values):
+    """(mean, std) that standardise ``values`` (n,): std 1 of a constant, (0, 1) of none at all."""
+    if not len(values):
+        return 0.0, 1.0
+    # Of a constant the computed std may be its rounding error, not 0.
+    return float(values.mean()), float(values.std()) if np.ptp(values) > 0 else 1.0

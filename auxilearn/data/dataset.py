@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from auxilearn.data.contract import scale_of
 from auxilearn.data.pixels import Wanted, on_device
 from auxilearn.data.views import (
     PRODUCTS_UP_TO,
@@ -80,9 +81,8 @@ def fitted(split, count, seed=0, labeled_per_class=0):
             if k == 0 and labeled_per_class:
                 seen = seen & _labeled(split, seed, labeled_per_class)[train]
             values = split.labels[train[seen], k]
-            if len(values):
-                std = float(values.std()) or 1.0  # of a constant
-                task = dataclasses.replace(task, mean=float(values.mean()), std=std)
+            mean, std = scale_of(values)
+            task = dataclasses.replace(task, mean=mean, std=std)
         tasks.append(task)
     return tasks
 

@@ -113,7 +113,8 @@ def read_table(path):
             ) from None
         except UnicodeDecodeError:
             raise UserError(
-                f"{path}, line {_undecodable_line(path)}: not readable text; save it as UTF-8"
+                f"{path}, line {_undecodable_line(path)}: not readable text; save "
+                "the table as CSV in UTF-8"
             ) from None
     if not rows:
         raise UserError(f"{path}: no rows under the line of names; expected one for each sample")
@@ -370,7 +371,7 @@ def described(choices):
     lines = []
     for *cells, missing in rows:
         text = "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=False))
-        lines.append(f"{text}  {missing.rjust(widths[-1])}")
+        lines.append(f"{text}  {missing.rjust(widths[-1])}".rstrip())
     return lines
 
 
