@@ -369,6 +369,17 @@ def test_a_resumed_stream_of_rows_goes_on_with_the_same_batches(tmp_path):
         assert torch.equal(batch.inputs[0], again.inputs[0])
 
 
+def test_no_step_on_rows_reads_from_the_device(tmp_path):
+    """A meta tensor has no values: whatever asked for one would fail."""
+    write_rows(tmp_path)
+    split, meta = load_split(tmp_path / "split"), torch.device("meta")
+    rows = tuple(torch.from_numpy(column).to(meta) for column in split.rows[:2])
+    samples = sample_set(split, "full_train", fitted(split, 3))
+    batch = next(iter(RowStream(rows, samples, shuffled(40, 12, 5, "lower"), meta)))
+    assert batch.inputs[0].shape == (12, 2) and batch.inputs[1].shape == (12, 1)
+    assert {t.device for t in (*batch.inputs, batch.labels, batch.mask)} == {meta}
+
+
 @pytest.fixture
 def row_run(tmp_path, row_net):
     """``row_run(folder, **changes)`` trains on the rows in a folder and returns the ``Run``."""

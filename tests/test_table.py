@@ -279,6 +279,12 @@ def test_a_folder_of_images_per_class(photos, prepare, split, tmp_path):
     assert [(str(found.image_path(i)), k) for i, k in enumerate(found.labels[:, 0])] == theirs.imgs
 
 
+def test_a_link_back_is_not_followed_for_ever(photos, prepare, split):
+    (photos / "a" / "again").symlink_to(photos / "a", target_is_directory=True)
+    assert prepare("--images", photos)[0] == 0
+    assert len(split().paths) == ROWS
+
+
 def test_folders_that_are_sets(photos, prepare, split):
     for name in ("train", "val", "test"):
         (photos / name).mkdir()

@@ -64,8 +64,12 @@ def _folders(folder):
 
 def _images(root, folder):
     """The paths, relative to ``root``, of all images in and below ``folder``."""
-    found = []
+    found, seen = [], set()
     for place, inner, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(place)) in seen:  # a link back
+            inner.clear()
+            continue
+        seen.add(real)
         inner.sort()
         for name in sorted(names):
             if name.lower().endswith(SUFFIXES) and not name.startswith("."):
