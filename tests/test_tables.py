@@ -777,9 +777,11 @@ def test_a_mistake_in_the_papers_numbers_is_found_before_the_runs(
 
 
 def test_own_data_have_a_name_of_their_own(tmp_path):
-    cub = SimpleNamespace(class_names=["a"] * 200, labels=range(11_788), data_root=tmp_path)
+    birds = SimpleNamespace(classes=200)
+    cub = SimpleNamespace(target=birds, labels=range(11_788), data_root=tmp_path)
     assert reproduce_tables.own_data("cub", cub) is None
-    own = SimpleNamespace(class_names=["a"] * 10, labels=range(100), data_root=tmp_path / "birds")
+    birds = SimpleNamespace(classes=10)
+    own = SimpleNamespace(target=birds, labels=range(100), data_root=tmp_path / "birds")
     assert reproduce_tables.own_data("cub", own) == "birds"
     assert reproduce_tables.own_data("digits", own) is None
 

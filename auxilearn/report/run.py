@@ -34,6 +34,9 @@ SETTING = ("corrupted", "corrupted_rate", "labeled_per_class")
 ALIKE = ("backbone", "image_size", "epochs", "main_lr", "train_batch_size", "task_num", "seed")
 
 
+NOT_YET = "for which there is no report yet; metrics.jsonl and summary.json have its numbers"
+
+
 @dataclass(frozen=True)
 class Reference:
     """A finished run of ``common`` on the same data in the same setting."""
@@ -93,6 +96,8 @@ def read_run(directory):
         raise UserError(f"{path}: {error}") from None
     except (KeyError, TypeError, AttributeError):
         raise UserError(f"{path} is not a configuration that train_bilevel.py writes") from None
+    if data.get("classes", 2) is None:
+        raise UserError(f"{directory}: the target is a real number, {NOT_YET}")
     summary = directory / SUMMARY_FILE
     rows = defaultdict(list)
     for row in read_rows(directory / METRICS_FILE):
@@ -165,6 +170,12 @@ def evaluate_run(run, *, split_dir=None, data_root=None, device=None, num_worker
         raise UserError(f"--num_workers must be at least 0, not {workers}")
     workers = min(workers, os.cpu_count() or 1)
     split = _split_of(run, split_dir, data_root)
+    tasks = split.tasks[1 : config.task_num]
+    if split.rows or split.mask is not None or any(task.classes != 2 for task in tasks):
+        raise UserError(
+            f"{run.directory}: its data are not images with auxiliary tasks of two classes and no "
+            f"missing label, {NOT_YET}"
+        )
     samples = training_set_of(config, split)
     config = replace(config, device=str(choose_device(device)))
     model, scheduler, state = _load(checkpoint, config, split, len(samples))
