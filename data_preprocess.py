@@ -225,12 +225,14 @@ def prepare_own(args, words):
         columns = folder_columns(args.images, **division)
     if args.check_images and columns.paths:
         check_images(columns.root, columns.paths)
-    per_class = columns.tasks[0].classes and not args.dev_size
+    aux_shot = args.aux_shot or 1  # unless the development set is of another kind
+    if len(columns.sets["dev"]) != aux_shot * (columns.tasks[0].classes or 0):
+        aux_shot = None
     info, changed = write_columns(
         args.out_dir,
         columns,
         split_seed=args.split_seed,
-        aux_shot=args.aux_shot or (1 if per_class else None),
+        aux_shot=aux_shot,
         dev_size=args.dev_size,
         dev_from=args.dev_from,
         command=shlex.join(["python", "data_preprocess.py", *map(str, words)]),
@@ -250,6 +252,8 @@ def read_own_table(args, division):
     other = {}
     image_column = args.image_column
     if args.images:
+        if not args.images.is_dir():
+            raise UserError(f"--images {args.images}: no such folder")
         image_column = image_column or table.image_column_of(found, args.images)
         other[found.column(image_column, "--image_column").name] = "path of the image"
     if args.set_column:

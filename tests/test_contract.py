@@ -162,6 +162,8 @@ def test_numbers_are_standardised_by_the_training_labels_that_are_there():
 
 def test_labels_of_classes_alone_are_whole_numbers():
     split = split_of((KINDS, KIND))
+    mixed = split_of((KINDS, KIND), (PRICED, PRICE))  # of which the first task alone is trained
+    assert sample_set(mixed, "valid", fitted(mixed, 1)).labels.dtype == torch.int64
     samples = training_set(split, "rest_train", fitted(split, 1), seed=5)
     assert samples.labels.dtype == torch.int64
     assert samples.labels[:, 0].tolist() == [2, 0, 1, 0, 0, 1]

@@ -396,6 +396,7 @@ WRONG = {
         ["year is a number", "--dev_size"],
     ),
     "data_root": (["--data_root", "x"], None, ["--data_root", "leave it out"]),
+    "no folder": (["--images", "gone"], None, ["--images gone", "no such folder"]),
     "no images": (["--images", "."], None, ["no column begins with the path", "--image_column"]),
     "image_column alone": (["--image_column", "note"], None, ["--image_column needs --images"]),
 }

@@ -61,6 +61,8 @@ def _samples(positions, labels, mask, tasks):
         mean = np.array([task.mean for task in tasks])
         std = np.array([task.std for task in tasks])
         labels = ((labels - mean) / std).astype(np.float32)  # classes: less 0, by 1
+    else:
+        labels = labels.astype(np.int64, copy=False)
     if mask is not None:
         labels = np.where(mask, labels, np.zeros((), labels.dtype))
         mask = torch.from_numpy(mask)

@@ -1,7 +1,8 @@
-"""The split of a data set: divide its images, record the division, load it for training.
+"""The split of a data set of CUB's layout: divide its images, record the division, load it.
 
 ``make_split`` divides the images. ``write_split`` records the division in ``preprocess_data/``.
-``load_split`` checks that the input has not changed and gives the division to training.
+``load_split`` checks that the input has not changed and gives the division to training; it loads
+what other readers wrote (``data.columns``) as well.
 """
 
 import hashlib
