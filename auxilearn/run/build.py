@@ -237,7 +237,9 @@ def build_model(config, split, pretrained=True):
     set_precision(config.precision)
     torch.manual_seed(derived_seed(config.seed, "task model"))
     weights = (config.backbone_pretrain, config.backbone_weights) if pretrained else ()
-    backbone = build_backbone(config.backbone, config.feature_dim, *weights)
+    backbone = build_backbone(
+        config.backbone, config.feature_dim, *weights, image_size=config.image_size
+    )
     model = TaskModel(
         backbone, config.feature_dim, class_counts(config, split), bf16=config.precision == "bf16"
     )

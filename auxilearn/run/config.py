@@ -13,9 +13,9 @@ from typing import get_args, get_type_hints
 
 import torch
 
+from auxilearn.backbones import feature_width, find_backbone
 from auxilearn.errors import UserError
 from auxilearn.methods import METHODS
-from auxilearn.models import BACKBONES
 
 LOG_EVERY = 10  # lower steps between two rows of metrics.jsonl
 
@@ -100,12 +100,21 @@ class Config:
         neutral=True,  # its content is compared
     )
     options: dict = _setting({}, "the method's own settings, NAME=VALUE ...; see below")
-    backbone: str = _setting("resnet18", "torchvision's ResNet-18, or convnet for small images")
-    feature_dim: int = _setting(512, "feature width d", aliases=("in_dim",), low=1)
+    backbone: str = _setting(
+        "resnet18",
+        "any classification network of torchvision, such as resnet50 or vit_b_16; convnet for "
+        "small images; mlp or autoint for rows",
+    )
+    feature_dim: int | None = _setting(
+        None,
+        "feature width d (default: the torchvision network's own, 512 for others)",
+        aliases=("in_dim",),
+        low=1,
+    )
     backbone_pretrain: bool | None = _setting(
         None,
-        "start from torchvision's ImageNet weights (resnet18 only), 0: from random ones (default: "
-        "1 for resnet18 without --backbone_weights)",
+        "start from torchvision's ImageNet weights, 0: from random ones (default: 1 for "
+        "torchvision's networks without --backbone_weights)",
     )
     backbone_weights: str | None = _setting(
         None,
@@ -277,10 +286,8 @@ NEUTRAL = tuple(name for name, field in FIELDS.items() if field.metadata["neutra
 
 
 def choices_of(field):
-    """The values a field may take, or None; methods and backbones may have come with a plugin."""
-    return {"method": tuple(METHODS), "backbone": tuple(BACKBONES)}.get(
-        field.name, field.metadata["choices"]
-    )
+    """The values a field may take, or None; methods may have come with a plugin."""
+    return tuple(METHODS) if field.name == "method" else field.metadata["choices"]
 
 
 def default_of(field):
@@ -325,6 +332,7 @@ def check(config):
         value = getattr(config, name)
         if value is not None and name != "options":
             _check_value(field, value)
+    find_backbone(config.backbone)
     if config.corrupted and config.labeled_per_class:
         raise UserError(
             "--corrupted 1 and --labeled_per_class are two settings of the paper: choose one"
@@ -345,7 +353,7 @@ def check(config):
             f"--precondition adam is for --main_optimizer adam, not {config.main_optimizer}: take "
             "--precondition none, which answers for the steps of sgd"
         )
-    if config.backbone_pretrain and config.backbone != "resnet18":
+    if config.backbone_pretrain and not find_backbone(config.backbone).pretrained:
         raise UserError(
             f"--backbone_pretrain 1: there are no ImageNet weights for {config.backbone}"
         )
@@ -419,12 +427,13 @@ def resolve(config, split):
         )
     pretrain = config.backbone_pretrain
     if pretrain is None:
-        pretrain = config.backbone == "resnet18" and not config.backbone_weights
+        pretrain = find_backbone(config.backbone).pretrained and not config.backbone_weights
     resolved = dataclasses.replace(
         with_method_defaults(config),
         data_root=str(split.data_root),
         task_num=task_num,
         whether_aux=whether_aux,
+        feature_dim=config.feature_dim or feature_width(config.backbone),
         backbone_pretrain=pretrain,
         cache_dir=config.cache_dir or f"{config.split_dir}/cache",
         neumann_alpha=config.neumann_alpha or config.main_lr,
@@ -437,7 +446,7 @@ def resolve(config, split):
 
 def _check_batch_norm(config, split):
     """A batch of one image has one value per channel where the backbone has shrunk it to 1 x 1."""
-    smallest = BACKBONES[config.backbone].smallest
+    smallest = find_backbone(config.backbone).smallest
     if config.image_size >= smallest:
         return
     sizes = {"--train_batch_size": (config.train_batch_size, training_set_name(config))}
@@ -478,7 +487,8 @@ def ineffective(config, needs_dev=False):
     auxiliary = method.auxiliary and config.whether_aux is not False and config.task_num != 1
     matters = {
         "corrupted_rate": config.corrupted,
-        "backbone_pretrain": config.backbone == "resnet18" and not config.backbone_weights,
+        "backbone_pretrain": find_backbone(config.backbone).pretrained
+        and not config.backbone_weights,
         "aux_weight": auxiliary,
         "dev_epochs": method.fine_tuned,
         "dev_batch_size": method.bilevel or needs_dev or fine_tunes(config),
