@@ -213,11 +213,7 @@ def torchvision_network(name, feature_dim):
     network = _torchvision_model(name)
     width = _remove_classifier(network)
     preset = get_model_weights(name).DEFAULT.transforms()
-    if (tuple(preset.mean), tuple(preset.std)) != (IMAGENET_MEAN, IMAGENET_STD):
-        network.register_forward_pre_hook(partial(_renormalise, preset.mean, preset.std))
-    for layer in network.modules():
-        if isinstance(layer, ShiftedWindowAttentionV2):
-            layer.cpb_mlp.register_forward_pre_hook(_cast_to_weights)
+    _adapt_inputs(network, tuple(preset.mean), tuple(preset.std))
     if feature_dim == width:
         return network
     return nn.Sequential(network, nn.Linear(width, feature_dim), nn.ReLU())
@@ -242,6 +238,15 @@ def _remove_classifier(network):
     return layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
 
 
+def _adapt_inputs(network, mean, std):
+    """Normalise images by ``mean`` and ``std``; let Swin V2 compute in other types than float32."""
+    if (mean, std) != (IMAGENET_MEAN, IMAGENET_STD):
+        network.register_forward_pre_hook(partial(_renormalise, mean, std))
+    for layer in network.modules():
+        if isinstance(layer, ShiftedWindowAttentionV2):
+            layer.cpb_mlp.register_forward_pre_hook(_cast_to_weights)
+
+
 def _renormalise(mean, std, network, inputs):
     """Images normalised as ImageNet's, in the normalisation that the network's weights expect."""
     (images,) = inputs
@@ -253,7 +258,7 @@ def _renormalise(mean, std, network, inputs):
 
 
 def _cast_to_weights(layers, inputs):
-    """Swin V2 has a table of coordinates that stays float32 where the weights are bfloat16."""
+    """Swin V2's table of coordinates is float32 whatever the weights are."""
     return (inputs[0].to(layers[0].weight.dtype),)
 
 

@@ -423,7 +423,8 @@ SMALL = {  # of torchvision's families, the smallest that have their operators
 
 
 def without_classifier(name):
-    network = SMALL[name]().double()  # Swin V2 has tables in float32
+    network = SMALL[name]()
+    backbones._adapt_inputs(network, (0.5,) * 3, (0.5,) * 3)
     return Regression(network, backbones._remove_classifier(network)), (3, 16, 16)
 
 

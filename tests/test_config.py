@@ -714,7 +714,7 @@ def test_a_run_says_which_of_its_flags_have_no_effect(tmp_path, tiny_split, comm
         (["/dev/nvidia0"], "", 16, "CUDA_VISIBLE_DEVICES= hides it"),
         (["/dev/nvidia0"], "5", 16, "CUDA_VISIBLE_DEVICES=5 hides it"),
         (["/dev/nvidia0"], None, 16, "this PyTorch cannot use it"),
-        ([], None, 224, "training ResNet-18 at 224 pixels on the CPU, which takes days"),
+        ([], None, 224, "training resnet18 at 224 pixels on the CPU, which takes days"),
         ([], None, 32, None),
     ],
 )

@@ -532,9 +532,9 @@ def slow_device(config):
             + (f"CUDA_VISIBLE_DEVICES={visible} hides it" if visible is not None else "")
             + ("" if visible is not None else "this PyTorch cannot use it")
         )
-    if config.backbone == "resnet18" and config.image_size >= 224:
+    if find_backbone(config.backbone).pretrained and config.image_size >= 224:
         return (
-            "training ResNet-18 at 224 pixels on the CPU, which takes days; there is no GPU that "
-            "PyTorch can use"
+            f"training {config.backbone} at {config.image_size} pixels on the CPU, which takes "
+            "days; there is no GPU that PyTorch can use"
         )
     return None
