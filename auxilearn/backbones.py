@@ -271,6 +271,13 @@ def _check_images(name, module, image_size):
     """Send an image without content through: UserError if it is too small, or of a wrong size."""
     weights = get_model_weights(name).DEFAULT
     size = image_size or weights.transforms().crop_size[0]
+    # Swin V2 divides by the length of vectors, which is 0 where it pads an image: NaN second
+    # derivatives. Its last stage has windows of 8 x 8 positions of 32 x 32 pixels.
+    if name.startswith("swin_v2") and size % 256:
+        raise UserError(
+            f"--image_size {size}: {name} has second derivatives on images of a multiple of 256 "
+            "pixels: give --image_size 256, or another --backbone such as swin_t"
+        )
     state = {
         key: value.to("meta")
         for key, value in itertools.chain(module.named_parameters(), module.named_buffers())

@@ -53,7 +53,7 @@ NETWORKS = {
     "shufflenet_v2_x0_5": (1024, 32),
     "squeezenet1_1": (512, 32),
     "swin_t": (768, 32),
-    "swin_v2_t": (768, 32),
+    "swin_v2_t": (768, 256),
     "vgg11_bn": (4096, 32),
     "vit_b_32": (768, 224),
 }
@@ -133,6 +133,7 @@ def test_another_width_takes_a_linear_layer_and_a_relu():
         ("vit_b_32", 64, ["takes images of 224 pixels", "Expected 224", "give --image_size 224"]),
         ("maxvit_t", 256, ["takes images of 224 pixels", "give --image_size 224"]),
         ("inception_v3", 32, ["at least 75 pixels", "give --image_size 75"]),
+        ("swin_v2_t", 224, ["a multiple of 256 pixels", "give --image_size 256"]),
         ("alexnet", 32, ["at least 63 pixels", "give --image_size 63"]),
     ],
 )
