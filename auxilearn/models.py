@@ -1,21 +1,41 @@
 """The lower level: a backbone, one head per task, and the matrix of losses they give."""
 
 import itertools
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import nn
 from torch.func import functional_call
 
+from auxilearn.backbones import (
+    BACKBONES,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    ConvNet,
+    build_backbone,
+    load_file,
+    load_matching,
+    register_backbone,
+)
 from auxilearn.errors import UserError
 from auxilearn.hypernet import TaskLosses
 
-NORMALISATIONS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+# The names of ``backbones`` had their home here: plugins import ``register_backbone`` from it.
+__all__ = [
+    "BACKBONES",
+    "Batch",
+    "ConvNet",
+    "TaskHeads",
+    "TaskModel",
+    "build_backbone",
+    "load_file",
+    "load_matching",
+    "register_backbone",
+]
+
+# CUDA has these with parameters in float32 and inputs in bfloat16, and no other normalisation.
+BATCH_NORMS = (nn.modules.batchnorm._NormBase,)
 
 
 class Batch(NamedTuple):
@@ -91,7 +111,7 @@ class TaskModel(nn.Module):
         self.cast = {
             f"{prefix}.{name}" if prefix else name
             for prefix, module in backbone.named_modules()
-            if not isinstance(module, NORMALISATIONS)  # these keep their parameters in float32
+            if not isinstance(module, BATCH_NORMS)  # these keep their parameters in float32
             for name, _ in module.named_parameters(recurse=False)
         }
         self.heads = TaskHeads(feature_dim, class_counts)
@@ -134,163 +154,3 @@ class TaskModel(nn.Module):
     def predict(self, inputs):
         """Outputs of the target task: logits (B, C), or a standardised number (B, 1)."""
         return self.heads.target_logits(self.features(inputs))
-
-
-# --------------------------------------------------------------------------------------------------
-# Backbones
-# --------------------------------------------------------------------------------------------------
-
-
-class ConvNet(nn.Module):
-    """A small backbone for images of 24 to 96 pixels: three strided 3x3 convolutions and one 1x1.
-
-    Each 3x3 convolution halves the side of the image; the features are averaged over positions.
-    """
-
-    def __init__(self, feature_dim, widths=(32, 64, 128)):
-        super().__init__()
-        layers = []
-        channels = 3
-        for width in widths:
-            layers += _convolution(channels, width, kernel=3, stride=2)
-            channels = width
-        layers += _convolution(channels, feature_dim, kernel=1, stride=1)
-        self.layers = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
-
-    def forward(self, images):
-        return self.layers(images)
-
-
-def _convolution(channels, width, kernel, stride):
-    return [
-        nn.Conv2d(channels, width, kernel, stride, padding=kernel // 2, bias=False),
-        nn.BatchNorm2d(width),
-        nn.ReLU(inplace=True),
-    ]
-
-
-class Backbone(NamedTuple):
-    """``build``: d -> module whose output is (B, d). ``smallest``: images with a shorter side are
-    shrunk to a single position, where batch norm cannot train on a batch of one image. ``rows``:
-    its inputs are rows; ``build`` takes (d, ``RowsShape``)."""
-
-    build: Callable[..., nn.Module]
-    smallest: int = 1
-    rows: bool = False
-
-
-BACKBONES: dict[str, Backbone] = {}
-
-
-def register_backbone(name: str, *, smallest: int = 1, rows: bool = False) -> Callable:
-    """A decorator that makes a builder, d -> module, the ``--backbone`` called ``name``.
-
-    The module takes images (B, 3, H, W), normalised as for ImageNet, and returns features (B, d).
-    With ``rows`` the builder takes (d, ``auxilearn.data.contract.RowsShape``), and the module
-    numbers (B, n) float32 and codes (B, c) int64.
-    Raises ValueError: the name is taken.
-    """
-    if name in BACKBONES:
-        raise ValueError(f"there is a backbone {name!r} already: choose another name")
-
-    def decorator(build):
-        BACKBONES[name] = Backbone(build, smallest, rows)
-        return build
-
-    return decorator
-
-
-register_backbone("convnet", smallest=9)(ConvNet)
-RESNET18_DIM = 512
-
-
-@register_backbone("resnet18", smallest=33)
-def resnet18(feature_dim):
-    """torchvision's ResNet-18 without its classifier.
-
-    Where ``feature_dim`` is not its 512, a linear layer and a ReLU bring it there.
-    """
-    resnet = torchvision.models.resnet18(weights=None)
-    resnet.fc = nn.Identity()
-    if feature_dim == RESNET18_DIM:
-        return resnet
-    return nn.Sequential(resnet, nn.Linear(RESNET18_DIM, feature_dim), nn.ReLU())
-
-
-def build_backbone(name, feature_dim, pretrained=False, weights_path=None, rows=None):
-    """A backbone whose pooled output has ``feature_dim`` entries.
-
-    ``rows``: the ``RowsShape`` of the inputs, for a backbone that takes rows.
-
-    ``pretrained`` loads ImageNet weights (resnet18 only), ``weights_path`` a file: a torchvision
-    state dict, or a checkpoint of this project.
-
-    Raises UserError: weights that cannot be had, or that belong to another architecture.
-    """
-    shape = (rows,) if BACKBONES[name].rows else ()
-    backbone = BACKBONES[name].build(feature_dim, *shape)
-    if weights_path:
-        _load_backbone(backbone, weights_path, name)
-    elif pretrained:
-        _load_imagenet_weights(backbone if feature_dim == RESNET18_DIM else backbone[0])
-    return backbone
-
-
-def _load_imagenet_weights(resnet):
-    weights = torchvision.models.ResNet18_Weights.IMAGENET1K_V1
-    folder = f"{torch.hub.get_dir()}/checkpoints/"
-    try:
-        state = weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
-        load_matching(resnet, _without_classifier(state), f"{folder}: not torchvision's weights")
-    except Exception as error:  # no network, a proxy's page, a damaged file: many kinds
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise UserError(
-            f"the ImageNet weights of resnet18 could not be loaded ({reason}): fetch {weights.url} "
-            f"by hand and put it into {folder} (in place of a damaged file there), or give "
-            "--backbone_weights PATH, or start from random weights with --backbone_pretrain 0"
-        ) from None
-
-
-def _without_classifier(state):
-    return {key: value for key, value in state.items() if not key.startswith("fc.")}
-
-
-def load_file(path):
-    """A file written by ``torch.save``, on the CPU; no code in it is run. UserError if broken."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except IsADirectoryError:
-        raise UserError(f"{path}: a folder, not a file of weights") from None
-    except Exception:  # of many kinds, on a file that is not torch's
-        raise UserError(
-            f"{path}: not a weights file that can be read without executing code from it "
-            "(damaged, cut short, or not written by torch.save)"
-        ) from None
-
-
-def _load_backbone(backbone, path, name):
-    state = load_file(path)
-    if isinstance(state, dict) and isinstance(state.get("model"), dict):  # our own checkpoint
-        prefix, state = "backbone.", state["model"]
-        state = {k[len(prefix) :]: v for k, v in state.items() if str(k).startswith(prefix)}
-    if not isinstance(state, dict) or not all(isinstance(k, str) for k in state):
-        raise UserError(f"{path}: expected a state dict, that is, tensors by name")
-    state = _without_classifier(state)
-    if isinstance(backbone, nn.Sequential) and set(state) <= set(backbone[0].state_dict()):
-        backbone = backbone[0]  # without the layer that changes the width
-    load_matching(backbone, state, f"{path}: not weights of --backbone {name}")
-
-
-def load_matching(module, state, complaint):
-    """``load_state_dict``; what does not fit is one line. UserError, ``complaint`` first."""
-    # Files from before batch norm counted its batches lack the counter, which nothing here reads.
-    counters = {k: v for k, v in module.state_dict().items() if k.endswith("num_batches_tracked")}
-    try:
-        module.load_state_dict(counters | state)
-    except (AttributeError, RuntimeError, TypeError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{complaint}: {reason[:300]}") from None
-    if not all(torch.isfinite(value).all() for value in module.state_dict().values()):
-        raise UserError(f"{complaint}: it has values that are not finite")

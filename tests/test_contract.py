@@ -28,6 +28,7 @@ from auxilearn.data.split import load_split
 from auxilearn.errors import UserError
 from auxilearn.metrics import RMSE, metric_of
 from auxilearn.models import BACKBONES, Batch, TaskHeads, TaskModel, register_backbone
+from auxilearn.run.build import build_model
 from auxilearn.run.config import Config, resolve
 from auxilearn.run.processes import Ranks
 from tests.conftest import TINY, Run, assert_one_error_line, assert_same_run
@@ -512,9 +513,10 @@ def test_a_backbone_for_images_refuses_rows(tmp_path, row_net, tiny_split):
     write_rows(tmp_path)
     split = load_split(tmp_path / "split")
     with pytest.raises(UserError, match="resnet18 takes images, but .* are rows .*row_net"):
-        resolve(Config(device="cpu"), split)
+        build_model(resolve(Config(device="cpu"), split), split)
+    split = load_split(tiny_split)
     with pytest.raises(UserError, match="row_net takes rows of columns, but .* are images: .*conv"):
-        resolve(Config(device="cpu", backbone="row_net"), load_split(tiny_split))
+        build_model(resolve(Config(device="cpu", backbone="row_net"), split), split)
 
 
 @pytest.mark.parametrize("target", ["price", "kind"])

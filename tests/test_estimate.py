@@ -219,7 +219,7 @@ def test_what_cannot_be_measured_is_told(job_of, places, split, monkeypatch):
     large = job_of("common", backbone="resnet18", image_size=224, feature_dim=512)
     found = estimate([few, many, many, large], places, split, in_this_process([]))
     assert found.seconds == [] and sum(found.unknown.values()) == 4
-    parts = ("--task_num 99", "ResNet-18 at 224 pixels on the CPU", "exit code 2: error: --labeled")
+    parts = ("--task_num 99", "resnet18 at 224 pixels on the CPU", "exit code 2: error: --labeled")
     for part, number in zip(parts, (2, 1, 1), strict=True):
         assert [n for reason, n in found.unknown.items() if part in reason] == [number]
 

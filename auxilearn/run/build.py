@@ -256,8 +256,13 @@ def build_model(config, split, pretrained=True):
     set_precision(config.precision)
     torch.manual_seed(derived_seed(config.seed, "task model"))
     weights = (config.backbone_pretrain, config.backbone_weights) if pretrained else (False, None)
-    rows = split.rows and split.rows.shape
-    backbone = build_backbone(config.backbone, config.feature_dim, *weights, rows)
+    backbone = build_backbone(
+        config.backbone,
+        config.feature_dim,
+        *weights,
+        image_size=config.image_size,
+        rows=split.rows and split.rows.shape,
+    )
     model = TaskModel(
         backbone, config.feature_dim, class_counts(config, split), bf16=config.precision == "bf16"
     )

@@ -13,9 +13,9 @@ from typing import get_args, get_type_hints
 
 import torch
 
+from auxilearn.backbones import feature_width, find_backbone
 from auxilearn.errors import UserError
 from auxilearn.methods import METHODS
-from auxilearn.models import BACKBONES
 
 LOG_EVERY = 10  # lower steps between two rows of metrics.jsonl
 
@@ -101,12 +101,21 @@ class Config:
         neutral=True,  # its content is compared
     )
     options: dict = _setting({}, "the method's own settings, NAME=VALUE ...; see below")
-    backbone: str = _setting("resnet18", "torchvision's ResNet-18, or convnet for small images")
-    feature_dim: int = _setting(512, "feature width d", aliases=("in_dim",), low=1)
+    backbone: str = _setting(
+        "resnet18",
+        "any classification network of torchvision, such as resnet50 or vit_b_16; convnet for "
+        "small images; mlp or autoint for rows",
+    )
+    feature_dim: int | None = _setting(
+        None,
+        "feature width d (default: the torchvision network's own, 512 for others)",
+        aliases=("in_dim",),
+        low=1,
+    )
     backbone_pretrain: bool | None = _setting(
         None,
-        "start from torchvision's ImageNet weights (resnet18 only), 0: from random ones (default: "
-        "1 for resnet18 without --backbone_weights)",
+        "start from torchvision's ImageNet weights, 0: from random ones (default: 1 for "
+        "torchvision's networks without --backbone_weights)",
     )
     backbone_weights: str | None = _setting(
         None,
@@ -280,10 +289,8 @@ NEUTRAL = tuple(name for name, field in FIELDS.items() if field.metadata["neutra
 
 
 def choices_of(field):
-    """The values a field may take, or None; methods and backbones may have come with a plugin."""
-    return {"method": tuple(METHODS), "backbone": tuple(BACKBONES)}.get(
-        field.name, field.metadata["choices"]
-    )
+    """The values a field may take, or None; methods may have come with a plugin."""
+    return tuple(METHODS) if field.name == "method" else field.metadata["choices"]
 
 
 def default_of(field):
@@ -328,6 +335,7 @@ def check(config):
         value = getattr(config, name)
         if value is not None and name != "options":
             _check_value(field, value)
+    find_backbone(config.backbone)
     if config.corrupted and config.labeled_per_class:
         raise UserError(
             "--corrupted 1 and --labeled_per_class are two settings of the paper: choose one"
@@ -348,7 +356,7 @@ def check(config):
             f"--precondition adam is for --main_optimizer adam, not {config.main_optimizer}: take "
             "--precondition none, which answers for the steps of sgd"
         )
-    if config.backbone_pretrain and config.backbone != "resnet18":
+    if config.backbone_pretrain and not find_backbone(config.backbone).pretrained:
         raise UserError(
             f"--backbone_pretrain 1: there are no ImageNet weights for {config.backbone}"
         )
@@ -422,39 +430,26 @@ def resolve(config, split):
         )
     pretrain = config.backbone_pretrain
     if pretrain is None:
-        pretrain = config.backbone == "resnet18" and not config.backbone_weights
+        pretrain = find_backbone(config.backbone).pretrained and not config.backbone_weights
     resolved = dataclasses.replace(
         with_method_defaults(config),
         data_root=str(split.data_root),
         task_num=task_num,
         whether_aux=whether_aux,
+        feature_dim=config.feature_dim or feature_width(config.backbone),
         backbone_pretrain=pretrain,
         cache_dir=config.cache_dir or f"{config.split_dir}/cache",
         neumann_alpha=config.neumann_alpha or config.main_lr,
         device=str(choose_device(config.device)),
     )
     check(resolved)  # a method's own defaults too
-    _check_backbone(resolved, split)
     _check_batch_norm(resolved, split)
     return resolved
 
 
-def _check_backbone(config, split):
-    """The backbone must take the inputs that the data has."""
-    has_rows = split.rows is not None
-    if BACKBONES[config.backbone].rows == has_rows:
-        return
-    fitting = [name for name, backbone in BACKBONES.items() if backbone.rows == has_rows]
-    kinds = ("rows of columns", "images") if has_rows else ("images", "rows of columns")
-    raise UserError(
-        f"--backbone {config.backbone} takes {kinds[1]}, but the samples of {config.split_dir} are "
-        f"{kinds[0]}: choose from {', '.join(fitting) or '--plugin FILE'}"
-    )
-
-
 def _check_batch_norm(config, split):
     """A batch of one image has one value per channel where the backbone has shrunk it to 1 x 1."""
-    smallest = BACKBONES[config.backbone].smallest
+    smallest = find_backbone(config.backbone).smallest
     if config.image_size >= smallest:
         return
     sizes = {"--train_batch_size": (config.train_batch_size, training_set_name(config))}
@@ -495,7 +490,8 @@ def ineffective(config, needs_dev=False):
     auxiliary = method.auxiliary and config.whether_aux is not False and config.task_num != 1
     matters = {
         "corrupted_rate": config.corrupted,
-        "backbone_pretrain": config.backbone == "resnet18" and not config.backbone_weights,
+        "backbone_pretrain": find_backbone(config.backbone).pretrained
+        and not config.backbone_weights,
         "aux_weight": auxiliary,
         "dev_epochs": method.fine_tuned,
         "dev_batch_size": method.bilevel or needs_dev or fine_tunes(config),
@@ -539,9 +535,9 @@ def slow_device(config):
             + (f"CUDA_VISIBLE_DEVICES={visible} hides it" if visible is not None else "")
             + ("" if visible is not None else "this PyTorch cannot use it")
         )
-    if config.backbone == "resnet18" and config.image_size >= 224:
+    if find_backbone(config.backbone).pretrained and config.image_size >= 224:
         return (
-            "training ResNet-18 at 224 pixels on the CPU, which takes days; there is no GPU that "
-            "PyTorch can use"
+            f"training {config.backbone} at {config.image_size} pixels on the CPU, which takes "
+            "days; there is no GPU that PyTorch can use"
         )
     return None

@@ -19,10 +19,10 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
+from auxilearn.backbones import backbone_names
 from auxilearn.errors import Parser, RunError, UserError
 from auxilearn.files import is_locked, read_json
 from auxilearn.methods import METHODS
-from auxilearn.models import BACKBONES
 from auxilearn.run.command_line import flags_of, given_settings, parse_options
 from auxilearn.run.config import FIELDS, NEUTRAL, Config, check, defaults, with_method_defaults
 from auxilearn.run.record import CONFIG_FILE, LOCK_FILE, SUMMARY_FILE, differences_of_run
@@ -36,7 +36,7 @@ OWNED = (
     *("exp_name", "record_dir", "split_dir", "data_root", "resume", "overwrite", "plugin"),
 )
 # The methods and backbones that a run finds without --plugin.
-_BUILT_IN = frozenset((*METHODS, *BACKBONES))
+_BUILT_IN = frozenset((*METHODS, *backbone_names()))
 
 
 class RunFlags(NamedTuple):
