@@ -74,8 +74,10 @@ def scheduled_loss(scheduler: "HyperNet", outputs: TaskLosses, aux_weight: float
 
 
 def loss_of_schedule(scheduler: "HyperNet", losses: Tensor, outputs: TaskLosses) -> Tensor:
-    """``scheduled_loss`` whose a_k L_ik are ``losses``: the derivative in them is W_ik / N_k."""
-    check_outputs(outputs, scheduler)
+    """``scheduled_loss`` whose a_k L_ik are ``losses``: the derivative in them is W_ik / N_k.
+
+    ``outputs`` have been checked (``check_outputs``).
+    """
     loss = scheduler.scheduled_loss(losses, outputs.detached())
     if loss.dim():
         raise ValueError(
