@@ -133,9 +133,9 @@ class Bilevel:
                     "step: lower_step(batch, dev_batches)"
                 )
             check_batches("dev_batches", dev_batches)
-        self._theta()
         self.scheduler.before_lower_step(self.model, batch, dev_batches, self.average)
         outputs, losses, loss = self._scheduled(batch)
+        parameters = self._theta()  # those that forward() has not frozen
         if not losses.requires_grad:
             raise ValueError(
                 "no gradient reaches the parameters of the lower optimiser: the losses have no "
@@ -143,7 +143,6 @@ class Bilevel:
             )
         losses.retain_grad()  # times N_k, the samples with a loss under task k: W_ik
         self.lower.zero_grad()
-        parameters = self._theta()  # those that forward() has not frozen
         loss.backward(inputs=parameters)
         reached = [p.grad for p in parameters if p.grad is not None]
         if not reached:

@@ -74,8 +74,10 @@ def scheduled_loss(scheduler: "HyperNet", outputs: TaskLosses, aux_weight: float
 
 
 def loss_of_schedule(scheduler: "HyperNet", losses: Tensor, outputs: TaskLosses) -> Tensor:
-    """``scheduled_loss`` whose a_k L_ik are ``losses``: the derivative in them is W_ik / N_k."""
-    check_outputs(outputs, scheduler)
+    """``scheduled_loss`` whose a_k L_ik are ``losses``: the derivative in them is W_ik / N_k.
+
+    ``outputs`` have been checked (``check_outputs``).
+    """
     loss = scheduler.scheduled_loss(losses, outputs.detached())
     if loss.dim():
         raise ValueError(
@@ -226,8 +228,8 @@ def standardise(losses: Tensor, mask: Tensor | None = None) -> Tensor:
 class HyperNet(nn.Module):
     """A scheduler of ``input_dim`` tasks; column ``main_task`` is the target.
 
-    A scheduler of one's own overrides ``scheduled_loss``. Upper steps call it on copies of its
-    buffers, ``schedule_weights`` in evaluation mode: update buffers ``if self.training``. Its
+    A scheduler of one's own overrides ``scheduled_loss``. Upper steps call it and put its buffers
+    back, ``schedule_weights`` calls it in evaluation mode: update them ``if self.training``. Its
     ``state_dict`` must be all of its state, the same on every process of a distributed run;
     ``needs_dev`` asks for development batches before every lower step.
     """

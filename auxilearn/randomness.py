@@ -30,7 +30,7 @@ def random_state_kept(tensors=(), seed=None):
 
     ``seed``: the block draws from it; None: it draws on from the present state.
     """
-    states = [(generator, generator.get_state()) for generator in generators(tensors)]
+    states = generator_states(tensors)
     try:
         for generator, _ in states if seed is not None else ():
             generator.manual_seed(seed)
@@ -39,7 +39,12 @@ def random_state_kept(tensors=(), seed=None):
         put_back(states)
 
 
+def generator_states(tensors=()):
+    """(generator, its state) pairs of the ``generators`` of ``tensors``."""
+    return [(generator, generator.get_state()) for generator in generators(tensors)]
+
+
 def put_back(states):
-    """``states``: (generator, its state) pairs."""
+    """``states``: as of ``generator_states``."""
     for generator, state in states:
         generator.set_state(state)

@@ -23,7 +23,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from auxilearn.hypernet import HyperNet, TaskLosses, loss_of_schedule, task_losses, times_aux_weight
+from auxilearn.hypernet import (
+    HyperNet,
+    TaskLosses,
+    check_outputs,
+    loss_of_schedule,
+    task_losses,
+    times_aux_weight,
+)
 
 
 @dataclass(frozen=True)
@@ -113,6 +120,7 @@ def _table(scheduler, outputs, prediction, aux_weight):
 
 def sample_weights(scheduler, outputs, aux_weight=1.0):
     """The weights W (B, K) of ``TaskLosses`` taken as one batch; 0 outside the mask."""
+    check_outputs(outputs, scheduler)
     losses = outputs.losses.detach().clone()
     losses = times_aux_weight(losses, aux_weight, scheduler.main_task).requires_grad_()
     loss = loss_of_schedule(scheduler, losses, outputs)

@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from auxilearn.errors import Unsupported
 from auxilearn.hypernet import TaskLosses, task_losses
 from auxilearn.implicit_diff import dot, norm
-from auxilearn.randomness import generators, put_back
+from auxilearn.randomness import generator_states, put_back
 from auxilearn.second_order.batch_norm import SMALLEST_IN_FORWARD_MODE, fast_batch_norm
 from auxilearn.second_order.double_backward import gradients
 from auxilearn.second_order.operators import TWICE_DIFFERENTIABLE, Operators
@@ -101,19 +101,20 @@ class ModelFunction:
         """
         if self.model in _reverse_only:
             return self._by_backward_passes(vector, batch)
-        states = [(g, g.get_state()) for g in generators(self.theta)]
-        reason = None
+        states, reason = generator_states(self.theta), None
+        checked = self._along in _checked.get(self.model, ())
+        operators = (Operators if checked else _Precision)(_FORWARD_MODE)
         try:
-            result = self._by_forward_mode(vector, batch)
+            result = self._by_forward_mode(vector, batch, operators)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # one of the model's own comes again from the backward passes
             reason = f"{without_derivative(error)} has no forward-mode derivative"
         if reason is None:
-            if self._is_checked():
+            if checked:
                 return result
             put_back(states)
-            agrees = self._agrees(*result, vector, batch)
+            agrees = self._agrees(*result, vector, batch, operators.eps)
             if agrees is not False:
                 if agrees:
                     _checked.setdefault(self.model, set()).add(self._along)
@@ -130,14 +131,8 @@ class ModelFunction:
         )
         return result
 
-    def _is_checked(self):
-        return self._along in _checked.get(self.model, ())
-
-    def _by_forward_mode(self, vector, batch):
+    def _by_forward_mode(self, vector, batch, operators):
         _load_forward_mode()
-        table = fast_batch_norm(SMALLEST_IN_FORWARD_MODE) | TWICE_DIFFERENTIABLE
-        table[torch._C._set_grad_enabled] = _set_grad_enabled
-        operators = (Operators if self._is_checked() else _Precision)(table)
         self._start(batch)
         with (
             # Nothing requires a gradient, so no graph is recorded.
@@ -153,7 +148,6 @@ class ModelFunction:
                 outputs = task_losses(self.model(batch))
             derivative = forward_ad.unpack_dual(outputs.losses).tangent
             entries = [None if e is None else forward_ad.unpack_dual(e).primal for e in outputs]
-        self._eps = getattr(operators, "eps", None)
         outputs = TaskLosses(*entries).detached()
         if derivative is None:  # no loss depends on theta
             derivative = torch.zeros_like(outputs.losses)
@@ -168,7 +162,7 @@ class ModelFunction:
             (derivative,) = gradients(slopes, [u], list(vector))
         return outputs.detached(), derivative
 
-    def _agrees(self, outputs, derivative, vector, batch):
+    def _agrees(self, outputs, derivative, vector, batch, eps):
         """Whether <u, D> is <J^T u, vector>, for a u without meaning, up to rounding.
 
         None: they are zero or not finite, which says nothing.
@@ -181,8 +175,8 @@ class ModelFunction:
             slopes = gradients([again.losses], self.theta, [u])
         found, expected = torch.sum(u * derivative), dot(slopes, vector)
         size = torch.linalg.vector_norm(derivative) + expected.abs()
-        rounding = 5 * self._eps * norm(torch._foreach_mul(slopes, list(vector)))
-        tolerance = min(3 * self._eps**0.5, 0.1) * size + rounding
+        rounding = 5 * eps * norm(torch._foreach_mul(slopes, list(vector)))
+        tolerance = min(3 * eps**0.5, 0.1) * size + rounding
         difference, size, tolerance = torch.stack([found - expected, size, tolerance]).tolist()
         if not math.isfinite(difference) or size <= 2 * tolerance:
             return None
@@ -223,6 +217,13 @@ def _set_grad_enabled(mode):
     """What the model computes without gradients has no forward-mode derivative either."""
     torch._C._set_fwd_grad_enabled(mode)
     torch._C._set_grad_enabled(mode)
+
+
+_FORWARD_MODE = {
+    **fast_batch_norm(SMALLEST_IN_FORWARD_MODE),
+    **TWICE_DIFFERENTIABLE,
+    torch._C._set_grad_enabled: _set_grad_enabled,
+}
 
 
 @functools.cache

@@ -28,7 +28,7 @@ from auxilearn.hypernet import (
     scheduled_loss,
     times_aux_weight,
 )
-from auxilearn.randomness import generators, put_back, random_state_kept
+from auxilearn.randomness import generator_states, put_back, random_state_kept
 from auxilearn.second_order.batch_norm import fast_batch_norm
 from auxilearn.second_order.convolution import FastConvolution
 from auxilearn.second_order.double_backward import (
@@ -128,7 +128,7 @@ class FastOperators:
 
     def _second_order(self, batch):
         """The product with one batch's H; it holds the graph of the gradient."""
-        states = [(g, g.get_state()) for g in generators(self.problem.theta)]
+        states = generator_states(self.problem.theta)
         closed_forms = fast_batch_norm() | {F.conv2d: FastConvolution()}
         try:
             return self._by_operators(batch, TWICE_DIFFERENTIABLE | closed_forms)
@@ -161,6 +161,7 @@ class FastOperators:
 
         def product(batch):
             outputs, derivative = problem.directional_derivative(p, batch)
+            check_outputs(outputs, problem.scheduler)
             if outputs.mask is not None:  # 0 dS/dL there, but D may be NaN
                 derivative = derivative.masked_fill(~outputs.mask, 0.0)
             scale = (problem.aux_weight, problem.scheduler.main_task)
