@@ -3,14 +3,16 @@
   python data_preprocess.py --table samples.csv --target species              rows of columns
   python data_preprocess.py --table samples.csv --target species --images photos
   python data_preprocess.py --images photos             one folder of images per class
+  python data_preprocess.py --dataset cifar100 --download      or pets: torchvision fetches it
+  python data_preprocess.py --dataset movielens --data_root ml-1m   MovieLens-1M as published
   python data_preprocess.py --download                  fetch CUB-200-2011 (1.1 GB), divide it
   python data_preprocess.py --data_root /data/CUB_200_2011       any data of its layout
   python data_preprocess.py --generate mini             no download: a small drawn data set
   python data_preprocess.py --generate digits           no download: 1,797 scanned digits
 
-Of a table, what is guessed of every column (role, kind, values, missing) is printed to be checked;
---kinds and the flags of roles correct it. Written to --out_dir is then tasks.json and a .npy file
-per column. Of data of CUB's layout (see preprocess_data/README.md for the shapes):
+Of a table, the guess for every column (role, kind, values, missing) is printed to be checked;
+--kinds and the flags of roles correct it. --out_dir gets tasks.json and a .npy file per column; of
+data in CUB's layout it gets these (preprocess_data/README.md has the shapes):
 
   image_dictionary.json   image id: [path, class, attribute bits]
   full_train_set.json     the official training images
@@ -29,14 +31,16 @@ import shlex
 import sys
 from pathlib import Path
 
-from auxilearn.data import cub, table
+from auxilearn.data import cub, movielens, table
 from auxilearn.data.columns import write_columns
 from auxilearn.data.folder import folder_columns
 from auxilearn.data.image_files import check_images
 from auxilearn.data.split import combined_fingerprint, write_split
 from auxilearn.errors import Parser, UserError, run_script
 
-DEFAULT_ROOTS = {None: "CUB_200_2011", "mini": "miniature", "digits": "digits"}
+DEFAULT_ROOTS = {"cub": "CUB_200_2011", "mini": "miniature", "digits": "digits"}
+DEFAULT_ROOTS |= {"cifar100": "cifar100", "pets": "pets", "movielens": "ml-1m"}
+PUBLISHED = ("cifar100", "pets", "movielens")
 
 
 def parse_arguments(argv=None):
@@ -45,8 +49,8 @@ def parse_arguments(argv=None):
         "--data_root",
         type=Path,
         metavar="DIR",
-        help="the folder that holds images.txt and images/ "
-        "(default: CUB_200_2011; with --generate: miniature or digits)",
+        help="the folder of a published data set, or of another in CUB's layout (default: "
+        "CUB_200_2011, miniature, digits, cifar100, pets or ml-1m)",
     )
     parser.add_argument(
         "--out_dir",
@@ -65,8 +69,8 @@ def parse_arguments(argv=None):
         "--dev_size",
         type=_integer_from(1),
         metavar="N",
-        help="with --table or --images: so many development samples in all (default, of a target "
-        "that is a number: a tenth of the training set, at most 200)",
+        help="not for CUB's layout: so many development samples in all (default, of a target that "
+        "is a number: a tenth of the training set, at most 200; of movielens, at most 512)",
     )
     parser.add_argument(
         "--dev_from",
@@ -81,13 +85,21 @@ def parse_arguments(argv=None):
         metavar="N",
         help="seed of the division into sets (default: %(default)s)",
     )
+    parser.add_argument(
+        "--dataset",
+        choices=("cub", *PUBLISHED),
+        default="cub",
+        help="the published data set in --data_root, with its own sets (movielens has none: a "
+        "tenth each is drawn for validation and the test)",
+    )
     add_table_flags(parser)
     source = parser.add_mutually_exclusive_group()
     source.add_argument(
         "--download",
         action="store_true",
-        help="fetch CUB-200-2011 into the folder above --data_root first, unless it is there; an "
-        "interrupted download is continued, and a CUB_200_2011.tgz put there by hand is used",
+        help="fetch the data set first, unless it is there: cifar100 and pets into --data_root; "
+        "CUB into the folder above --data_root, where an interrupted download is continued and a "
+        "CUB_200_2011.tgz put there by hand is used",
     )
     source.add_argument(
         "--generate",
@@ -103,12 +115,12 @@ def parse_arguments(argv=None):
     args = parser.parse_args(argv)
     check_table_flags(args)
     if args.data_root is None:
-        args.data_root = Path(DEFAULT_ROOTS[args.generate])
+        args.data_root = Path(DEFAULT_ROOTS[args.generate or args.dataset])
     return args
 
 
 # Flags that only a table has.
-OF_TABLES = ("target", "image_column", "auxiliary", "features", "ignore", "set_column", "kinds")
+OF_TABLES = ("image_column", "auxiliary", "features", "ignore", "set_column", "kinds")
 
 
 def add_table_flags(parser):
@@ -125,7 +137,8 @@ def add_table_flags(parser):
     group.add_argument(
         "--target",
         metavar="COLUMN",
-        help="the target task (default, with --images: the folder that an image is in)",
+        help="the target task (default, with --images: the folder that an image is in; fine, breed "
+        "and click of the published data sets)",
     )
     columns = {
         "auxiliary": "auxiliary tasks (with --images, all columns that are not named)",
@@ -157,21 +170,29 @@ def add_table_flags(parser):
 
 def check_table_flags(args):
     """Raises UserError: flags that do not go together."""
-    own = args.table or args.images
+    own, published = args.table or args.images, args.dataset in PUBLISHED
     for name in OF_TABLES:
         if getattr(args, name) and not args.table:
             raise UserError(f"--{name} is about the columns of a table: give --table FILE")
+    if args.target and not args.table and not published:
+        raise UserError("--target is for --table and --dataset: give one of them")
     if args.image_column and not args.images:
         raise UserError("--image_column needs --images, the folder that its paths start from")
     if args.table and not args.target and not args.images:
         raise UserError("--table needs --target COLUMN, what is to be predicted")
-    if args.dev_size and not own:
-        raise UserError("--dev_size is for --table and --images: give --aux_shot")
+    if args.dev_size and not own and not published:
+        raise UserError("--dev_size is not for CUB's layout: give --aux_shot")
     if args.dev_size and args.aux_shot:
         raise UserError("--dev_size and --aux_shot exclude each other")
     for name in ("data_root", "download", "generate"):
         if own and getattr(args, name):
             raise UserError(f"--{name} is not for --table and --images: leave it out")
+    if published and (own or args.generate):
+        raise UserError(f"--dataset {args.dataset} excludes --table, --images and --generate")
+    if args.dataset == "movielens" and args.download:
+        raise UserError(
+            f"--download is not for movielens: unpack {movielens.URL} and give ml-1m as --data_root"
+        )
 
 
 def _kind(text):
@@ -196,8 +217,8 @@ def _integer_from(least):
 
 def main(argv=None):
     args = parse_arguments(argv)
-    if args.table or args.images:
-        return prepare_own(args, sys.argv[1:] if argv is None else argv)
+    if args.table or args.images or args.dataset in PUBLISHED:
+        return prepare_columns(args, sys.argv[1:] if argv is None else argv)
     if args.download:
         download(args.data_root)
     if args.generate:
@@ -211,15 +232,17 @@ def main(argv=None):
     return None
 
 
-def prepare_own(args, words):
-    """Prepare a table, a folder of images, or both. ``words``: the command line."""
+def prepare_columns(args, words):
+    """Prepare a table, a folder of images or a published data set. ``words``: the command line."""
     division = {
         "aux_shot": args.aux_shot,
         "dev_size": args.dev_size,
         "dev_from": args.dev_from,
         "seed": args.split_seed,
     }
-    if args.table:
+    if args.dataset in PUBLISHED:
+        columns = read_published(args, division)
+    elif args.table:
         columns = read_own_table(args, division)
     else:
         columns = folder_columns(args.images, **division)
@@ -240,10 +263,23 @@ def prepare_own(args, words):
     counts, target = info["counts"], columns.tasks[0]
     kind = f"{target.classes} classes" if target.classes else "a number"
     what = "images" if columns.paths else f"rows of {counts['features']} features"
-    print(f"data set     {args.table or args.images}: {counts['samples']:,} {what}")
+    source = args.table or args.images or args.data_root
+    print(f"data set     {source}: {counts['samples']:,} {what}")
     print(f"target       {target.name}, {kind}; {counts['tasks'] - 1} auxiliary tasks")
     print_sets(counts, info)
     print(f"{'written to' if changed else 'already up to date:'} {args.out_dir}")
+
+
+def read_published(args, division):
+    """The ``Columns`` of --dataset."""
+    if args.target:
+        division = {**division, "target": args.target}
+    if args.dataset == "movielens":
+        return movielens.movielens_columns(args.data_root, **division)
+    from auxilearn.data import torchvision_sets  # torch takes seconds to import
+
+    read = {"cifar100": torchvision_sets.cifar100_columns, "pets": torchvision_sets.pets_columns}
+    return read[args.dataset](args.data_root, download=args.download, **division)
 
 
 def read_own_table(args, division):

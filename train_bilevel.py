@@ -49,7 +49,7 @@ def train(config):
             summary, run.config.exp_name = ranks.from_first(found)  # only the first knows it
             if summary is None:
                 needs_dev = run.bilevel.scheduler.needs_dev
-                return fit(run, record, ineffective(config, needs_dev))
+                return fit(run, record, ineffective(config, needs_dev, bool(split.rows)))
             if ranks.first:
                 print(f"{record.directory} was finished before")
                 metric = run.metric

@@ -194,12 +194,17 @@ def test_below_sgd_the_hypergradient_is_plain_gradient_descent_s(tiny_split):
 
 
 def test_what_is_left_open_is_taken_from_the_data(tiny_split):
-    config = resolved(tiny_split)
-    assert (config.task_num, config.whether_aux, config.backbone_pretrain) == (5, True, True)
+    config = resolved(tiny_split)  # of small images
+    assert (config.backbone, config.image_size, config.main_lr) == ("convnet", 21, 1e-3)
+    assert (config.task_num, config.whether_aux, config.backbone_pretrain) == (5, True, False)
+    config = resolved(tiny_split, "--backbone", "resnet18")
+    assert (config.image_size, config.main_lr, config.backbone_pretrain) == (224, 1e-4, True)
+    config = resolved(tiny_split, "--backbone", "resnet18", "--backbone_pretrain", "0")
+    assert config.main_lr == 1e-3
     assert config.neumann_alpha == config.main_lr
     assert config.cache_dir == f"{config.split_dir}/cache"
-    assert resolved(tiny_split, "--backbone", "convnet").backbone_pretrain is False
-    assert resolved(tiny_split, "--backbone_weights", "x.pt").backbone_pretrain is False
+    own = resolved(tiny_split, "--backbone", "resnet18", "--backbone_weights", "x.pt")
+    assert (own.backbone_pretrain, own.main_lr) == (False, 1e-4)
     assert resolved(tiny_split, "--neumann_alpha", "0.5").neumann_alpha == 0.5
     left_open = {name for name, value in vars(config).items() if value is None}
     assert left_open == {"backbone_weights", "exp_name", "max_steps", "plugin", "threads"}
@@ -210,7 +215,10 @@ def test_the_paper_s_settings_are_a_flag_away():
     typed = parse(shlex.split(TYPED))
     places = ["--task_num", "313", "--whether_aux", "1", "--exp_name", "train_joint_seed5"]
     preset = parse(["--preset", "paper", *places])
-    assert with_method_defaults(preset) == with_method_defaults(typed)
+    network = {"backbone": "resnet18", "image_size": 224}  # as typed, on images of over 96 pixels
+    assert with_method_defaults(preset) == dataclasses.replace(
+        with_method_defaults(typed), **network
+    )
     config = parse(["--aux_lr", "0.5", "--preset", "paper", "--method", "joint_stable"])
     assert (config.upper_lr, config.method, config.epochs) == (0.5, "joint_stable", 100)
     with pytest.raises(UserError, match="--preset"):
@@ -222,7 +230,7 @@ def test_the_released_defaults_are_a_flag_away(tiny_split, capsys):
     assert "does not reproduce" in capsys.readouterr().out
     assert {name: getattr(config, name) for name in RELEASED} == RELEASED
     assert config.dev_batches == "first"
-    plain = resolved(tiny_split)
+    plain = resolved(tiny_split, "--backbone", "resnet18")
     assert dataclasses.replace(config, dev_batches="random") == plain
     network = resolved(tiny_split, "--preset", "released", "--method", "task")
     assert network.options == {"hidden_sizes": (10, 10, 10, 10)}
@@ -380,7 +388,7 @@ def test_help(command):
         ("epochs", "20"),
         ("corrupted", "0"),
         ("overwrite", "0"),
-        ("main_lr", "0.0001"),
+        ("main_lr", "1e-4; 1e-3 if the backbone starts from random weights"),
         ("record_dir", "bird_record"),
         ("task_num", "all"),
         ("upper_lr", "0.001; joint_stable 0.03"),
@@ -724,9 +732,10 @@ def test_a_run_on_the_cpu_by_mistake(monkeypatch, device_files, visible, size, e
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    said = slow_device(Config(device="cpu", image_size=size))
+    config = Config(device="cpu", backbone="resnet18", image_size=size)
+    said = slow_device(config)
     assert (said is None) if expected is None else (expected in said)
-    assert slow_device(Config(device="cuda", image_size=size)) is None
+    assert slow_device(dataclasses.replace(config, device="cuda")) is None
 
 
 def test_a_run_warns_of_a_gpu_that_is_hidden(monkeypatch, tiny_run, capfd):

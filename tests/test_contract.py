@@ -513,7 +513,8 @@ def test_a_backbone_for_images_refuses_rows(tmp_path, row_net, tiny_split):
     write_rows(tmp_path)
     split = load_split(tmp_path / "split")
     with pytest.raises(UserError, match="resnet18 takes images, but .* are rows .*row_net"):
-        build_model(resolve(Config(device="cpu"), split), split)
+        build_model(resolve(Config(device="cpu", backbone="resnet18"), split), split)
+    assert resolve(Config(device="cpu"), split).backbone == "mlp"
     split = load_split(tiny_split)
     with pytest.raises(UserError, match="row_net takes rows of columns, but .* are images: .*conv"):
         build_model(resolve(Config(device="cpu", backbone="row_net"), split), split)

@@ -147,7 +147,7 @@ def test_row_3_pretrain_false_really_starts_from_random_weights(tiny_config, mon
     def download(*args, **kwargs):
         raise AssertionError("asked for the ImageNet weights")
 
-    monkeypatch.setattr("auxilearn.models._load_imagenet_weights", download)
+    monkeypatch.setattr("auxilearn.backbones._load_imagenet_weights", download)
     settings = {"backbone": "resnet18", "image_size": 33}
     given = parse(["--backbone_pretrain", "False"]).backbone_pretrain
     built(tiny_config(**settings, backbone_pretrain=given))

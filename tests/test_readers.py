@@ -10,9 +10,11 @@ import pytest
 from PIL import Image
 from torchvision.datasets import CIFAR100, OxfordIIITPet
 
-from auxilearn.data.movielens import read_movielens
-from auxilearn.data.samples import halved
-from auxilearn.data.torchvision_sets import read_cifar100, read_pets
+import data_preprocess
+import train_bilevel
+from auxilearn.data.movielens import movielens_columns
+from auxilearn.data.split import load_split
+from auxilearn.data.torchvision_sets import cifar100_columns, pets_columns
 from auxilearn.errors import UserError
 
 
@@ -24,17 +26,6 @@ def refused(read, *arguments, **options):
     return message
 
 
-def test_what_is_not_for_training_is_halved():
-    is_train = np.array([True, False, False, True, False, False, False])
-    sets = halved(is_train, seed=5)
-    assert (sets[is_train] == "train").all()
-    assert (sets == "valid").sum() == 2
-    assert (sets == "test").sum() == 3
-    assert (sets == halved(is_train, seed=5)).all()
-    many = ~np.zeros(100, dtype=bool)
-    assert (halved(~many, 1) != halved(~many, 2)).any()
-
-
 # --------------------------------------------------------------------------------------------------
 # CIFAR-100
 # --------------------------------------------------------------------------------------------------
@@ -44,15 +35,15 @@ FINE, COARSE = ["apple", "bear", "bed"], ["food", "animals"]
 
 @pytest.fixture
 def cifar(tmp_path, monkeypatch):
-    """``cifar(protocol, **changes)``: a folder with CIFAR-100's files, 4 + 3 images."""
+    """``cifar(protocol, **changes)``: a folder with CIFAR-100's files, 6 + 4 images."""
 
     def write(protocol=2, sums=True, **changes):
         generator = np.random.default_rng(0)
         folder = tmp_path / "cifar-100-python"
         folder.mkdir(exist_ok=True)
         contents = {
-            "train": {"fine_labels": [0, 1, 2, 1], "coarse_labels": [0, 1, 1, 1]},
-            "test": {"fine_labels": [2, 0, 0], "coarse_labels": [1, 0, 0]},
+            "train": {"fine_labels": [0, 1, 2, 1, 0, 2], "coarse_labels": [0, 1, 1, 1, 0, 1]},
+            "test": {"fine_labels": [2, 0, 0, 2], "coarse_labels": [1, 0, 0, 1]},
             "meta": {"fine_label_names": FINE, "coarse_label_names": COARSE},
         }
         for name in ("train", "test"):
@@ -74,62 +65,86 @@ def cifar(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("protocol", [2, 4, 5])
-def test_cifar100_has_classes_and_superclasses(protocol, cifar):
+def test_cifar100_has_classes_and_superclasses(protocol, cifar, capsys):
     root, contents = cifar(protocol)
-    samples = read_cifar100(root)
-    assert samples.tasks == ["fine", "coarse"]
-    assert samples.columns["fine"].tolist() == [0, 1, 2, 1, 2, 0, 0]
-    assert samples.columns["coarse"].tolist() == [0, 1, 1, 1, 1, 0, 0]
-    assert all(column.dtype == np.int64 for column in samples.columns.values())
-    assert samples.class_names == {"fine": FINE, "coarse": COARSE}
-    assert samples.sets[:4].tolist() == ["train"] * 4
-    assert sorted(samples.sets[4:]) == ["test", "test", "valid"]
-    assert (samples.images.shape, samples.images.dtype) == ((7, 32, 32, 3), np.uint8)
-    red = contents["test"]["data"][1][:1024].reshape(32, 32)  # planes, in the file
-    assert (samples.images[5, :, :, 0] == red).all()
+    columns = cifar100_columns(root)
+    assert "warning" not in capsys.readouterr().err
+    fine, coarse = columns.tasks
+    assert (fine.name, fine.class_names) == ("fine", tuple(FINE))
+    assert (coarse.name, coarse.class_names) == ("coarse", tuple(COARSE))
+    assert columns.labels[0].tolist() == [0, 1, 2, 1, 0, 2, 2, 0, 0, 2]
+    assert columns.labels[1].tolist() == [0, 1, 1, 1, 0, 1, 1, 0, 0, 1]
+    assert columns.sets["full_train"].tolist() == [*range(6)]
+    assert sorted(fine.class_names[columns.labels[0][k]] for k in columns.sets["dev"]) == FINE
+    halves = [*columns.sets["valid"], *columns.sets["test"]]
+    assert sorted(halves) == [6, 7, 8, 9] and len(columns.sets["valid"]) == 2
+    theirs = [CIFAR100(root, train=train) for train in (True, False)]
+    images = np.concatenate([part.data for part in theirs])
+    for path, image in zip(columns.paths, images, strict=True):
+        assert (np.asarray(Image.open(columns.root / path)) == image).all()
+    assert cifar100_columns(root, target="coarse").tasks == [coarse, fine]
+    assert "fine, coarse" in refused(cifar100_columns, root, target="colour")
+
+
+def test_files_of_cifar100_of_another_sum_are_read_with_a_warning(cifar, capsys):
+    root, _ = cifar(sums=False)  # torchvision's own sums, of the real files
+    assert cifar100_columns(root).paths[7] == "test/00001.png"
+    assert capsys.readouterr().err.count("is not the published file") == 3
+    changed, _ = cifar(train={"fine_labels": [0, 1, 2, 1, 2, 0]})
+    assert "holds the images of other files" in refused(cifar100_columns, changed)
 
 
 def test_damaged_files_of_cifar100_are_refused(cifar):
-    root, _ = cifar(sums=False)  # torchvision's own sums, of the real files
-    message = refused(read_cifar100, root)
-    for part in (str(root), "CIFAR100", "missing or damaged", "--download", CIFAR100.url):
+    root, _ = cifar(train={"data": np.zeros((6, 100), np.uint8)})
+    assert "3072 bytes, found uint8 of shape (6, 100)" in refused(cifar100_columns, root)
+    cifar()
+    file = root / "cifar-100-python" / "test"
+    file.write_bytes(file.read_bytes()[:100])
+    assert f"{file}: no data can be read" in refused(cifar100_columns, root)
+    file.unlink()
+    message = refused(cifar100_columns, root)
+    for part in (str(file), "is missing", "--download", CIFAR100.url):
         assert part in message
-    assert "missing" in refused(read_cifar100, root / "nowhere")
 
 
 @pytest.mark.parametrize(
     ("changes", "parts"),
     [
         ({"train": {"coarse_labels": None}}, ["train", "no coarse_labels"]),
-        ({"train": {"coarse_labels": [0, 1]}}, ["train", "0 to 1", "4 images"]),
-        ({"test": {"coarse_labels": [0, 1, 2]}}, ["test", "0 to 1", "3 images"]),
+        ({"train": {"coarse_labels": [0, 1]}}, ["train", "0 to 1", "6 images"]),
+        ({"test": {"coarse_labels": [0, 1, 2, 1]}}, ["test", "0 to 1", "4 images"]),
         ({"meta": {"coarse_label_names": None}}, ["meta", "no coarse_label_names"]),
     ],
 )
 def test_superclasses_are_checked(changes, parts, cifar):
-    message = refused(read_cifar100, cifar(**changes)[0])
+    message = refused(cifar100_columns, cifar(**changes)[0])
     for part in parts:
         assert part in message
 
 
-def test_reading_superclasses_runs_no_code(cifar, tmp_path, monkeypatch):
+def test_reading_cifar100_runs_no_code(cifar, tmp_path):
     class Evil:
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "executed"),)
 
     root, _ = cifar(4, train={"coarse_labels": Evil()})
-    monkeypatch.setattr(  # torchvision trusts a file whose MD5 it knows
-        "torchvision.datasets.cifar.pickle.load",
-        lambda *_, **__: (
-            {"data": np.zeros((4, 3072), np.uint8), "fine_labels": [0] * 4}
-            | {"fine_label_names": FINE}
-        ),
-    )
-    assert "mkdir is no part of this data set" in refused(read_cifar100, root)
+    assert "mkdir is no part of this data set" in refused(cifar100_columns, root)
     assert not (tmp_path / "executed").exists()
 
 
-@pytest.mark.parametrize("read", [read_cifar100, read_pets])
+def test_cifar100_from_files_to_a_run(cifar, tmp_path, command):
+    root, _ = cifar(sums=False)
+    split, record = tmp_path / "split", tmp_path / "record"
+    flags = ["--dataset", "cifar100", "--data_root", str(root), "--out_dir", str(split)]
+    code, out, _ = command(data_preprocess.main, *flags)
+    assert code == 0 and "10 images" in out and "fine, 3 classes; 1 auxiliary task" in out
+    assert "already up to date" in command(data_preprocess.main, *flags)[1]
+    flags = ["--split_dir", str(split), "--record_dir", str(record), "--epochs", "1"]
+    code, out, _ = command(train_bilevel.main, *flags, "--device", "cpu")
+    assert code == 0 and "convnet at 32 pixels from random weights, learning rate 0.001" in out
+
+
+@pytest.mark.parametrize("read", [cifar100_columns, pets_columns])
 def test_a_failed_download_names_what_to_fetch(read, tmp_path, monkeypatch):
     def no_network(*arguments, **options):
         raise urllib.error.URLError("Name or service not known")
@@ -145,6 +160,7 @@ def test_a_failed_download_names_what_to_fetch(read, tmp_path, monkeypatch):
 # --------------------------------------------------------------------------------------------------
 
 TRAINVAL = ["Abyssinian_100 1 1 1", "american_bulldog_2 2 2 1", "Abyssinian_101 1 1 1"]
+TRAINVAL += ["american_bulldog_3 2 2 1"]
 TEST = ["Abyssinian_7 1 1 1", "american_bulldog_9 2 2 1"]
 
 
@@ -165,15 +181,15 @@ def pets(tmp_path):
 
 def test_pets_have_breeds_and_species(pets):
     root = pets()
-    samples = read_pets(root)
-    assert samples.tasks == ["breed", "species"]
-    assert samples.columns["breed"].tolist() == [0, 1, 0, 0, 1]
-    assert samples.columns["species"].tolist() == [0, 1, 0, 0, 1]
-    names = {"breed": ["Abyssinian", "American Bulldog"], "species": ["cat", "dog"]}
-    assert samples.class_names == names
-    assert samples.sets[:3].tolist() == ["train"] * 3
-    assert sorted(samples.sets[3:]) == ["test", "valid"]
-    assert samples.images[1] == root / "oxford-iiit-pet" / "images" / "american_bulldog_2.jpg"
+    columns = pets_columns(root)
+    assert [task.name for task in columns.tasks] == ["breed", "species"]
+    assert [column.tolist() for column in columns.labels] == [[0, 1, 0, 1, 0, 1]] * 2
+    names = [task.class_names for task in columns.tasks]
+    assert names == [("Abyssinian", "American Bulldog"), ("cat", "dog")]
+    assert columns.sets["full_train"].tolist() == [0, 1, 2, 3]
+    assert sorted([*columns.sets["valid"], *columns.sets["test"]]) == [4, 5]
+    assert columns.root == root / "oxford-iiit-pet" / "images"
+    assert columns.paths[1] == "american_bulldog_2.jpg"
     theirs = OxfordIIITPet(root, "test", target_types=["category", "binary-category"])
     assert [theirs[n][1] for n in range(2)] == [(0, 0), (1, 1)]
 
@@ -183,22 +199,22 @@ def test_pets_have_breeds_and_species(pets):
     [
         ({"test": ["Abyssinian_7 1 1 1", "Abyssinian_8 1"]}, ["test.txt, line 2", "species"]),
         ({"trainval": ["Abyssinian_100 one 1 1"]}, ["trainval.txt, line 1", "'Abyssinian_100 one"]),
-        ({"trainval": [*TRAINVAL, "Abyssinian_7 1 3 1"]}, ["trainval.txt, line 4"]),
+        ({"trainval": [*TRAINVAL, "Abyssinian_7 1 3 1"]}, ["trainval.txt, line 5"]),
         ({"test": ["lost_1 1 1 1"]}, ["test.txt, line 1", "lost_1.jpg is missing"]),
         ({"test": ["american_bulldog_9 3 2 1"]}, ["2 names", "breeds up to 3"]),
     ],
 )
 def test_a_wrong_line_of_pets_is_named(changes, parts, pets):
-    message = refused(read_pets, pets(**changes))
+    message = refused(pets_columns, pets(**changes))
     for part in parts:
         assert part in message
 
 
 def test_missing_pets_are_named(pets):
     root = pets()
-    assert "OxfordIIITPet is missing or damaged" in refused(read_pets, root / "nowhere")
+    assert "OxfordIIITPet is missing or damaged" in refused(pets_columns, root / "nowhere")
     (root / "oxford-iiit-pet" / "annotations" / "test.txt").unlink()
-    assert "test.txt" in refused(read_pets, root)
+    assert "test.txt" in refused(pets_columns, root)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -230,37 +246,54 @@ def movielens(tmp_path):
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\n\n"])
 def test_movielens_has_clicks_and_ratings(end, movielens):
-    samples = read_movielens(movielens(end))
+    columns = movielens_columns(movielens(end))
     kept = [row for row in RATINGS if row[2] != 3]
-    columns, names = samples.columns, samples.class_names
-    assert list(columns) == [
-        *("user", "movie", "genre", "gender", "age", "occupation", "click", "rating")
-    ]
-    assert samples.tasks == ["click", "rating"]
-    assert samples.images is None
-    assert columns["rating"].dtype == np.float32
-    assert columns["rating"].tolist() == [rating for *_, rating in kept]
-    assert columns["click"].tolist() == [int(rating > 3) for *_, rating in kept]
-    assert [int(names["user"][n]) for n in columns["user"]] == [user for user, *_ in kept]
-    assert [int(n) for n in columns["movie"]] == [{1: 0, 5: 1}[movie] for _, movie, _ in kept]
-    assert names["movie"][1] == "Mission: Impossible: Misérables (1995)"
-    assert names["age"] == ["1", "25", "56"]
-    assert names["occupation"] == ["2", "10"]
-    assert names["click"] == ["no", "yes"]
+    assert [task.name for task in columns.tasks] == ["click", "rating"]
+    click, rating = columns.tasks
+    assert (click.class_names, rating.classes) == (("no", "yes"), None)
+    assert columns.labels[0].tolist() == [int(stars > 3) for *_, stars in kept]
+    assert columns.labels[1].tolist() == [stars for *_, stars in kept]
+    values = {f.name: [f.names[k] for k in f.values] for f in columns.features}
     of_user = {1: ("F", "1", "10"), 2: ("M", "56", "2"), 7: ("M", "25", "10")}
-    for n, (user, movie, _) in enumerate(kept):
-        found = [names[name][columns[name][n]] for name in ("gender", "age", "occupation")]
-        assert tuple(found) == of_user[user]
-        assert names["genre"][columns["genre"][n]] == {1: "Animation", 5: "Drama"}[movie]
+    genre = {1: "Animation", 5: "Drama"}
+    rows = [(str(u), str(m), genre[m], *of_user[u]) for u, m, _ in kept]
+    names = ("user", "movie", "genre", "gender", "age", "occupation")
+    assert list(values) == [*names]
+    assert [*zip(*(values[name] for name in names), strict=True)] == rows
+    age = columns.features[4].names
+    assert age == ("1", "25", "56")  # by number
+    columns = movielens_columns(movielens(end), target="rating")
+    assert [task.name for task in columns.tasks] == ["rating", "click"]
 
 
 def test_movielens_is_divided_by_the_seed(movielens):
     root = movielens(ratings=[f"1::1::{1 + n % 2}::9" for n in range(205)])
-    sets = read_movielens(root, seed=5).sets
-    counts = {name: int((sets == name).sum()) for name in ("train", "valid", "test")}
-    assert counts == {"train": 165, "valid": 20, "test": 20}
-    assert (sets == read_movielens(root, seed=5).sets).all()
-    assert (sets != read_movielens(root, seed=6).sets).any()
+    with pytest.raises(UserError, match="--aux_shot 1 needs 2"):  # no rating above 3
+        movielens_columns(root, aux_shot=1)
+    root = movielens(ratings=[f"1::1::{1 + 4 * (n % 2)}::9" for n in range(205)])
+    sets = movielens_columns(root, seed=5).sets
+    counts = {name: len(positions) for name, positions in sets.items()}
+    assert counts == {"full_train": 165, "dev": 16, "rest_train": 149, "valid": 20, "test": 20}
+    again = movielens_columns(root, seed=5).sets
+    assert all((sets[name] == again[name]).all() for name in sets)
+    assert (sets["test"] != movielens_columns(root, seed=6).sets["test"]).any()
+    assert len(movielens_columns(root, dev_size=7).sets["dev"]) == 7
+    root = movielens(ratings=[f"1::1::{1 + 4 * (n % 2)}::9" for n in range(7000)])
+    assert len(movielens_columns(root).sets["dev"]) == 512
+
+
+def test_movielens_from_files_to_a_run(movielens, tmp_path, command):
+    root = movielens(ratings=[f"1::1::{1 + 4 * (n % 2)}::9" for n in range(100)])
+    split, record = tmp_path / "split", tmp_path / "record"
+    flags = ["--dataset", "movielens", "--data_root", str(root), "--out_dir", str(split)]
+    code, out, _ = command(data_preprocess.main, *flags, "--target", "rating")
+    assert code == 0 and "100 rows of 6 features" in out and "rating, a number" in out
+    assert "--download is not for" in command(data_preprocess.main, *flags, "--download")[2]
+    loaded = load_split(split)
+    assert loaded.rows.shape.categories == [2] * 6  # the one value, and the code of unknown ones
+    flags = ["--split_dir", str(split), "--record_dir", str(record), "--epochs", "1"]
+    code, out, _ = command(train_bilevel.main, *flags, "--device", "cpu")
+    assert code == 0 and "mlp from random weights" in out and "test RMSE: " in out
 
 
 @pytest.mark.parametrize(
@@ -283,7 +316,7 @@ def test_movielens_is_divided_by_the_seed(movielens):
 )
 def test_a_wrong_line_of_movielens_is_named(changes, parts, movielens):
     root = movielens(**changes)
-    message = refused(read_movielens, root)
+    message = refused(movielens_columns, root)
     for part in (str(root), *parts):
         assert part in message
 
@@ -291,6 +324,6 @@ def test_a_wrong_line_of_movielens_is_named(changes, parts, movielens):
 def test_a_missing_file_of_movielens_is_named(movielens):
     root = movielens()
     (root / "movies.dat").unlink()
-    message = refused(read_movielens, root)
+    message = refused(movielens_columns, root)
     for part in (str(root / "movies.dat"), "No such file", "ml-1m.zip", "--data_root"):
         assert part in message

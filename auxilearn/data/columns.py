@@ -65,6 +65,16 @@ class Columns:
     features: list[Feature] = field(default_factory=list)
 
 
+def target_first(tasks, labels, target):
+    """(tasks, labels) as lists, the task called ``target`` first. UserError: there is none."""
+    names = [task.name for task in tasks]
+    if target not in names:
+        raise UserError(f"--target {target}: the tasks of this data set are {', '.join(names)}")
+    pairs = zip(tasks, labels, strict=True)
+    pairs = sorted(pairs, key=lambda pair: pair[0].name != target)
+    return tuple(map(list, zip(*pairs, strict=True)))
+
+
 def write_columns(split_dir, columns, **settings):
     """Write ``Columns`` to ``split_dir``. Returns (content of split_info.json, whether it changed).
 

@@ -1,16 +1,20 @@
 """MovieLens-1M (Harper and Konstan 2015): its three published files as columns."""
 
 import io
+import os
 import re
 from pathlib import Path
 
 import numpy as np
 
-from auxilearn.data.samples import Samples
+from auxilearn.data.columns import Columns, Feature, target_first
+from auxilearn.data.contract import Task
+from auxilearn.data.sets import divide
 from auxilearn.errors import UserError
 
 URL = "https://files.grouplens.org/datasets/movielens/ml-1m.zip"
 
+DEV_SIZE = 512  # development rows
 _ID = r"(\d{1,18})"
 # file: (what a line consists of, a line as a pattern)
 FORMATS = {
@@ -20,20 +24,22 @@ FORMATS = {
 }
 
 
-def read_movielens(root, seed=5):
-    """``click`` (rated above 3: yes or no) and ``rating`` (1 to 5, a number) from six features.
+def movielens_columns(root, *, target="click", seed=5, dev_size=None, **division):
+    """``click`` (rated above 3) and ``rating`` (1 to 5, a number) from six features.
 
     Features: user, movie, first genre of the movie, gender, age group and occupation of the user,
     all as classes. Ratings of 3 are dropped. Of the rest, in the file's order, 80 % are training
-    data, 10 % validation and 10 % test data, at random by ``seed``. The task design is that of the
+    data, 10 % validation and 10 % test data, at random by ``seed``. The design is that of the
     authors' later release; what Chen et al. (2022) did is not known here.
 
     Args: ``root`` holds ratings.dat, users.dat and movies.dat, latin-1 with ``::`` between fields.
+    dev_size: development rows, 512 or a tenth of the training rows by default; ``division``: more
+    of ``sets.divide``.
 
     Raises UserError, with file and line, for a file that is missing or a line of another format;
     an id that occurs twice; a rating of an unknown user or movie; no ratings other than 3.
     """
-    root = Path(root)
+    root = Path(os.path.abspath(root))
     users, movies = (_read_lines(root / name) for name in ("users.dat", "movies.dat"))
     ratings = _read_ratings(root / "ratings.dat")
     user = _places(root / "ratings.dat", ratings[:, 0], users, root / "users.dat")
@@ -45,25 +51,36 @@ def read_movielens(root, seed=5):
             f"{root / 'ratings.dat'}: {len(rating)} ratings other than 3; expected 10 or more, to "
             "be divided into three sets"
         )
-    _, gender, age, occupation = zip(*users, strict=True)
-    _, titles, genres = zip(*movies, strict=True)
-    columns = {"user": user, "movie": movie}
-    class_names = {"user": [row[0] for row in users], "movie": list(titles)}
-    for name, values, place in (
-        ("genre", genres, movie),
-        ("gender", gender, user),
-        ("age", [int(years) for years in age], user),
-        ("occupation", [int(number) for number in occupation], user),
-    ):
-        found, codes = np.unique(values, return_inverse=True)
-        columns[name], class_names[name] = codes[place], [str(value) for value in found]
-    columns["click"] = (rating > 3).astype(np.int64)
-    columns["rating"] = rating.astype(np.float32)
-    class_names["click"] = ["no", "yes"]
-    return Samples(columns, class_names, ["click", "rating"], _divided(len(rating), seed))
+    user_ids, gender, age, occupation = zip(*users, strict=True)
+    movie_ids, _, genre = zip(*movies, strict=True)
+    features = [
+        Feature("user", user, user_ids),
+        Feature("movie", movie, movie_ids),
+        _feature("genre", genre, movie),
+        _feature("gender", gender, user),
+        _feature("age", [*map(int, age)], user),
+        _feature("occupation", [*map(int, occupation)], user),
+    ]
+    tasks, labels = target_first(
+        [Task("click", 2, ("no", "yes")), Task("rating", None)],
+        [(rating > 3).astype(np.int64), rating.astype(np.float64)],
+        target,
+    )
+    given = _random_sets(len(rating), seed)
+    if dev_size is None and division.get("aux_shot") is None:
+        dev_size = max(1, min(DEV_SIZE, (given == "train").sum() // 10))
+    source = str(root / "ratings.dat")
+    sets = divide(tasks[0], labels[0], given, source, dev_size=dev_size, seed=seed, **division)
+    return Columns(tasks, labels, sets, root, [root / n for n in FORMATS], features=features)
 
 
-def _divided(samples, seed):
+def _feature(name, values, place):
+    """The ``Feature`` of rows that take the values of their ``place`` in another file."""
+    found, codes = np.unique(values, return_inverse=True)
+    return Feature(name, codes[place], tuple(map(str, found)))
+
+
+def _random_sets(samples, seed):
     sets = np.full(samples, "train")
     order = np.random.default_rng(seed).permutation(samples)
     tenth = samples // 10

@@ -9,7 +9,7 @@ from auxilearn.run.config import FIELDS, GROUPS, KINDS, Config, choices_of, defa
 
 # Settings of the released script that have no flag there, or another default for some methods.
 _AS_RELEASED = (
-    *("method", "epochs", "train_batch_size", "test_batch_size", "main_lr", "upper_lr", "w_decay"),
+    *("method", "epochs", "train_batch_size", "test_batch_size", "upper_lr", "w_decay"),
     *("upper_decay", "aux_weight", "dev_batch_size", "hyperstep", "corrupted"),
     *("corrupted_rate", "n_meta_loss_accum", "n_meta_train_loss_accum", "upper_optimizer"),
     *("warmup_epochs", "solver", "precondition", "max_grad_norm"),
@@ -20,9 +20,11 @@ def presets():
     """Sets of settings by name: --preset makes them the defaults of a command line."""
     usual = defaults()
     released = {name: usual[name] for name in _AS_RELEASED}
-    released |= {"dev_batches": "first", "feature_dim": 512}
+    network = {"backbone": "resnet18", "image_size": 224, "main_lr": 1e-4}
+    released |= network | {"dev_batches": "first", "feature_dim": 512}
     paper = {"epochs": 100, "train_batch_size": 64, "upper_lr": 1e-2, "upper_decay": 5e-5}
-    upper = ("method", "main_lr", "hyperstep", "upper_optimizer", "warmup_epochs", "solver")
+    paper |= network
+    upper = ("method", "hyperstep", "upper_optimizer", "warmup_epochs", "solver")
     upper += ("precondition", "max_grad_norm")
     return {"paper": {name: usual[name] for name in upper} | paper, "released": released}
 

@@ -14,9 +14,11 @@ from typing import get_args, get_type_hints
 import torch
 
 from auxilearn.backbones import feature_width, find_backbone
+from auxilearn.data.image_files import typical_side
 from auxilearn.errors import UserError
 from auxilearn.methods import METHODS
 
+SMALL_IMAGE = 96  # pixels of the shorter side
 LOG_EVERY = 10  # lower steps between two rows of metrics.jsonl
 
 # The groups of --help, each from this setting on.
@@ -70,8 +72,13 @@ class Config:
         low=0,
     )
     epochs: int = _setting(20, "passes over the training set", low=1)
-    train_batch_size: int = _setting(32, "images per lower step", low=1)
-    main_lr: float = _setting(1e-4, "learning rate of the task model", above=0)
+    train_batch_size: int = _setting(32, "samples per lower step", low=1)
+    main_lr: float | None = _setting(
+        None,
+        "learning rate of the task model (default: 1e-4; 1e-3 if the backbone starts from random "
+        "weights)",
+        above=0,
+    )
     aux_weight: float = _setting(1.0, "factor on the losses of all auxiliary tasks", low=0)
     hyperstep: int | None = _setting(
         None, "lower steps between two upper steps", by_method=20, low=1
@@ -101,10 +108,11 @@ class Config:
         neutral=True,  # its content is compared
     )
     options: dict = _setting({}, "the method's own settings, NAME=VALUE ...; see below")
-    backbone: str = _setting(
-        "resnet18",
+    backbone: str | None = _setting(
+        None,
         "any classification network of torchvision, such as resnet50 or vit_b_16; convnet for "
-        "small images; mlp or autoint for rows",
+        "small images; mlp or autoint for rows (default: mlp for rows, convnet for images of up to "
+        f"{SMALL_IMAGE} pixels, resnet18 for others)",
     )
     feature_dim: int | None = _setting(
         None,
@@ -138,8 +146,11 @@ class Config:
         low=1,
     )
     whether_aux: bool | None = _setting(None)
-    image_size: int = _setting(
-        224, "side of the training crop in pixels; images are resized to 256/224 of it first", low=8
+    image_size: int | None = _setting(
+        None,
+        "side of the training crop in pixels; images are resized to 256/224 of it first (default: "
+        "224; the images' own size if they are smaller and the backbone is not torchvision's)",
+        low=8,
     )
     num_workers: int = _setting(
         min(4, os.cpu_count() or 1),
@@ -189,7 +200,7 @@ class Config:
     )
     dev_batch_size: int = _setting(
         50,
-        "images in a development batch, fine-tuning included",
+        "samples in a development batch, fine-tuning included",
         aliases=("aux_batch_size",),
         low=1,
     )
@@ -335,7 +346,7 @@ def check(config):
         value = getattr(config, name)
         if value is not None and name != "options":
             _check_value(field, value)
-    find_backbone(config.backbone)
+    backbone = config.backbone and find_backbone(config.backbone)
     if config.corrupted and config.labeled_per_class:
         raise UserError(
             "--corrupted 1 and --labeled_per_class are two settings of the paper: choose one"
@@ -356,7 +367,7 @@ def check(config):
             f"--precondition adam is for --main_optimizer adam, not {config.main_optimizer}: take "
             "--precondition none, which answers for the steps of sgd"
         )
-    if config.backbone_pretrain and not find_backbone(config.backbone).pretrained:
+    if config.backbone_pretrain and backbone and not backbone.pretrained:
         raise UserError(
             f"--backbone_pretrain 1: there are no ImageNet weights for {config.backbone}"
         )
@@ -403,12 +414,38 @@ def from_record(settings):
     return config
 
 
+def for_data(config, split):
+    """A copy in which the data have said what was left to them: the backbone, the size of its
+    images (None of rows), its initial weights and its learning rate.
+
+    Args: ``split`` from ``auxilearn.data.split.load_split``. Raises UserError.
+    """
+    name, size = config.backbone, config.image_size
+    if split.rows:
+        name = name or "mlp"
+    elif name is None or size is None:
+        side = typical_side(split)
+        name = name or ("convnet" if side <= SMALL_IMAGE else "resnet18")
+        size = size or (224 if find_backbone(name).pretrained else max(8, min(side, 224)))
+    pretrain = config.backbone_pretrain
+    if pretrain is None:
+        pretrain = find_backbone(name).pretrained and not config.backbone_weights
+    return dataclasses.replace(
+        config,
+        backbone=name,
+        image_size=size,
+        backbone_pretrain=pretrain,
+        main_lr=config.main_lr or (1e-4 if pretrain or config.backbone_weights else 1e-3),
+    )
+
+
 def resolve(config, split):
     """A copy in which nothing is left open; checked against the data.
 
     Args: ``split`` from ``auxilearn.data.split.load_split``. Raises UserError.
     """
     check(config)
+    config = for_data(config, split)
     method = METHODS[config.method]
     available = len(split.tasks)
     whether_aux = method.auxiliary if config.whether_aux is None else config.whether_aux
@@ -428,16 +465,12 @@ def resolve(config, split):
             f"{reason} trains the target task alone, but --task_num {task_num} asks for "
             f"{task_num - 1} auxiliary tasks: drop one of the two"
         )
-    pretrain = config.backbone_pretrain
-    if pretrain is None:
-        pretrain = find_backbone(config.backbone).pretrained and not config.backbone_weights
     resolved = dataclasses.replace(
         with_method_defaults(config),
         data_root=str(split.data_root),
         task_num=task_num,
         whether_aux=whether_aux,
         feature_dim=config.feature_dim or feature_width(config.backbone),
-        backbone_pretrain=pretrain,
         cache_dir=config.cache_dir or f"{config.split_dir}/cache",
         neumann_alpha=config.neumann_alpha or config.main_lr,
         device=str(choose_device(config.device)),
@@ -450,7 +483,7 @@ def resolve(config, split):
 def _check_batch_norm(config, split):
     """A batch of one image has one value per channel where the backbone has shrunk it to 1 x 1."""
     smallest = find_backbone(config.backbone).smallest
-    if config.image_size >= smallest:
+    if split.rows or config.image_size >= smallest:
         return
     sizes = {"--train_batch_size": (config.train_batch_size, training_set_name(config))}
     if METHODS[config.method].bilevel or fine_tunes(config):
@@ -480,18 +513,23 @@ def training_set_name(config):
 # --------------------------------------------------------------------------------------------------
 
 
-def ineffective(config, needs_dev=False):
+def ineffective(config, needs_dev=False, rows=False):
     """Flags that differ from their defaults and change nothing in a run.
 
-    Args: ``config`` as given, before ``resolve``; ``needs_dev``: as of the run's scheduler.
+    Args: ``config`` as given, before ``resolve``; ``needs_dev``: as of the run's scheduler; whether
+    the samples are ``rows``.
     """
     method, full = METHODS[config.method], with_method_defaults(config)
     neumann = method.bilevel and full.solver == "neumann"
     auxiliary = method.auxiliary and config.whether_aux is not False and config.task_num != 1
     matters = {
         "corrupted_rate": config.corrupted,
-        "backbone_pretrain": find_backbone(config.backbone).pretrained
+        "backbone_pretrain": not rows
+        and (config.backbone is None or find_backbone(config.backbone).pretrained)
         and not config.backbone_weights,
+        "image_size": not rows,
+        "num_workers": not rows,
+        "cache_dir": not rows,
         "aux_weight": auxiliary,
         "dev_epochs": method.fine_tuned,
         "dev_batch_size": method.bilevel or needs_dev or fine_tunes(config),

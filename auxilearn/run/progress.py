@@ -64,6 +64,11 @@ class Progress:
             f"{len(run.train_set)} {samples}, {config.task_num} task{'s' * (config.task_num > 1)}, "
             f"on {run.device}{others}"
         )
+        weights = "random weights"
+        if config.backbone_pretrain or config.backbone_weights:
+            weights = config.backbone_weights or "ImageNet weights"
+        pixels = "" if run.split.rows else f" at {config.image_size} pixels"
+        self.say(f"{config.backbone}{pixels} from {weights}, learning rate {config.main_lr:g}")
         self.say(f"recording in {self.record.directory}")
         if ineffective:
             flags = ", ".join(f"--{name}" for name in ineffective)

@@ -36,7 +36,7 @@ OWNED = (
     *("exp_name", "record_dir", "split_dir", "data_root", "resume", "overwrite", "plugin"),
 )
 # The methods and backbones that a run finds without --plugin.
-_BUILT_IN = frozenset((*METHODS, *backbone_names()))
+_BUILT_IN = frozenset((*METHODS, *backbone_names(), None))  # None: as the data ask
 
 
 class RunFlags(NamedTuple):
