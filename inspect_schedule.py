@@ -1,18 +1,23 @@
-"""Look at what the scheduler of a training run learned.
+"""Look at what the scheduler of a training run learned, or predict with its model.
 
   python inspect_schedule.py bird_record/noisy/train_joint_seed5
+  python inspect_schedule.py bird_record/noisy/train_joint_seed5 --predict new_photos
 
-writes RUN_DIR/report: index.html, one page that can be read offline; its charts as PNG and SVG; the
-tables tasks.csv, samples.csv, classes.csv and clean_labels.csv; and weights.npz, the weights of all
-samples under all tasks. The run may still be training: its best checkpoint so far is shown. The
-command makes one pass over the training images. It needs the packages of requirements-report.txt.
+The first writes RUN_DIR/report: index.html, one page that can be read offline; its charts as PNG
+and SVG; the tables tasks.csv, samples.csv, classes.csv and clean_labels.csv; and weights.npz, the
+weights of all samples under all tasks. The run may still be training: its best checkpoint so far is
+shown. The command makes one pass over the training samples. It needs the packages of
+requirements-report.txt.
+
+The second writes RUN_DIR/predictions.csv: for every image below a folder, or every row of a table
+with the columns that were trained on, the predictions of the best checkpoint under all tasks, with
+class names. An auxiliary task that the schedule hardly weighed is hardly learned.
 """
 
 from pathlib import Path
 
 from auxilearn.errors import Parser, run_script
 from auxilearn.methods import load_plugin
-from auxilearn.report.write import write_report
 
 
 def parse_arguments():
@@ -24,7 +29,19 @@ def parse_arguments():
         metavar="RUN_DIR",
         help="folder of the run: RECORD_DIR/<full|semi|noisy>/NAME",
     )
-    add("--out", type=Path, metavar="DIR", help="write the report here (default: RUN_DIR/report)")
+    add(
+        "--predict",
+        type=Path,
+        metavar="PATH",
+        help="a folder of images or a table, as the run was trained on; no report is written",
+    )
+    add(
+        "--out",
+        type=Path,
+        metavar="PATH",
+        help="folder of the report (default: RUN_DIR/report), or file of the predictions (default: "
+        "RUN_DIR/predictions.csv)",
+    )
     add(
         "--rank_by",
         choices=("auto", "weight", "loss"),
@@ -62,6 +79,14 @@ def main():
     args = vars(parse_arguments())
     if plugin := args.pop("plugin"):
         load_plugin(plugin)
+    if source := args.pop("predict"):
+        from auxilearn.run.predict import predict
+
+        how = {name: args[name] for name in ("out", "device", "num_workers")}
+        print(f"written to {predict(args['run_dir'], source, **how)}")
+        return
+    from auxilearn.report.write import write_report  # needs more packages
+
     page, statements = write_report(**args)
     for statement in statements:
         print(f"{statement.topic}: {statement.text}")

@@ -217,7 +217,8 @@ def load_columns(split_dir, data_root=None):
         paths = json.loads(contents[IMAGES_FILE])
         ids = paths
     else:
-        rows = _rows(described["features"], column, len(labels))
+        entries = described["features"]
+        rows = rows_of(entries, lambda entry: column(entry["file"]), len(labels))
         ids = [str(number) for number in range(1, len(labels) + 1)]
     _check_data(info, root, paths, command)
     files = [info["sha256"], info["fingerprint"]["images"]]
@@ -236,17 +237,18 @@ def load_columns(split_dir, data_root=None):
     )
 
 
-def _rows(features, column, samples):
-    """The ``Rows`` of described features; ``column``: file -> its values."""
+def rows_of(features, values_of, samples):
+    """The ``Rows`` of so many samples. ``features``: as in ``Rows``; ``values_of``: one of them ->
+    its (N,) values, numbers in their own unit or codes from 0."""
     numeric = [entry for entry in features if "mean" in entry]
     categorical = [entry for entry in features if "values" in entry]
     numbers = np.empty((samples, len(numeric)), np.float32)
     codes = np.empty((samples, len(categorical)), np.int64)
     for k, entry in enumerate(numeric):
-        values = (column(entry["file"]) - entry["mean"]) / entry["std"]
+        values = (values_of(entry) - entry["mean"]) / entry["std"]
         numbers[:, k] = np.nan_to_num(values, nan=0.0)
     for k, entry in enumerate(categorical):
-        codes[:, k] = column(entry["file"])
+        codes[:, k] = values_of(entry)
     shape = RowsShape(len(numeric), [len(entry["values"]) + 1 for entry in categorical])
     features = [{k: value for k, value in entry.items() if k != "file"} for entry in features]
     return Rows(numbers, codes, shape, features)

@@ -30,7 +30,9 @@ def folder_columns(folder, **division):
     given = "train" in parts and {name.lower() for name in parts} <= SET_NAMES.keys()
     paths, sets = [], []
     for name in parts if given else [""]:
-        found = [path for one in _folders(root / name) for path in _images(root, root / name / one)]
+        found = [
+            path for one in _folders(root / name) for path in images_below(root, root / name / one)
+        ]
         paths += found
         sets += [SET_NAMES.get(name.lower())] * len(found)
     names, labels = class_folders(paths, root, depth=1 if given else 0)
@@ -62,7 +64,7 @@ def _folders(folder):
         return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
 
 
-def _images(root, folder):
+def images_below(root, folder):
     """The paths, relative to ``root``, of all images in and below ``folder``."""
     found, seen = [], set()
     for place, inner, names in os.walk(folder, followlinks=True):

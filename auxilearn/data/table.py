@@ -86,14 +86,14 @@ class Table:
         raise UserError(f"{self.path}, line {self.line(row)}, column {name}: {problem}")
 
 
-def read_table(path):
-    """Read a file into a ``Table``.
+def read_table(path, flag="--table"):
+    """Read a file, which ``flag`` names, into a ``Table``.
 
     Raises UserError, with file and line: it cannot be read, has no rows, a row is longer or shorter
     than the line of names, or two columns have one name.
     """
     path = Path(path)
-    with _opened(path) as lines:
+    with _opened(path, flag) as lines:
         try:
             reader = _reader(lines)
             names = [name.strip() for name in next(reader, [])]
@@ -122,13 +122,13 @@ def read_table(path):
     return Table(path, rows, dict(zip(names, columns, strict=True)))
 
 
-def _opened(path):
+def _opened(path, flag="--table"):
     try:
         return open(path, encoding="utf-8-sig", newline="")
     except FileNotFoundError:
-        raise UserError(f"--table {path}: no such file") from None
+        raise UserError(f"{flag} {path}: no such file") from None
     except OSError as error:
-        raise UserError(f"--table {path}: {error.strerror}") from None
+        raise UserError(f"{flag} {path}: {error.strerror}") from None
 
 
 def _reader(lines):
@@ -326,16 +326,22 @@ def choose(table, *, target, images, auxiliary=(), features=(), ignore=(), other
     return sorted(choices, key=lambda choice: choice.role != TARGET)
 
 
-def _check_kind(table, column, kind, given):
-    name = column.name
-    if kind == NUMBER and column.numbers is None:
+def check_number(table, column, cure=""):
+    """UserError with the line of the first value that is no number; ``cure``: another way out."""
+    if column.numbers is None:
         row, text = column.wrong
         table.refuse(
             row,
-            name,
-            f"{_shown(text)} is not a finite number; correct it, leave it blank if it is not "
-            f"known, or give --kinds {name}=classes",
+            column.name,
+            f"{_shown(text)} is not a finite number; correct it, or leave it blank if it is not "
+            f"known{cure}",
         )
+
+
+def _check_kind(table, column, kind, given):
+    name = column.name
+    if kind == NUMBER:
+        check_number(table, column, f", or give --kinds {name}=classes")
     if kind == CLASSES and column.codes is None:
         cure = f"--kinds {name}=number or " if column.numbers is not None else ""
         raise UserError(

@@ -1,0 +1,148 @@
+"""Predictions of a run's best checkpoint for new samples."""
+
+import csv
+import io
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from auxilearn.data import table
+from auxilearn.data.columns import rows_of
+from auxilearn.data.contract import Split, Task
+from auxilearn.data.dataset import in_order, sample_set
+from auxilearn.data.folder import images_below
+from auxilearn.errors import UserError
+from auxilearn.files import write_aside
+from auxilearn.models import load_file, load_matching
+from auxilearn.run.build import build_model, open_inputs, stream
+from auxilearn.run.config import choose_device, from_record
+from auxilearn.run.record import BEST_FILE
+
+
+def predict(run_dir, source, out=None, device=None, num_workers=None):
+    """Write a CSV file with a row per sample of ``source``. Returns its path.
+
+    Columns: sample (path of the image, or number of the row from 1), the target's prediction, its
+    probability if the target is a class, then the predictions of the auxiliary tasks. Classes are
+    given by name, numbers in the unit of the training table.
+
+    Args: ``run_dir``: the run's folder; ``source``: a folder of images, or a table with the columns
+    that the model was trained on; ``out``: default RUN_DIR/predictions.csv.
+
+    Raises UserError: no checkpoint; a source of the other kind; a column or image that is missing
+    or cannot be read.
+    """
+    checkpoint = Path(run_dir) / BEST_FILE
+    state = load_file(checkpoint)
+    if not (isinstance(state, dict) and {"model", "config", "tasks"} <= state.keys()):
+        raise UserError(f"{checkpoint} is not a checkpoint of train_bilevel.py")
+    config = from_record(state["config"])
+    workers = config.num_workers if num_workers is None else num_workers
+    config = replace(
+        config, device=str(choose_device(device)), num_workers=workers, cache_dir="none"
+    )
+    tasks = [Task(**task) for task in state["tasks"]]
+    split = (
+        _table(source, tasks, state["features"]) if state["features"] else _folder(source, tasks)
+    )
+    model = build_model(config, split, pretrained=False)
+    load_matching(model, state["model"], f"{checkpoint}: the model does not fit its settings")
+    model.eval()
+    order = in_order(len(split.ids), config.test_batch_size)
+    samples = sample_set(split, "new", tasks)
+    batches = stream(config, open_inputs(config, split), samples, order, "new", augment=False)
+    rows = []
+    total = -(-len(split.ids) // config.test_batch_size)
+    with torch.inference_mode():
+        for batch in tqdm(batches, "predicting", total, unit="batch", disable=None):
+            outputs = model.heads.linear(model.features(batch.inputs))
+            columns = _columns(outputs.cpu(), tasks)
+            rows += zip(*columns, strict=True)
+    target, *auxiliary = [task.name for task in tasks]
+    head = ["sample", target, *([f"{target}_probability"] * bool(tasks[0].classes)), *auxiliary]
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(head)
+    writer.writerows((name, *row) for name, row in zip(split.ids, rows, strict=True))
+    out = Path(out or Path(run_dir) / "predictions.csv")
+    try:
+        write_aside(out, lambda file: file.write(text.getvalue().encode()))
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror}; give another --out") from None
+    return out
+
+
+def _columns(outputs, tasks):
+    """The columns of a batch after the sample's name, from the outputs of all heads."""
+    columns = []
+    for k, (task, part) in enumerate(
+        zip(tasks, outputs.split([task.classes or 1 for task in tasks], dim=1), strict=True)
+    ):
+        if task.classes is None:
+            columns.append([f"{value * task.std + task.mean:.6g}" for value in part[:, 0].tolist()])
+            continue
+        columns.append([task.class_names[c] for c in part.argmax(dim=1).tolist()])
+        if k == 0:
+            columns.append([f"{p:.4f}" for p in part.softmax(dim=1).amax(dim=1).tolist()])
+    return columns
+
+
+def _folder(source, tasks):
+    """The images of a folder as a ``Split`` without labels, whose one set is ``new``."""
+    root = Path(os.path.abspath(source))
+    if not root.is_dir():
+        raise UserError(f"--predict {source}: expected a folder of images, as the run was trained")
+    paths = images_below(root, root)
+    return _unlabelled(tasks, paths, root, paths=paths, image_folder=root)
+
+
+def _table(source, tasks, features):
+    """The rows of a table as a ``Split`` without labels, whose one set is ``new``."""
+    if Path(source).is_dir():
+        raise UserError(f"--predict {source}: expected a table, as the run was trained on rows")
+    found = table.read_table(source, "--predict")
+
+    def values(feature):
+        column = found.columns.get(feature["name"])
+        if column is None:
+            raise UserError(
+                f"{source}: there is no column {feature['name']}, which the model was trained on"
+            )
+        if "mean" in feature:
+            table.check_number(found, column)
+            return column.numbers
+        if column.codes is None:
+            raise UserError(f"{source}, column {column.name}: too many different values")
+        code = {value: number for number, value in enumerate(feature["values"], start=1)}
+        codes = np.array([code.get(value, 0) for value in column.values] + [0])[column.codes]
+        if unknown := int(((codes == 0) & column.present).sum()):
+            print(
+                f"warning: {source}, column {column.name}: {unknown} values are in no training "
+                "row; they count as missing",
+                file=sys.stderr,
+            )
+        return codes
+
+    ids = [str(number) for number in range(1, found.rows + 1)]
+    rows = rows_of(features, values, found.rows)
+    return _unlabelled(tasks, ids, Path(source).absolute().parent, rows=rows)
+
+
+def _unlabelled(tasks, ids, root, **inputs):
+    shape = len(ids), len(tasks)
+    return Split(
+        tasks=tasks,
+        labels=np.zeros(shape, np.int64),
+        mask=np.zeros(shape, bool),
+        indices={"new": np.arange(len(ids))},
+        ids=ids,
+        data_root=root,
+        info={},
+        fingerprint="",
+        **inputs,
+    )
