@@ -4,12 +4,14 @@
 #   sh run_bilevel.sh                                       the settings below
 #   sh run_bilevel.sh --corrupted 1 --corrupted_rate 0.4    any flag of train_bilevel.py, see --help
 #   sh run_bilevel.sh --method joint_stable                 another method
-#   sh run_bilevel.sh --data_root /data/CUB_200_2011        CUB from another place
+#   sh run_bilevel.sh --data_root /data/CUB_200_2011        data in CUB's layout
+#   sh run_bilevel.sh --data_root photos                    one folder of images per class
+#   sh run_bilevel.sh --split_dir my_split                  what data_preprocess.py wrote there
 #   sh run_bilevel.sh table4 --dataset mini                 a table of the paper: table2 | table3 |
 #                                                           table4 | all, see reproduce_tables.py
 #
-# Without a CUB_200_2011/ in the current folder, in this script's folder or at --data_root, the
-# embedded miniature is trained instead: other data, other folders, other settings.
+# Without any of these it trains on what data_preprocess.py wrote to preprocess_data/ here, else on
+# CUB_200_2011/ here or in the current folder, else on the embedded miniature.
 set -eu
 
 # ---- settings: edit here; a flag on the command line wins ----------------------------------------
@@ -24,16 +26,20 @@ labeled_per_class=0  # 5: semi-supervised, 5 labels per class (Table 3); 0: supe
 method=joint
 seed=5
 
-# CUB-200-2011: joint has the paper's settings; the others have the paper's lower level.
-preset=paper
+# Data in CUB's layout: the paper's settings (upper_* for joint alone).
 epochs=100
 train_batch_size=64
-main_lr=1e-4
+upper_lr=1e-2
+upper_decay=5e-5
 
-# The miniature: a small network from random weights, so other steps.
-mini_epochs=40
-mini_train_batch_size=32
-mini_main_lr=1e-3
+# Other data, and the miniature.
+small_epochs=40
+small_train_batch_size=32
+small_dev_batch_size=20
+
+# The backbone, its initial weights, the size of its images and its learning rate follow from the
+# data: ResNet-18 at 224 pixels with ImageNet weights and 1e-4, as in the paper; for small images
+# and for rows a small network from random weights and 1e-3. Flags change them.
 
 # ---- process settings: faster on the CPU, same results (benchmarks/ measures what they bring) --------
 
@@ -55,54 +61,74 @@ table2 | table3 | table4 | all | tune)
 esac
 find_python requirements.txt
 
-# Three of train_bilevel.py's flags decide what is preprocessed and with which settings.
-data_root=
-split_dir=
-previous=
+# Some of train_bilevel.py's flags decide what is preprocessed and with which settings.
+data_root='' split_dir='' preset='' previous=''
 for argument in "$@"; do
+    shift
     case $previous in
-    --data_root) data_root=$argument ;;
-    --split_dir) split_dir=$argument ;;
+    --data_root) data_root=$argument previous='' && continue ;;
+    --split_dir) split_dir=$argument previous='' && continue ;;
     --method) method=$argument ;;
     esac
+    previous=$argument
     case $argument in
-    --preset | --preset=*) preset=command_line ;;
+    --data_root | --split_dir) continue ;;
+    --data_root=*) data_root=${argument#*=} && continue ;;
+    --split_dir=*) split_dir=${argument#*=} && continue ;;
     --method=*) method=${argument#*=} ;;
-    --data_root=*) data_root=${argument#*=} ;;
-    --split_dir=*) split_dir=${argument#*=} ;;
+    --preset | --preset=*) preset=given ;;
     -h | --help) exec "$python" "$here/train_bilevel.py" --help ;;
     esac
-    previous=$argument
-done
-for candidate in ./CUB_200_2011 "$here/CUB_200_2011"; do
-    if [ -z "$data_root" ] && [ -d "$candidate" ]; then
-        data_root=$candidate
-    fi
+    set -- "$@" "$argument"
 done
 
+prepare() {
+    "$python" "$here/data_preprocess.py" "$@" --out_dir "$split_dir"
+}
+is_prepared() {
+    [ -f "$1/split_info.json" ]
+}
+is_prepared_from_data_root() {
+    is_prepared "$split_dir" && "$python" -c "import json, os, sys
+root, info = sys.argv[1:]
+sys.exit(json.load(open(info))['data_root'] != os.path.abspath(root))
+" "$data_root" "$split_dir/split_info.json"
+}
+
+record=$here/bird_record split_given=$split_dir generated=''
+if [ -n "$data_root" ] && is_prepared "$data_root"; then
+    split_dir=$data_root data_root=''
+elif [ -z "$data_root$split_given" ] && ! is_prepared "$here/preprocess_data"; then
+    for candidate in ./CUB_200_2011 "$here/CUB_200_2011"; do
+        [ -d "$candidate" ] && data_root=$candidate && break
+    done
+fi
+split_dir=${split_dir:-$here/preprocess_data}
 if [ -n "$data_root" ]; then
-    split_dir=${split_dir:-$here/preprocess_data}
-    "$python" "$here/data_preprocess.py" --data_root "$data_root" --out_dir "$split_dir"
-    set -- --record_dir "$here/bird_record" "$@"
-    if [ "$method" = joint ] && [ "$preset" = paper ]; then
-        set -- --preset paper "$@"
+    if [ -f "$data_root/images.txt" ] || [ -d "$data_root/images" ] || ! [ -d "$data_root" ]; then
+        prepare --data_root "$data_root"
+    elif ! is_prepared_from_data_root; then
+        prepare --images "$data_root"
     fi
-else
-    echo "##### NO CUB_200_2011 FOUND: TRAINING ON THE EMBEDDED MINIATURE, NOT ON CUB #####"
-    data_root=$here/miniature/data
-    split_dir=${split_dir:-$here/miniature/preprocess_data}
-    "$python" "$here/data_preprocess.py" --generate mini \
-        --data_root "$data_root" --out_dir "$split_dir"
-    epochs=$mini_epochs train_batch_size=$mini_train_batch_size main_lr=$mini_main_lr
-    set -- --record_dir "$here/miniature/bird_record" --backbone convnet --image_size 64 \
-        --dev_batch_size 20 "$@"
+elif ! is_prepared "$split_dir" && [ -z "$split_given" ]; then
+    echo "##### NO DATA FOUND: TRAINING ON THE EMBEDDED MINIATURE, NOT ON CUB #####"
+    split_dir=$here/miniature/preprocess_data record=$here/miniature/bird_record generated=1
+    prepare --generate mini --data_root "$here/miniature/data"
 fi
 
-if [ "$preset" != command_line ]; then # whose settings would not win over flags
-    set -- --method "$method" --epochs "$epochs" --train_batch_size "$train_batch_size" \
-        --main_lr "$main_lr" "$@"
+if [ -z "$preset" ]; then # whose settings would not win over flags
+    if [ -z "$generated" ] && [ -f "$split_dir/image_dictionary.json" ]; then # CUB's layout
+        if [ "$method" = joint ]; then
+            set -- --upper_lr "$upper_lr" --upper_decay "$upper_decay" "$@"
+        fi
+        set -- --epochs "$epochs" --train_batch_size "$train_batch_size" "$@"
+    else
+        set -- --epochs "$small_epochs" --train_batch_size "$small_train_batch_size" \
+            --dev_batch_size "$small_dev_batch_size" "$@"
+    fi
+    set -- --method "$method" "$@"
 fi
 
-exec "$python" "$here/train_bilevel.py" --data_root "$data_root" --split_dir "$split_dir" \
-    --corrupted "$corrupted" --corrupted_rate "$corrupted_rate" \
-    --labeled_per_class "$labeled_per_class" --seed "$seed" "$@"
+exec "$python" "$here/train_bilevel.py" ${data_root:+--data_root "$data_root"} \
+    --split_dir "$split_dir" --record_dir "$record" --corrupted "$corrupted" \
+    --corrupted_rate "$corrupted_rate" --labeled_per_class "$labeled_per_class" --seed "$seed" "$@"
