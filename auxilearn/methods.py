@@ -312,7 +312,8 @@ register(
     baseline=True,
 )
 def _uncertainty(problem):
-    return Uncertainty(0, problem.tasks)
+    real = [k for k, classes in enumerate(problem.classes) if classes is None]
+    return Uncertainty(0, problem.tasks, real)
 
 
 @register(

@@ -47,11 +47,12 @@ def test_uncertainty_is_the_papers_sum():
     )
 
 
-def test_uncertainty_is_least_where_the_variance_is_twice_the_loss():
-    # d/ds exp(-s) L + s / 2 = 0 at exp(s) = 2 L.
+def test_uncertainty_is_least_at_the_noise_that_the_losses_say():
+    # d/ds exp(-s) L + s / 2 = 0 at exp(s) = 2 L; of a Gaussian's noise, at the squared error.
     losses = torch.rand(4, 3) + 0.1
-    scheduler = Uncertainty(0, 3)
-    scheduler.log_variance.data = (2 * losses.mean(dim=0)).log()
+    scheduler = Uncertainty(0, 3, real=[1])
+    variance = losses.mean(dim=0) * torch.tensor([2, 1, 2])
+    scheduler.log_variance.data = variance.log()
     scheduler(losses).backward()
     assert scheduler.log_variance.grad.abs().max() < 1e-14
 

@@ -7,15 +7,20 @@ from auxilearn.hypernet import HyperNet, masked_column_means
 
 
 class Uncertainty(HyperNet):
-    """Weights from a learned noise per task: sum_k exp(-s_k) L_k + s_k / 2, L_k the task's mean.
+    """Weights from a learned noise per task: sum_k c_k exp(-s_k) L_k + s_k / 2, L_k the task's mean.
 
-    s_k is the logarithm of the task's variance, 0 at the start; it is trained with the task model,
-    on the same loss (Kendall, Gal and Cipolla, "Multi-Task Learning Using Uncertainty to Weigh
-    Losses", CVPR 2018, eq. 10 and section 3.2 for cross entropies).
+    c_k is 1 for cross entropies and 1/2 for squared errors, and s_k is the logarithm of the task's variance, 0 at the start; it is trained with the task model,
+    on the same loss (Kendall, Gal and Cipolla, CVPR 2018: equation 7 for squared errors, 10 for a
+    mixture).
+
+    Args: ``real``: numbers of the tasks whose losses are squared errors.
     """
 
-    def __init__(self, main_task, input_dim):
+    def __init__(self, main_task, input_dim, real=()):
         super().__init__(main_task, input_dim)
+        factors = torch.ones(input_dim)
+        factors[list(real)] = 0.5
+        self.register_buffer("factors", factors, persistent=False)
         self.log_variance = nn.Parameter(torch.zeros(input_dim))
 
     def forward(self, losses, outputs=None, labels=None, data=None, *, mask=None):
@@ -23,4 +28,4 @@ class Uncertainty(HyperNet):
         penalty = self.log_variance / 2
         if mask is not None:  # a task without a loss in this batch says nothing about its noise
             penalty = penalty * mask.any(dim=0)
-        return (torch.exp(-self.log_variance) * means + penalty).sum()
+        return (torch.exp(-self.log_variance) * self.factors * means + penalty).sum()
