@@ -238,10 +238,9 @@ def prepare_own(args, words):
         command=shlex.join(["python", "data_preprocess.py", *map(str, words)]),
     )
     counts, target = info["counts"], columns.tasks[0]
-    kind = f"{target.classes} classes" if target.classes else "a number"
     what = "images" if columns.paths else f"rows of {counts['features']} features"
     print(f"data set     {args.table or args.images}: {counts['samples']:,} {what}")
-    print(f"target       {target.name}, {kind}; {counts['tasks'] - 1} auxiliary tasks")
+    print(f"target       {target.name}, {target.kind}; {counts['tasks'] - 1} auxiliary tasks")
     print_sets(counts, info)
     print(f"{'written to' if changed else 'already up to date:'} {args.out_dir}")
 
