@@ -2,15 +2,16 @@
 
   python reproduce_tables.py table4 --dataset mini       run what is missing, then print the table
   python reproduce_tables.py all --dataset digits        tables 2 to 4
-  python reproduce_tables.py all --split_dir DIR         any data that data_preprocess.py wrote there
+  python reproduce_tables.py all --split_dir DIR         the same of any preprocessed data
   python reproduce_tables.py tune --dataset digits       choose the hyper-parameters, on validation
   python reproduce_tables.py table2 --dry_run            print the commands and how long they take
 
-table2 is supervised, table3 semi-supervised (5 labels per class; of a target that is a number, 50 in
-all), table4 has corrupted labels (20, 40 and 60 %; of numbers, so many are permuted). A finished run is never run again: interrupt this at any moment and type it again. One
-failing run does not stop the others. Written to --out_dir: TABLE.md, TABLE.csv, TABLE.tex,
-TABLE.png, TABLE.svg, and TABLE_runs.csv, which leads from every cell to the folders and commands of
-its runs.
+table2 is supervised, table3 semi-supervised (5 labels per class), table4 has corrupted labels (20,
+40 and 60 %). If the target is a number, table3 has 50 labels in all, table4 permutes labels, and
+tables show the RMSE. A finished run is never run again: interrupt this at any moment and type it
+again. One failing run does not stop the others. Written to --out_dir: TABLE.md, TABLE.csv,
+TABLE.tex, TABLE.png, TABLE.svg, and TABLE_runs.csv, which leads from every cell to the folders and
+commands of its runs.
 """
 
 import argparse
@@ -97,7 +98,7 @@ def parse_arguments(argv=None):
         "--epochs",
         type=_positive,
         metavar="N",
-        help="of every run (default: the data set's, or 20)",
+        help="of every run (default: the data set's; of own data 20)",
     )
     add(
         "--run_flags",
@@ -448,11 +449,12 @@ def own_data(dataset, split):
 def described(folder, split):
     """A sentence on own data."""
     sizes, target = {name: len(indices) for name, indices in split.indices.items()}, split.target
+    permuted = "" if target.classes else " Labels are corrupted by permuting them."
     return (
         f"Data: `{folder}`: {len(split.labels):,} {'rows' if split.rows else 'images'}; "
         f"{sizes['full_train']:,} for training, {sizes['dev']:,} of them for development, "
         f"{sizes['valid']:,} for validation, {sizes['test']:,} for the test. Target: "
-        f"{target.name}, {target.kind}; {len(split.tasks) - 1} auxiliary tasks."
+        f"{target.name}, {target.kind}; {len(split.tasks) - 1} auxiliary tasks.{permuted}"
     )
 
 
