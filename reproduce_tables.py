@@ -446,15 +446,17 @@ def own_data(dataset, split):
     return None if dataset != "cub" or is_cub else Path(split.data_root).resolve().name
 
 
-def described(folder, split):
-    """A sentence on own data."""
+def described(folder, split, table):
+    """A sentence or two on own data, for below a table."""
     sizes, target = {name: len(indices) for name, indices in split.indices.items()}, split.target
-    permuted = "" if target.classes else " Labels are corrupted by permuting them."
+    permuted = target.classes is None and table == "table4"
     return (
         f"Data: `{folder}`: {len(split.labels):,} {'rows' if split.rows else 'images'}; "
         f"{sizes['full_train']:,} for training, {sizes['dev']:,} of them for development, "
         f"{sizes['valid']:,} for validation, {sizes['test']:,} for the test. Target: "
-        f"{target.name}, {target.kind}; {len(split.tasks) - 1} auxiliary tasks.{permuted}"
+        f"{target.name}, {target.kind}; {len(split.tasks) - 1} auxiliary tasks."
+        + " Corrupted labels are permuted, not redrawn."
+        * permuted
     )
 
 
@@ -503,7 +505,7 @@ def show(args, places, tuned, split, runs, results, figures):
         clean = [sweep.result_of(run, split.fingerprint, args.metric) for run in runs]
         clean = evaluate("table2", clean, args.seeds, args.metric)
     for table, numbers in found.items():
-        how = [described(args.split_dir, split)] if args.own else []
+        how = [described(args.split_dir, split, table)] if args.own else []
         how += tuned.notes(table, numbers.rows, args.flags, split.fingerprint)
         left_out = [SETTINGS[s].title for s in TABLES[table].settings if s not in args.settings]
         if left_out:
