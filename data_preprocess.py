@@ -261,11 +261,12 @@ def prepare_columns(args, words):
         command=shlex.join(["python", "data_preprocess.py", *map(str, words)]),
     )
     counts, target = info["counts"], columns.tasks[0]
-    kind = f"{target.classes} classes" if target.classes else "a number"
     what = "images" if columns.paths else f"rows of {counts['features']} features"
-    source = args.table or args.images or args.data_root
+    source, others = args.table or args.images or args.data_root, counts["tasks"] - 1
     print(f"data set     {source}: {counts['samples']:,} {what}")
-    print(f"target       {target.name}, {kind}; {counts['tasks'] - 1} auxiliary tasks")
+    print(
+        f"target       {target.name}, {target.kind}; {others} auxiliary task{'s' * (others != 1)}"
+    )
     print_sets(counts, info)
     print(f"{'written to' if changed else 'already up to date:'} {args.out_dir}")
 

@@ -2,20 +2,23 @@
 
   python reproduce_tables.py table4 --dataset mini       run what is missing, then print the table
   python reproduce_tables.py all --dataset digits        tables 2 to 4
+  python reproduce_tables.py all --split_dir DIR         the same of any preprocessed data
   python reproduce_tables.py tune --dataset digits       choose the hyper-parameters, on validation
   python reproduce_tables.py table2 --dry_run            print the commands and how long they take
 
 table2 is supervised, table3 semi-supervised (5 labels per class), table4 has corrupted labels (20,
-40 and 60 %). A finished run is never run again: interrupt this at any moment and type it again. One
-failing run does not stop the others. Written to --out_dir: TABLE.md, TABLE.csv, TABLE.tex,
-TABLE.png, TABLE.svg, and TABLE_runs.csv, which leads from every cell to the folders and commands of
-its runs.
+40 and 60 %). If the target is a number, table3 has 50 labels in all, table4 permutes labels, and
+tables show the RMSE. A finished run is never run again: interrupt this at any moment and type it
+again. One failing run does not stop the others. Written to --out_dir: TABLE.md, TABLE.csv,
+TABLE.tex, TABLE.png, TABLE.svg, and TABLE_runs.csv, which leads from every cell to the folders and
+commands of its runs.
 """
 
 import argparse
 import contextlib
 import io
 import os
+import re
 import shlex
 import sys
 import tempfile
@@ -25,19 +28,23 @@ import filelock
 
 import data_preprocess
 import train_bilevel
+from auxilearn.data.columns import is_columns
 from auxilearn.data.split import load_split
 from auxilearn.errors import Parser, RunError, UserError, run_script
 from auxilearn.files import locked
 from auxilearn.methods import load_plugin
+from auxilearn.metrics import ACCURACY, metric_of
+from auxilearn.run.config import Config, resolve
 from auxilearn.tables import local, sweep
 from auxilearn.tables.estimate import estimate
-from auxilearn.tables.protocol import DATASETS, SETTINGS, TABLES, rows, usual_rows
+from auxilearn.tables.protocol import DATASETS, OF_NUMBERS, SETTINGS, TABLES, rows, usual_rows
 from auxilearn.tables.render import Sheet, markdown, notes_on, read_paper, write_table
 from auxilearn.tables.statistics import evaluate, need_packages
 from auxilearn.tables.tuning import Hyperparameters, trials
 
 RESULTS = Path(__file__).resolve().parent / "results"
 CUB_CLASSES_AND_IMAGES = 200, 11_788
+COLUMNS = [setting for table in TABLES.values() for setting in table.settings]
 SEEDS, TUNING_SEEDS = (1, 2, 3, 4, 5), (101, 102)
 
 
@@ -49,7 +56,11 @@ def parse_arguments(argv=None):
     parser = Parser(description=__doc__)
     parser.add_argument("what", choices=(*TABLES, "all", "tune"))
     add = parser.add_argument_group("what is run").add_argument
-    add("--dataset", choices=tuple(DATASETS), default="cub", help="(default: %(default)s)")
+    add(
+        "--dataset",
+        choices=tuple(DATASETS),
+        help="(default: the data in --split_dir; without it, cub)",
+    )
     add(
         "--methods",
         nargs="+",
@@ -72,9 +83,9 @@ def parse_arguments(argv=None):
     add(
         "--settings",
         nargs="+",
-        choices=tuple(SETTINGS),
+        choices=COLUMNS,
         metavar="SETTING",
-        help=f"columns of the tables, of {', '.join(SETTINGS)} (default: all)",
+        help=f"columns of the tables, of {', '.join(COLUMNS)} (default: all)",
     )
     add(
         "--seeds",
@@ -83,7 +94,12 @@ def parse_arguments(argv=None):
         metavar="N",
         help=f"(default: {' '.join(map(str, SEEDS))}; to tune: {' '.join(map(str, TUNING_SEEDS))})",
     )
-    add("--epochs", type=_positive, metavar="N", help="of every run (default: the data set's)")
+    add(
+        "--epochs",
+        type=_positive,
+        metavar="N",
+        help="of every run (default: the data set's; of own data 20)",
+    )
     add(
         "--run_flags",
         default="",
@@ -96,7 +112,8 @@ def parse_arguments(argv=None):
         "--hyperparameters",
         metavar="FILE",
         help="tune writes it and tables use it; 'none': the data set's settings for every row "
-        f"(default: {_shown(RESULTS / 'hyperparameters.json')})",
+        f"(default: {_shown(RESULTS / 'hyperparameters.json')}; for --split_dir alone, "
+        "SWEEP_DIR/NAME/hyperparameters.json, if tune has written it)",
     )
     add(
         "--dry_run",
@@ -111,16 +128,25 @@ def parse_arguments(argv=None):
         type=Path,
         default=Path("sweeps"),
         metavar="DIR",
-        help="data, runs and logs are kept in DIR/DATASET (default: %(default)s)",
+        help="data, runs and logs are kept in DIR/NAME, NAME being the data set (default: "
+        "%(default)s)",
     )
-    add("--out_dir", type=Path, metavar="DIR", help="of tables (default: SWEEP_DIR/DATASET/tables)")
+    add("--out_dir", type=Path, metavar="DIR", help="of tables (default: SWEEP_DIR/NAME/tables)")
     add(
         "--data_root",
         type=Path,
         metavar="DIR",
-        help="folder in CUB layout (default: CUB_200_2011; of mini and digits, made in SWEEP_DIR)",
+        help="folder in CUB layout (default: CUB_200_2011; of mini and digits, made in SWEEP_DIR); "
+        "with --split_dir of own images, where they are now",
     )
-    add("--split_dir", type=Path, metavar="DIR", help="its split (default: made in SWEEP_DIR)")
+    add(
+        "--split_dir",
+        type=Path,
+        metavar="DIR",
+        help="alone: data of any kind that data_preprocess.py wrote to DIR, trained with the "
+        "defaults of train_bilevel.py; NAME is the folder's name and the beginning of the data's "
+        "fingerprint. With --dataset: where its split is made (default: in SWEEP_DIR)",
+    )
     add(
         "--paper",
         type=Path,
@@ -173,7 +199,7 @@ def parse_arguments(argv=None):
         parser.error("--tables goes with all and tune")
     if args.settings and args.what == "tune":
         parser.error("--settings goes with tables: each is tuned on one setting of its own")
-    args.settings = args.settings or list(SETTINGS)
+    args.settings = args.settings or COLUMNS
     wanted = args.tables or TABLES if args.what in ("all", "tune") else [args.what]
     args.tables = [t for t in TABLES if t in wanted and {*TABLES[t].settings} & {*args.settings}]
     if not args.tables:
@@ -184,21 +210,42 @@ def parse_arguments(argv=None):
         raise UserError(f"--run_flags {args.run_flags!r}: {error}") from None
     words += ["--epochs", str(args.epochs)] if args.epochs else []
     args.flags = sweep.RunFlags.read(words)
-    file = args.hyperparameters or _shown(RESULTS / "hyperparameters.json")
-    if args.what == "tune" and file == "none":
+    if args.what == "tune" and args.hyperparameters == "none":
         raise UserError("tune writes --hyperparameters: give it a file")
     if (
         args.what != "tune"
         and args.hyperparameters not in (None, "none")
-        and not Path(file).exists()
+        and not Path(args.hyperparameters).exists()
     ):
         raise UserError(
-            f"--hyperparameters {file} does not exist: tune writes such a file; none uses the data "
-            "set's settings"
+            f"--hyperparameters {args.hyperparameters} does not exist: tune writes such a file; "
+            "none uses the data set's settings"
         )
-    args.hyperparameters = None if file == "none" else file
-    args.out_dir = args.out_dir or args.sweep_dir / args.dataset / "tables"
+    find_data(args)
     return args
+
+
+def find_data(args):
+    """Settle which data are meant, and the places that follow from it.
+
+    ``args.own``: the ``Split`` that --split_dir alone names, or None; ``args.dataset``: its name.
+    """
+    args.own, root = None, args.data_root
+    if args.split_dir and not args.dataset and (root is None or is_columns(args.split_dir)):
+        args.own = load_split(str(args.split_dir), root and str(root))
+        if root and args.own.rows:
+            raise UserError(f"--data_root: {args.split_dir} holds rows, not images: leave it out")
+        if args.paper:
+            raise UserError("--paper goes with --dataset: the paper has no numbers of other data")
+        name = re.sub(r"[^\w.-]", "_", args.split_dir.resolve().name)
+        args.dataset = f"{name}-{args.own.fingerprint[:8]}"
+    args.dataset = args.dataset or "cub"
+    args.metric = metric_of(args.own.target) if args.own else ACCURACY
+    home = args.sweep_dir / args.dataset
+    usual = home if args.own else RESULTS
+    file = args.hyperparameters or _shown(usual / "hyperparameters.json")
+    args.hyperparameters = None if file == "none" else file
+    args.out_dir = args.out_dir or home / "tables"
 
 
 def _positive(text):
@@ -213,23 +260,34 @@ def _shown(path):
 
 
 def places_of(args):
-    """``Places`` and the flags of data_preprocess.py that fill them."""
+    """``Places`` and the flags of data_preprocess.py that fill them; [] of own data."""
     home = args.sweep_dir / args.dataset
+    kept = home / "bird_record", home / "logs"
+    if args.own:
+        return sweep.Places(args.split_dir, args.data_root, *kept), []
     generate = DATASETS[args.dataset].generate
     root = args.data_root or (home / "data" if generate else Path("CUB_200_2011"))
     split = args.split_dir or home / "preprocess_data"
     flags = ["--data_root", str(root), "--out_dir", str(split)]
     if generate and args.data_root is None:
         flags = ["--generate", generate, *flags]
-    return sweep.Places(split, root, home / "bird_record", home / "logs"), flags
+    return sweep.Places(split, root, *kept), flags
+
+
+def split_of(args, places):
+    """The ``Split`` in ``places``."""
+    return args.own or load_split(str(places.split_dir), str(places.data_root))
 
 
 def main(argv=None):
     args = parse_arguments(argv)
     places, preprocess_flags = places_of(args)
-    tuned = Hyperparameters(args.hyperparameters, args.dataset)
+    tuned = Hyperparameters(args.hyperparameters, args.dataset, args.metric)
     if args.what == "tune":
-        main_lr = {**DATASETS[args.dataset].settings, **args.flags.settings}["main_lr"]
+        if args.own:
+            main_lr = resolve(Config(**args.flags.settings), args.own).main_lr
+        else:
+            main_lr = {**DATASETS[args.dataset].settings, **args.flags.settings}["main_lr"]
         cells = trials(args.tables, args.methods, main_lr)
     else:
         tuned.check_seeds(args.seeds)
@@ -237,7 +295,8 @@ def main(argv=None):
     runs = runs_of(args, places, cells)
     jobs = [run.job for run in runs]
     if args.dry_run:
-        print(shlex.join([*sweep.script("data_preprocess.py"), *preprocess_flags]))
+        if preprocess_flags:
+            print(shlex.join([*sweep.script("data_preprocess.py"), *preprocess_flags]))
         print("\n".join(dict.fromkeys(job.command for job in jobs)))
         for line in duration(args, places, cells):
             print(f"# {line}", flush=True)  # the commands and these lines are a shell script
@@ -250,10 +309,10 @@ def main(argv=None):
     args.out_dir.mkdir(parents=True, exist_ok=True)
     failed, home = [], places.runs.parent
     with sweep.disk_errors(), contextlib.nullcontext() if args.collect_only else only_sweep(home):
-        if not args.collect_only:
+        if preprocess_flags and not args.collect_only:
             with contextlib.redirect_stdout(io.StringIO()):
                 data_preprocess.main(preprocess_flags)
-        split = load_split(str(places.split_dir), str(places.data_root))
+        split = split_of(args, places)
         if args.what == "tune":
             tuned.check_origin(args.seeds, args.flags, split.fingerprint)
         elif any(run.chosen for run in runs) and tuned.entry["fingerprint"] != split.fingerprint:
@@ -262,8 +321,9 @@ def main(argv=None):
                 file=sys.stderr,
             )
         if not args.collect_only:
-            failed = sweep.run(jobs, launcher(args, places, jobs), split.fingerprint)
-        results = [sweep.result_of(run, split.fingerprint) for run in runs]
+            launch = launcher(args, places, jobs)
+            failed = sweep.run(jobs, launch, split.fingerprint, args.metric)
+        results = [sweep.result_of(run, split.fingerprint, args.metric) for run in runs]
         if args.what == "tune":
             choose(args, runs, results, split.fingerprint)
         else:
@@ -290,6 +350,8 @@ def cells_of(args, tuned, table, settings=None):
 def runs_of(args, places, cells):
     """The ``Run`` of every cell and seed."""
     how = args.flags, args.plugin
+    if args.own and args.own.target.classes is None:
+        cells = [(t, row, OF_NUMBERS.get(s, s), chosen) for t, row, s, chosen in cells]
     return [
         sweep.Run(*cell, sweep.make_job(places, args.dataset, row, setting, seed, chosen, *how))
         for cell in cells
@@ -344,7 +406,7 @@ def duration(args, places, cells):
     with contextlib.ExitStack() as stack:
         try:
             places = stack.enter_context(with_data(args, places))
-            split = load_split(str(places.split_dir), str(places.data_root))
+            split = split_of(args, places)
         except UserError as error:
             names = {run.job.name for run in runs_of(args, places, cells)}
             yield f"{len(names)} runs; their hours are not known: {error}"
@@ -367,8 +429,8 @@ def duration(args, places, cells):
 @contextlib.contextmanager
 def with_data(args, places):
     """``places``. If their data set is yet to be generated, with a copy made for the block."""
-    generated = DATASETS[args.dataset].generate and not (args.data_root or args.split_dir)
-    if not generated or places.split_dir.exists():
+    given = args.own or args.data_root or args.split_dir
+    if given or not DATASETS[args.dataset].generate or places.split_dir.exists():
         yield places
         return
     with tempfile.TemporaryDirectory(prefix="estimate_") as folder:
@@ -382,6 +444,20 @@ def own_data(dataset, split):
     """The name of data in CUB's layout that are not CUB; None for those of ``dataset``."""
     is_cub = (split.target.classes, len(split.labels)) == CUB_CLASSES_AND_IMAGES
     return None if dataset != "cub" or is_cub else Path(split.data_root).resolve().name
+
+
+def described(folder, split, table):
+    """A sentence or two on own data, for below a table."""
+    sizes, target = {name: len(indices) for name, indices in split.indices.items()}, split.target
+    permuted = target.classes is None and table == "table4"
+    return (
+        f"Data: `{folder}`: {len(split.labels):,} {'rows' if split.rows else 'images'}; "
+        f"{sizes['full_train']:,} for training, {sizes['dev']:,} of them for development, "
+        f"{sizes['valid']:,} for validation, {sizes['test']:,} for the test. Target: "
+        f"{target.name}, {target.kind}; {len(split.tasks) - 1} auxiliary tasks."
+        + " Corrupted labels are permuted, not redrawn."
+        * permuted
+    )
 
 
 def command_line():
@@ -404,7 +480,8 @@ def choose(args, runs, results, fingerprint):
         if not tried or tried[-1][0] != run.chosen:
             tried.append((run.chosen, []))
         tried[-1][1].append(result.valid_accuracy)
-    tuned = Hyperparameters(args.hyperparameters, args.dataset)  # others may have written since
+    # Others may have written since.
+    tuned = Hyperparameters(args.hyperparameters, args.dataset, args.metric)
     how = args.seeds, args.flags, fingerprint
     tuned.check_origin(*how)
     chosen = tuned.write_choice(outcomes, command_line(), *how)
@@ -417,18 +494,19 @@ def choose(args, runs, results, fingerprint):
 
 def show(args, places, tuned, split, runs, results, figures):
     """Print every table, and write it with its chart. ``figures``: of the paper."""
-    data = own_data(args.dataset, split)
+    data = args.split_dir.resolve().name if args.own else own_data(args.dataset, split)
     found = {}
     for table in args.tables:
         of_table = [r for r, run in zip(results, runs, strict=True) if run.table == table]
-        found[table] = evaluate(table, of_table, args.seeds)
+        found[table] = evaluate(table, of_table, args.seeds, args.metric)
     clean = found.get("table2")
     if "table4" in found and clean is None:
         runs = runs_of(args, places, cells_of(args, tuned, "table2", SETTINGS))
-        clean = [sweep.result_of(run, split.fingerprint) for run in runs]
-        clean = evaluate("table2", clean, args.seeds)
+        clean = [sweep.result_of(run, split.fingerprint, args.metric) for run in runs]
+        clean = evaluate("table2", clean, args.seeds, args.metric)
     for table, numbers in found.items():
-        how = tuned.notes(table, numbers.rows, args.flags, split.fingerprint)
+        how = [described(args.split_dir, split, table)] if args.own else []
+        how += tuned.notes(table, numbers.rows, args.flags, split.fingerprint)
         left_out = [SETTINGS[s].title for s in TABLES[table].settings if s not in args.settings]
         if left_out:
             how.append(f"Left out, and not in the count of tests: {', '.join(left_out)}.")

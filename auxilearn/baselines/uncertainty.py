@@ -7,11 +7,11 @@ from auxilearn.hypernet import HyperNet, masked_column_means
 
 
 class Uncertainty(HyperNet):
-    """Weights from a learned noise per task: sum_k c_k exp(-s_k) L_k + s_k / 2, L_k the task's mean.
+    """Weights from a learned noise per task, sum_k c_k exp(-s_k) L_k + s_k / 2.
 
-    c_k is 1 for cross entropies and 1/2 for squared errors, and s_k is the logarithm of the task's variance, 0 at the start; it is trained with the task model,
-    on the same loss (Kendall, Gal and Cipolla, CVPR 2018: equation 7 for squared errors, 10 for a
-    mixture).
+    L_k is the task's mean loss, and c_k is 1 for cross entropies, 1/2 for squared errors. s_k is
+    the logarithm of the task's variance, 0 at the start; it is trained with the task model, on the
+    same loss (Kendall, Gal and Cipolla, CVPR 2018: equation 7 for squared errors, 10 for a mixture).
 
     Args: ``real``: numbers of the tasks whose losses are squared errors.
     """

@@ -26,6 +26,11 @@ class Task:
     mean: float = 0.0
     std: float = 1.0
 
+    @property
+    def kind(self):
+        """In words."""
+        return f"{self.classes} classes" if self.classes else "a number"
+
 
 class RowsShape(NamedTuple):
     """What a backbone for rows must know: it is called with (numbers (B, n), codes (B, c)).

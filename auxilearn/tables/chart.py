@@ -1,4 +1,4 @@
-"""A table as a chart: accuracy against the share of corrupted labels, or one line per method.
+"""A table as a chart: its metric against the share of corrupted labels, or one line per method.
 
 matplotlib is imported only to draw, so that tables need no matplotlib.
 """
@@ -66,7 +66,7 @@ def table_figure(sheet, clean=None):
         caption += "; hollow: runs are missing"
     with mpl.rc_context(style.STYLE):
         if not dots:
-            figure, caption = _rates(style, found.settings, names, cells, clean, caption)
+            figure, caption = _rates(style, found, names, cells, clean, caption)
         else:
             if len(TABLES[found.table].settings) > 1:
                 title += f", {SETTINGS[found.settings[0]].title}"
@@ -114,9 +114,10 @@ def looks(style):
     return found
 
 
-def _rates(style, settings, names, cells, clean, caption):
+def _rates(style, found, names, cells, clean, caption):
     import pandas as pd
 
+    settings, factor = found.settings, found.metric.factor
     if clean is not None:
         (first,) = clean.settings
         settings = [first, *settings]
@@ -124,13 +125,13 @@ def _rates(style, settings, names, cells, clean, caption):
         caption += "; 0 %: Table 2, with its hyper-parameters"
     names = [row for row in names if cells.n[row].any()]
     label = "corrupted labels of the training set (%)"
-    figure, axes = style.new_axes(label, "test accuracy (%)", (WIDTH, 4.6))
+    figure, axes = style.new_axes(label, f"test {found.metric.axis}", (WIDTH, 4.6))
     rates = np.array([100 * SETTINGS[setting].rate for setting in settings])
     width, look, ends = min(SPREAD, 0.42 * np.diff(rates).min()), looks(style), []
     for offset, row in zip(np.linspace(-width / 2, width / 2, len(names)), names, strict=True):
         x = rates + offset * (len(names) > 1)
         of_row = cells.reindex([(row, setting) for setting in settings])
-        mean, sd = 100 * of_row["mean"].to_numpy(), 100 * of_row.sd.to_numpy()
+        mean, sd = factor * of_row["mean"].to_numpy(), factor * of_row.sd.to_numpy()
         colour, marker, dashes, strong = look[row]
         colour, over = style.COLOURS[colour], 3 + strong
         bars = {"ecolor": colour, "elinewidth": 1.2, "zorder": over, "alpha": 0.8}
@@ -187,12 +188,12 @@ def apart(wanted, gap, low, high):
 def _methods(style, found, names, cells, caption):
     (setting,), known = found.settings, rows()
     size = (WIDTH, 1.1 + DOT_HEIGHT * (len(names) + 1))
-    figure, axes = style.new_axes("test accuracy (%)", "", size)
+    figure, axes = style.new_axes(f"test {found.metric.axis}", "", size)
     kinds = [known[row].kind for row in names]
     steps = [1.0] + [1.0 + 0.45 * (a != b) for a, b in zip(kinds, kinds[1:], strict=False)]
     heights = np.cumsum(steps)
     for row, height in zip(names, heights, strict=True):
-        _method(style, axes, height, row, cells.loc[(row, setting)], found.accuracy[row, setting])
+        _method(style, axes, height, row, cells.loc[(row, setting)], found)
     axes.set_yticks(heights, [known[row].title for row in names])
     for label, kind in zip(axes.get_yticklabels(), kinds, strict=True):
         label.set_fontweight("bold" if kind == SCHEDULE else "normal")
@@ -201,17 +202,18 @@ def _methods(style, found, names, cells, caption):
     axes.set_ylim(heights[-1] + 0.7, 0.3)
     for mean in cells["mean"][cells.baseline]:
         line = {"color": style.COLOURS["ink"], "lw": 1.0, "ls": (0, (4, 2)), "zorder": 2}
-        axes.axvline(100 * mean, gid="baseline", **line)
+        axes.axvline(found.metric.factor * mean, gid="baseline", **line)
         caption += "; dashed: best baseline"
     return figure, caption
 
 
-def _method(style, axes, height, row, cell, accuracy):
+def _method(style, axes, height, row, cell, found):
+    factor, digits = found.metric.factor, found.decimals
     strong = rows()[row].kind == SCHEDULE
     colour = style.COLOURS["blue" if strong else "muted"]
-    mean, sd, values = 100 * cell["mean"], 100 * cell.sd, 100 * accuracy.dropna()
-    text = f"{mean:.1f}" if cell.n else "no run"
-    text += f" ± {sd:.1f}" if cell.n > 1 else ""
+    mean, sd = factor * cell["mean"], factor * cell.sd
+    text = f"{mean:.{digits}f}" if cell.n else "no run"
+    text += f" ± {sd:.{digits}f}" if cell.n > 1 else ""
     text += f" ({cell.n} of {cell.wanted})" if not cell.complete else ""
     right = {"xycoords": axes.get_yaxis_transform(), "textcoords": "offset points"}
     weight = "bold" if strong else "normal"
@@ -219,6 +221,7 @@ def _method(style, axes, height, row, cell, accuracy):
     if not cell.n:
         return
     dots = {"ls": "none", "marker": "o", "ms": 3.2, "mew": 0, "alpha": 0.6}
+    values = factor * found.values[cell.name].dropna()
     axes.plot(values, [height + 0.26] * cell.n, color=colour, gid=f"seeds:{row}", **dots)
     if cell.n > 1:
         bar = {"lw": 2.2, "solid_capstyle": "butt", "alpha": 0.6, "gid": f"spread:{row}"}

@@ -65,7 +65,7 @@ class Speed(NamedTuple):
         valid = [row["valid_seconds"] for row in rows if row["kind"] == "epoch"]
         if not (lower and valid) or (METHODS[summary["method"]].bilevel and not upper):
             return None
-        test = fmean(valid)  # the split has as many images for the test as for validation
+        test = fmean(valid)  # the usual split has as many samples for the test as for validation
         spent = float(np.dot(steps, lower)) + sum(upper)
         return cls(
             lower=float(np.average(lower[1:] or lower, weights=steps[1:] or steps)),

@@ -98,11 +98,16 @@ class Setting(NamedTuple):
 SETTINGS = {
     "supervised": Setting("supervised", {}, 0.0),
     "semi": Setting("5 labels per class", {"labeled_per_class": 5}, None),
+    "semi_50": Setting("50 labels in all", {"labeled_per_class": 50}, None),
 }
 for _rate in (0.2, 0.4, 0.6):
     SETTINGS[f"corrupted_{_rate}"] = Setting(
         f"{_rate:.0%} corrupted", {"corrupted": True, "corrupted_rate": _rate}, _rate
     )
+
+
+# What stands in place of a setting if the target is a real number, which has no classes.
+OF_NUMBERS = {"semi": "semi_50"}
 
 
 class Table(NamedTuple):
@@ -160,7 +165,7 @@ ROW_SETTINGS = {
 }
 
 # --------------------------------------------------------------------------------------------------
-# Tuning: on validation accuracy, the same number of candidates for every row
+# Tuning: on validation, the same number of candidates for every row
 # --------------------------------------------------------------------------------------------------
 
 # Factors on the auxiliary losses to try beside 1. If few images have a target label, most of the

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from auxilearn.errors import UserError
 from auxilearn.files import read_json, write_aside
+from auxilearn.metrics import ACCURACY
 from auxilearn.run.record import CONFIG_FILE, SUMMARY_FILE
 from auxilearn.tables.protocol import (
     ABLATION,
@@ -61,7 +62,7 @@ class Sheet(NamedTuple):
 def write_table(sheet, out_dir):
     """Write ``<table>.md``, ``.csv``, ``.tex`` and ``<table>_runs.csv``; returns their paths.
 
-    The cells' CSV is in per cent and points, the runs' as the runs recorded it, in [0, 1].
+    Accuracies are in per cent and points in the cells' CSV, and in [0, 1] in the runs'.
     """
     out, name = Path(out_dir), sheet.found.table
     texts = {
@@ -185,7 +186,7 @@ def _body(sheet, form):
             lines.append([form.escape(known[row].title)])
             for setting in found.settings:
                 cell = found.cells.loc[(row, setting)]
-                text = form.escape(_entry(cell))
+                text = form.escape(_entry(cell, found))
                 marks = "†" * bool(cell.baseline) + MARKS[verdicts.get((row, setting), 0)]
                 lines[-1].append(
                     (form.bold % text if cell.best else text)
@@ -198,10 +199,11 @@ def _body(sheet, form):
     return pd.DataFrame(lines, columns=[form.escape(column) for column in columns])
 
 
-def _entry(cell):
-    text = f"{100 * cell['mean']:.1f}" if cell.n else NONE
+def _entry(cell, found):
+    factor, digits = found.metric.factor, found.decimals
+    text = f"{factor * cell['mean']:.{digits}f}" if cell.n else NONE
     if cell.n > 1:
-        text += f" ± {100 * cell.sd:.1f}"
+        text += f" ± {factor * cell.sd:.{digits}f}"
     return text if cell.complete else f"{text} ({cell.n} of {cell.wanted})"
 
 
@@ -213,18 +215,19 @@ def _warning(found):
 
 def _caption(sheet):
     """Sentences on how to read the table."""
-    found = sheet.found
+    found, metric = sheet.found, sheet.found.metric
     n, seeds = len(found.seeds), ", ".join(map(str, found.seeds))
     over = f"as mean ± sample standard deviation (n − 1) over n = {n} seeds ({seeds})."
     if n == 1:
         over = f"of one run (n = 1, seed {seeds}), so without standard deviation and tests."
-    sentences = [f"Test accuracy in per cent, {over}", "Bold: the highest mean of a column."]
+    sentences = [f"Test {metric.words} {metric.unit}, {over}"]
+    sentences.append(f"Bold: the {metric.best} mean of a column.")
     if not found.complete:
         sentences.append("Cells with missing runs are neither best nor baseline nor tested.")
     if found.cells.baseline.any():
         sentences.append(
-            "†: the best baseline of a column: the highest mean test accuracy without a schedule. "
-            "Choosing it by test accuracy favours the baselines."
+            f"†: the best baseline of a column: the {metric.best} mean test {metric.words} without "
+            f"a schedule. Choosing it by test {metric.words} favours the baselines."
         )
     if any(test.p is not None for test in found.tests):
         sentences.append(
@@ -247,7 +250,8 @@ def _sections(found, form):
         if not tests:
             continue
         made = [test for test in tests if not test.missing]
-        explanation = f"Paired over seeds: mean difference in points from {other}"
+        unit = found.metric.differences
+        explanation = f"Paired over seeds: mean difference in {unit} from {other}"
         if any(test.p is not None for test in made):
             explanation += (
                 f", its {CONFIDENCE:.0%} t confidence interval, and the p of the two-sided t-test, "
@@ -258,7 +262,7 @@ def _sections(found, form):
                 ". Differences that do not vary have the p of the sign-flip test: 1 if they are "
                 "zero, else 2 to the power of 1 − n"
             )
-        lines = [[form.escape(text) for text in _test_line(test)] for test in made]
+        lines = [[form.escape(text) for text in _test_line(test, found)] for test in made]
         header = [form.escape(text) for text in TEST_HEADER]
         missing = "; ".join(
             f"{rows()[test.row].title}, {SETTINGS[test.setting].title} ({test.missing})"
@@ -273,16 +277,14 @@ def _sections(found, form):
         )
 
 
-def _test_line(test):
-    interval = NONE if test.low is None else f"{_points(test.low)} to {_points(test.high)}"
+def _test_line(test, found):
+    def signed(difference):
+        text = f"{found.metric.factor * difference:+.{found.decimals + 1}f}".replace("-", "−")
+        return text if set(text) & set("123456789") else text[1:]
+
+    interval = NONE if test.low is None else f"{signed(test.low)} to {signed(test.high)}"
     titles = SETTINGS[test.setting].title, rows()[test.row].title, rows()[test.other].title
-    return [*titles, str(test.n), _points(test.difference), interval, _p(test.p), _p(test.p_holm)]
-
-
-def _points(difference):
-    """A difference of accuracies in points, with its sign."""
-    text = f"{100 * difference:+.2f}".replace("-", "−")
-    return "0.00" if text in ("+0.00", "−0.00") else text
+    return [*titles, str(test.n), signed(test.difference), interval, _p(test.p), _p(test.p_holm)]
 
 
 def _p(p):
@@ -352,21 +354,23 @@ def _float(frame, columns, sentences, label, notes=()):
 
 
 def cells_csv(sheet):
-    """A line per cell, in per cent and points."""
-    found = sheet.found
+    """A line per cell."""
+    found, metric = sheet.found, sheet.found.metric
     tests = {(t.row, t.setting): t for t in (*found.tests, *found.ablations) if not t.missing}
     cells = found.cells.drop(columns="complete").reset_index()
     cells.insert(0, "table", found.table)
     cells.insert(1, "dataset", sheet.dataset)
     cells.insert(3, "title", [rows()[row].title for row in cells.row])
-    cells[["mean", "sd"]] *= 100
+    cells[["mean", "sd"]] *= metric.factor
     cells[["best", "baseline"]] = cells[["best", "baseline"]].astype(int)
     of_cell = [tests.get(key) for key in zip(cells.row, cells.setting, strict=True)]
     cells["against"] = [test and test.other for test in of_cell]
-    cells["diff"] = [100 * test.difference if test else float("nan") for test in of_cell]
+    cells["diff"] = [metric.factor * t.difference if t else float("nan") for t in of_cell]
     cells["p_holm"] = [f"{t.p_holm:.6g}" if t and t.p_holm is not None else "" for t in of_cell]
     cells["paper"] = [(sheet.paper or {}).get(key, "") for key in found.cells.index]
-    return cells.to_csv(index=False, float_format="%.6f")
+    if metric is not ACCURACY:  # the format is older than other metrics
+        cells.insert(cells.columns.get_loc("mean"), "metric", metric.name)
+    return cells.to_csv(index=False, float_format=metric.csv)
 
 
 def _escape_markdown(text):

@@ -1,6 +1,7 @@
 """Numbers of a table: means and deviations over seeds, the best methods, and paired tests.
 
-Accuracies and their differences are in [0, 1] and [-1, 1] here; the table prints per cent.
+Accuracies and their differences are in [0, 1] and [-1, 1] here; the table prints per cent. An RMSE
+is in the target's own unit everywhere.
 """
 
 import importlib
@@ -8,13 +9,22 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from auxilearn.errors import needs
-from auxilearn.tables.protocol import ABLATION, BASELINE, SCHEDULE, TABLES, TARGET_ONLY, rows
+from auxilearn.metrics import ACCURACY, Metric
+from auxilearn.tables.protocol import (
+    ABLATION,
+    BASELINE,
+    OF_NUMBERS,
+    SCHEDULE,
+    TABLES,
+    TARGET_ONLY,
+    rows,
+)
 from auxilearn.tables.sweep import Result
 
 REQUIREMENTS = "requirements-tables.txt"
 ALPHA = 0.05
 CONFIDENCE = 0.95
-# Accuracies are counts over a test set, so true differences are far larger than this.
+# Of the values themselves: true differences are far larger than this.
 ROUNDING = 1e-12
 
 
@@ -24,7 +34,7 @@ class Comparison(NamedTuple):
     ``difference`` is the mean difference, ``low`` .. ``high`` its t confidence interval (None if
     the differences do not vary), ``p`` the paired two-sided t-test's (None for one seed) and
     ``p_holm`` corrected for the other tests of its family. ``missing`` says why there is no
-    comparison.
+    comparison. ``sign``: the metric's.
     """
 
     row: str
@@ -37,22 +47,24 @@ class Comparison(NamedTuple):
     high: float | None = None
     p: float | None = None
     p_holm: float | None = None
+    sign: int = 1
 
     @property
     def verdict(self):
         """1 or -1 where ``row`` is significantly better or worse, else 0."""
         if self.p_holm is None or self.p_holm >= ALPHA:
             return 0
-        return 1 if self.difference > 0 else -1
+        return self.sign if self.difference > 0 else -self.sign
 
 
 @dataclass(frozen=True)
 class Statistics:
     """All numbers of a table, computed once.
 
-    runs: DataFrame of its ``Result``s.
-    accuracy: DataFrame of test accuracies, a line per seed, a column per (row, setting); NaN: not
-        done.
+    metric: of the target task.
+    runs: DataFrame of its ``Result``s; columns of values bear the metric's name.
+    values: DataFrame of the metric on the test set, a line per seed, a column per (row, setting);
+        NaN: not done.
     cells: DataFrame with a line per (row, setting): n, wanted, mean, sd (the sample's), and whether
         the cell is complete, the best, or the best baseline of its column.
     tests: ``Comparison``s of schedules with the best baseline of the column.
@@ -65,8 +77,9 @@ class Statistics:
     rows: list
     settings: list
     seeds: list
+    metric: Metric
     runs: Any
-    accuracy: Any
+    values: Any
     cells: Any
     tests: list
     ablations: list
@@ -74,6 +87,11 @@ class Statistics:
     @property
     def complete(self):
         return bool(self.cells.complete.all())
+
+    @property
+    def decimals(self):
+        """How many a mean is shown with."""
+        return self.metric.decimals(self.cells["mean"].dropna().tolist())
 
 
 def need_packages():
@@ -83,66 +101,68 @@ def need_packages():
             importlib.import_module(package)
 
 
-def evaluate(table, results, seeds):
+def evaluate(table, results, seeds, metric=ACCURACY):
     """``Statistics`` of a table from the ``Result`` list of its wanted runs."""
     import pandas as pd
 
     runs, known, seeds = pd.DataFrame(results, columns=Result._fields), rows(), sorted(seeds)
     names = [row for row in known if row in set(runs.row)]
-    settings = [s for s in TABLES[table].settings if s in set(runs.setting)]
+    wanted = [s for name in TABLES[table].settings for s in (name, OF_NUMBERS.get(name))]
+    settings = [s for s in wanted if s in set(runs.setting)]
     columns = pd.MultiIndex.from_product([names, settings], names=["row", "setting"])
-    accuracy = (
+    values = (
         runs[runs.state == "done"]
         .pivot(index="seed", columns=["row", "setting"], values="test_accuracy")
         .reindex(index=seeds, columns=columns)
         .astype(float)
     )
-    cells = pd.DataFrame({"n": accuracy.count(), "wanted": len(seeds)})
-    cells["mean"], cells["sd"] = accuracy.mean(), accuracy.std()
+    runs.columns = runs.columns.str.replace(ACCURACY.name, metric.name)
+    cells = pd.DataFrame({"n": values.count(), "wanted": len(seeds)})
+    cells["mean"], cells["sd"] = values.mean(), values.std()
     cells["complete"] = cells.n == cells.wanted
     cells["best"] = cells["baseline"] = False
     baseline = {}
     for setting in settings:
         of_column = [(row, setting) for row in names]
-        cells.loc[_best(cells, of_column), "best"] = True
+        cells.loc[_best(cells, of_column, metric), "best"] = True
         rivals = [(r, s) for r, s in of_column if known[r].kind in (TARGET_ONLY, BASELINE)]
-        for cell in _best(cells, rivals)[:1]:
+        for cell in _best(cells, rivals, metric)[:1]:
             cells.loc[[cell], "baseline"] = True
             baseline[setting] = cell[0]
     pairs = [(row, s) for s in settings for row in names]
     tests = [(r, s, baseline.get(s)) for r, s in pairs if known[r].kind == SCHEDULE]
     ablations = [(r, s, known[r].full) for r, s in pairs if known[r].kind == ABLATION]
-    families = [_family(cells, accuracy, family) for family in (tests, ablations)]
-    return Statistics(table, names, settings, seeds, runs, accuracy, cells, *families)
+    families = [_family(cells, values, metric, family) for family in (tests, ablations)]
+    return Statistics(table, names, settings, seeds, metric, runs, values, cells, *families)
 
 
-def _best(cells, keys):
-    """Those of ``keys`` whose complete cell has the highest mean: several in a tie."""
-    means = cells.loc[keys].query("complete")["mean"]
-    return list(means.index[means >= means.max() - ROUNDING])
+def _best(cells, keys, metric):
+    """Those of ``keys`` whose complete cell has the best mean: several in a tie."""
+    means = metric.sign * cells.loc[keys].query("complete")["mean"]
+    return list(means.index[means >= means.max() - ROUNDING * abs(means.max())])
 
 
-def _family(cells, accuracy, pairs):
+def _family(cells, values, metric, pairs):
     """``Comparison``s of (row, setting, other), with Holm's correction over all of them."""
-    found = [_compare(cells, accuracy, *pair) for pair in pairs]
+    found = [_compare(cells, values, *pair)._replace(sign=metric.sign) for pair in pairs]
     corrected = iter(holm([test.p for test in found if test.p is not None]))
     return [test if test.p is None else test._replace(p_holm=next(corrected)) for test in found]
 
 
-def _compare(cells, accuracy, row, setting, other):
+def _compare(cells, values, row, setting, other):
     for name in (row, other):
         if (name, setting) not in cells.index or not cells.complete[name, setting]:
             why = f"{rows()[name].title} lacks runs" if name else "no baseline is complete"
             return Comparison(row, setting, other, why)
-    one, two = accuracy[row, setting], accuracy[other, setting]
-    differences = one - two
+    one, two = values[row, setting], values[other, setting]
+    differences, rounding = one - two, ROUNDING * max(one.max(), two.max())
     n, difference = len(differences), float(differences.mean())
     if n < 2:
         return Comparison(row, setting, other, None, n, difference)
-    if differences.max() - differences.min() <= ROUNDING:
+    if differences.max() - differences.min() <= rounding:
         # t is 0/0 or infinite. The sign-flip test is still defined: of the 2^n ways to flip the
         # differences' signs, all are as extreme as none, or two as extreme as a constant.
-        p = 1.0 if abs(difference) <= ROUNDING else 2.0 ** (1 - n)
+        p = 1.0 if abs(difference) <= rounding else 2.0 ** (1 - n)
         return Comparison(row, setting, other, None, n, difference, p=p)
     from scipy import stats
 

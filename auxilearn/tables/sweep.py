@@ -23,6 +23,7 @@ from auxilearn.backbones import backbone_names
 from auxilearn.errors import Parser, RunError, UserError
 from auxilearn.files import is_locked, read_json
 from auxilearn.methods import METHODS
+from auxilearn.metrics import ACCURACY
 from auxilearn.run.command_line import flags_of, given_settings, parse_options
 from auxilearn.run.config import FIELDS, NEUTRAL, Config, check, defaults, with_method_defaults
 from auxilearn.run.record import CONFIG_FILE, LOCK_FILE, SUMMARY_FILE, differences_of_run
@@ -36,7 +37,7 @@ OWNED = (
     *("exp_name", "record_dir", "split_dir", "data_root", "resume", "overwrite", "plugin"),
 )
 # The methods and backbones that a run finds without --plugin.
-_BUILT_IN = frozenset((*METHODS, *backbone_names(), None))  # None: as the data ask
+_BUILT_IN = frozenset((*METHODS, *backbone_names()))
 
 
 class RunFlags(NamedTuple):
@@ -140,13 +141,16 @@ class Run(NamedTuple):
 
 
 class Result(NamedTuple):
-    """A run and its outcome: a line of TABLE_runs.csv."""
+    """A run and its outcome: a line of TABLE_runs.csv.
+
+    Of a real-valued target, the file's columns are test_rmse and valid_rmse.
+    """
 
     row: str
     setting: str
     seed: int
     state: str  # as ``state_of`` says
-    test_accuracy: float | None  # in [0, 1]; None unless done
+    test_accuracy: float | None  # in [0, 1], or an RMSE; None unless done
     valid_accuracy: float | None
     identity: str
     directory: str
@@ -162,14 +166,14 @@ def script(name):
 def make_job(places, dataset, row, setting, seed, chosen, flags, plugin=None):
     """The job of a cell and seed.
 
-    Args: names of a data set, row and setting; ``chosen`` hyper-parameters, {setting or option:
-    value}, over the ``RunFlags``, over the data set's settings; ``plugin``: (path, hash of its
-    content) of a file that the runs need for methods or backbones which the package lacks. Raises
-    UserError: a value is out of range.
+    Args: names of a data set (own data have no settings), row and setting; ``chosen``
+    hyper-parameters, {setting or option: value}, over the ``RunFlags``, over the data set's
+    settings; ``plugin``: (path, hash of its content) of a file that the runs need for methods or
+    backbones which the package lacks. Raises UserError: a value is out of range.
     """
     of_row = rows()[row]
     layers = (
-        DATASETS[dataset].settings,
+        DATASETS[dataset].settings if dataset in DATASETS else {},
         ROW_SETTINGS.get((dataset, tuned_as(row)), {}),
         flags.for_method(of_row.method),
         _settings(of_row.method, chosen),
@@ -180,7 +184,7 @@ def make_job(places, dataset, row, setting, seed, chosen, flags, plugin=None):
     options = {n: value for layer in layers for n, value in layer.get("options", {}).items()}
     given = {n: value for layer in layers for n, value in layer.items()} | {"options": options}
     config = Config(**given)
-    known = {config.method, config.backbone} <= _BUILT_IN
+    known = {config.method, config.backbone} - {None} <= _BUILT_IN
     path, digest = (None, None) if known or plugin is None else plugin
     identity = _identity(config, digest)
     config = dataclasses.replace(
@@ -255,13 +259,13 @@ def state_of(job, fingerprint):
     return ("incomplete" if directory.exists() else "to do"), None
 
 
-def result_of(run, fingerprint):
+def result_of(run, fingerprint, metric=ACCURACY):
     """The ``Result`` of a ``Run``."""
     job = run.job
     state, summary = state_of(job, fingerprint)
-    accuracies = [summary[k] if summary else None for k in ("test_accuracy", "valid_accuracy")]
+    values = [summary[f"{of}_{metric.name}"] if summary else None for of in ("test", "valid")]
     how = job.identity, str(job.directory), job.command
-    return Result(run.row, run.setting, job.config.seed, state, *accuracies, *how)
+    return Result(run.row, run.setting, job.config.seed, state, *values, *how)
 
 
 def unfinished(jobs, fingerprint):
@@ -278,7 +282,7 @@ def unfinished(jobs, fingerprint):
 # --------------------------------------------------------------------------------------------------
 
 
-def run(jobs, launch, fingerprint):
+def run(jobs, launch, fingerprint, metric=ACCURACY):
     """Run the unfinished ``jobs``. Returns a list of (job, reason) of those without a result.
 
     ``launch``: callable (list of jobs) -> iterator of (job, Outcome) as they end. A failed job does
@@ -296,7 +300,7 @@ def run(jobs, launch, fingerprint):
             bar.update()
             state, summary = state_of(job, fingerprint)
             if state == "done":
-                said = f"test accuracy {summary['test_accuracy']:.4f}"
+                said = f"test {metric.words} {metric.text(summary[f'test_{metric.name}'])}"
             else:
                 reason = _reason(job, outcome, logged[job.name])
                 said = f"ended without a result: {reason}"

@@ -1,4 +1,4 @@
-"""Hyper-parameters of the tables: chosen on validation accuracy, from equally many candidates.
+"""Hyper-parameters of the tables: chosen on validation, from equally many candidates.
 
 One readable file holds, by data set and table, what was chosen for every row, from which
 candidates, and the validation accuracy of each (null: its run failed):
@@ -9,8 +9,9 @@ candidates, and the validation accuracy of each (null: its run failed):
                  "chosen": {"main_lr": 0.002, ...},
                  "candidates": [{"main_lr": 0.002, ..., "valid_accuracy": 0.91}, ...]}}}}}}
 
-A table of several settings is tuned on one of them. Ablations take what was chosen for the whole
-method. The test set plays no part.
+Of a target that is a real number it is valid_rmse, and the lowest is chosen. A table of several
+settings is tuned on one of them. Ablations take what was chosen for the whole method. The test set
+plays no part.
 """
 
 from pathlib import Path
@@ -18,18 +19,20 @@ from statistics import fmean
 
 from auxilearn.errors import UserError
 from auxilearn.files import read_json, write_json
-from auxilearn.tables.protocol import TABLES, candidates, rows, tuned_as
+from auxilearn.metrics import ACCURACY
+from auxilearn.tables.protocol import DATASETS, TABLES, candidates, rows, tuned_as
 from auxilearn.tables.sweep import RunFlags
 
 
 class Hyperparameters:
     """The tuned hyper-parameters of a data set.
 
-    Args: ``file`` (None, or a missing file: nothing is tuned), ``dataset`` a key of DATASETS.
+    Args: ``file`` (None, or a missing file: nothing is tuned), the name of the data set, and the
+    metric of its target.
     """
 
-    def __init__(self, file, dataset):
-        self.file, self.dataset = file and Path(file), dataset
+    def __init__(self, file, dataset, metric=ACCURACY):
+        self.file, self.dataset, self.metric = file and Path(file), dataset, metric
         self.content = read_json(self.file) if file and self.file.exists() else {}
         self.entry = self.content.get(dataset)
         self.flags = RunFlags.read(self.entry["flags"]) if self.entry else None
@@ -73,10 +76,10 @@ class Hyperparameters:
             commands = dict.fromkeys(f"`{entry['command']}`" for entry in tuned)
             sentences.append(
                 f"Hyper-parameters: for every method the best of {' or '.join(map(str, budgets))} "
-                f"candidates by validation accuracy in the setting {TABLES[table].tuned_on}, on "
-                f"seed {', '.join(map(str, self.entry['seeds']))}, which the table does not use; "
-                f"ablations take those of the whole method. All candidates: `{self.file}`, by "
-                f"{', '.join(commands)}."
+                f"candidates by validation {self.metric.words} in the setting "
+                f"{TABLES[table].tuned_on}, on seed {', '.join(map(str, self.entry['seeds']))}, "
+                "which the table does not use; ablations take those of the whole method. All "
+                f"candidates: `{self.file}`, by {', '.join(commands)}."
             )
             if not flags.same(self.flags):
                 sentences.append(
@@ -88,8 +91,9 @@ class Hyperparameters:
                 sentences.append("They were chosen on other data or another split.")
         untuned = [rows()[row].title for row, entry in found.items() if not entry]
         if untuned:
+            usual = "data set's settings" if self.dataset in DATASETS else "defaults of training"
             sentences.append(
-                f"Not tuned, with the data set's settings as in the commands: {'; '.join(untuned)}."
+                f"Not tuned, with the {usual} as in the commands: {'; '.join(untuned)}."
             )
         return sentences
 
@@ -105,10 +109,10 @@ class Hyperparameters:
             )
 
     def write_choice(self, outcomes, command, seeds, flags, fingerprint):
-        """Choose, for every row of every table, the candidate of the best validation accuracy.
+        """Choose, for every row of every table, the candidate that is best on validation.
 
         Args:
-            outcomes: {(table, row): [(candidate, [validation accuracy by seed, None if failed])]}.
+            outcomes: {(table, row): [(candidate, [value by seed, None if failed])]}.
             command, seeds, flags, fingerprint: of the tuning, for the record.
 
         A candidate with a failed run is not chosen; of equals, the first is. Other rows, tables and
@@ -122,9 +126,10 @@ class Hyperparameters:
         chosen = {}
         for (table, row), tried in outcomes.items():
             means = [None if None in values else fmean(values) for _, values in tried]
-            if means == [None] * len(means):
+            done = [i for i, mean in enumerate(means) if mean is not None]
+            if not done:
                 continue
-            best = max(range(len(tried)), key=lambda i: -1.0 if means[i] is None else means[i])
+            best = max(done, key=lambda i: self.metric.sign * means[i])
             chosen[table, row] = tried[best][0]
             setting = TABLES[table].tuned_on
             of_table = entry["tables"].setdefault(table, {"setting": setting, "rows": {}})
@@ -132,7 +137,7 @@ class Hyperparameters:
                 "command": command,
                 "chosen": chosen[table, row],
                 "candidates": [
-                    {**candidate, "valid_accuracy": mean}
+                    {**candidate, f"valid_{self.metric.name}": mean}
                     for (candidate, _), mean in zip(tried, means, strict=True)
                 ],
             }
