@@ -11,7 +11,7 @@ class Uncertainty(HyperNet):
 
     L_k is the task's mean loss, and c_k is 1 for cross entropies, 1/2 for squared errors. s_k is
     the logarithm of the task's variance, 0 at the start; it is trained with the task model, on the
-    same loss (Kendall, Gal and Cipolla, CVPR 2018: equation 7 for squared errors, 10 for a mixture).
+    same loss (Kendall, Gal and Cipolla, CVPR 2018: equation 7 is of squared errors, 10 of both).
 
     Args: ``real``: numbers of the tasks whose losses are squared errors.
     """
