@@ -96,6 +96,13 @@ def test_kinds_are_guessed_and_printed(path, prepare):
     ]
 
 
+def test_a_column_that_counts_the_rows_is_no_input(tmp_path):
+    rows = {"id": range(1, 41), "year": range(1900, 1940), "odd": [*range(39), 0]}
+    columns = table.read_table(write_csv(tmp_path / "t.csv", rows)).columns
+    kinds = [table.guessed_kind(column) for column in columns.values()]
+    assert kinds == ["counts the rows", "number", "number"]
+
+
 def test_values_are_those_of_the_file(path, prepare, split, columns):
     prepare(
         "--table", path, "--target", "species", "--auxiliary", "mass", "ring", "--ignore", "legs"

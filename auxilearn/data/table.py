@@ -261,8 +261,8 @@ class Choice:
 def guessed_kind(column):
     """number, classes, or a few words that say why a column is neither.
 
-    Numbers are numbers, except whole ones with at most ``FEW`` different values. Anything else is
-    classes, unless more than half of the values are different.
+    Numbers are numbers, except whole ones with at most ``FEW`` different values and those that count
+    the rows. Anything else is classes, unless more than half of the values are different.
     """
     present = column.present if column.codes is not None or column.numbers is not None else None
     if present is None:
@@ -273,6 +273,8 @@ def guessed_kind(column):
         return "one value alone"
     if column.numbers is not None:
         numbers = column.numbers[present]
+        if len(numbers) > FEW and numbers[0] in (0, 1) and (np.diff(numbers) == 1).all():
+            return "counts the rows"
         few = column.codes is not None and len(column.values) <= FEW
         return CLASSES if few and (numbers == np.rint(numbers)).all() else NUMBER
     if len(column.values) > max(FEW, present.sum() / 2):
