@@ -111,8 +111,8 @@ def _numbered_lines(path):
     except FileNotFoundError:
         raise UserError(
             f"{path} is missing; expected the files of CUB-200-2011: get them with "
-            "python data_preprocess.py --download, or give their folder as --data_root, or own data "
-            "by --table or --images"
+            "python data_preprocess.py --download, or give their folder as --data_root; own data: "
+            "--table or --images"
         ) from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None

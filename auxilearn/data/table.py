@@ -261,8 +261,8 @@ class Choice:
 def guessed_kind(column):
     """number, classes, or a few words that say why a column is neither.
 
-    Numbers are numbers, except whole ones with at most ``FEW`` different values and those that count
-    the rows. Anything else is classes, unless more than half of the values are different.
+    Numbers are numbers, except whole ones with at most ``FEW`` different values, and those that
+    count the rows. Anything else is classes, unless more than half of the values are different.
     """
     present = column.present if column.codes is not None or column.numbers is not None else None
     if present is None:
