@@ -22,6 +22,10 @@ class Accuracy:
     def text(self, value):
         return f"{value:.4f}"
 
+    def short(self, value):
+        """As a sentence gives it."""
+        return f"{value:.1%}"
+
 
 class RMSE:
     """The root of the mean squared error of a real number, in the label's own unit.
@@ -45,6 +49,9 @@ class RMSE:
 
     def text(self, value):
         return f"{value:.6g}"
+
+    def short(self, value):
+        return f"{value:.4g}"
 
 
 def metric_of(task):
