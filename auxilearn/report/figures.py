@@ -80,17 +80,25 @@ def _groups(labels):
     ]
 
 
-def _role_styles(findings):
-    """{role: (colour, marker)}; {} without roles."""
+def _kinds(findings):
+    """{role: numbers of its tasks}; without roles a few tasks stand for themselves, by name."""
+    order = findings.order
+    if findings.roles or len(order) > len(SERIES):
+        return findings.roles
+    return {shortened(readable(findings.tasks.name[k]), 20): np.array([k]) for k in order}
+
+
+def _styles(findings):
+    """{kind: (colour, marker)}."""
     looks = zip(SERIES, MARKERS, strict=True)
-    return {role: next(looks, ("muted", "o")) for role in findings.roles}
+    return {kind: next(looks, ("muted", "o")) for kind in _kinds(findings)}
 
 
 def _task_colours(findings):
-    """A colour for every task, by its role; the target is black."""
-    colours, styles = np.full(len(findings.tasks), "blue", dtype=object), _role_styles(findings)
-    for role, members in findings.roles.items():
-        colours[members] = styles[role][0]
+    """A colour for every task, by its kind; the target is black."""
+    colours, styles = np.full(len(findings.tasks), "blue", dtype=object), _styles(findings)
+    for kind, members in _kinds(findings).items():
+        colours[members] = styles[kind][0]
     colours[0] = "ink"
     return [COLOURS[colour] for colour in colours]
 
@@ -212,8 +220,8 @@ def _tasks_ranked(findings):
     axes.set_yticks(y, ["target task", *(shortened(label, 27) for label in bars.label[1:])])
     handles = [
         Line2D([], [], color=COLOURS[colour], marker=marker, ls="", label=role)
-        for role, (colour, marker) in _role_styles(findings).items()
-        if not families
+        for role, (colour, marker) in _styles(findings).items()
+        if findings.roles and not families
     ]
     if findings.run.schedule and len(tasks) > 2:
         start = np.nanmean(np.array(findings.run.schedule[0]["mean_weight"][1:], float))
@@ -237,10 +245,11 @@ def _tasks_history(findings):
     colours = _task_colours(findings)
     for k in range(1, weights.shape[1]):
         axes.plot(*thin(step, weights[:, k], 60), color=colours[k], lw=0.6, alpha=0.45)
-    for role, (colour, marker) in _role_styles(findings).items():
-        x, y = thin(step, weights[:, findings.roles[role]].mean(axis=1), 60)
+    for kind, (colour, marker) in _styles(findings).items():
+        x, y = thin(step, weights[:, _kinds(findings)[kind]].mean(axis=1), 60)
         style = {"color": COLOURS[colour], "marker": marker, "markevery": max(1, len(x) // 6)}
-        axes.plot(x, y, lw=2.2, label=f"{role}, mean", **style)
+        label = f"{kind}, mean" if findings.roles else kind
+        axes.plot(x, y, lw=2.2 if findings.roles else 1.2, label=label, **style)
     axes.plot(*thin(step, weights[:, 0], 60), color=COLOURS["ink"], lw=2.2, label="target task")
     logarithmic(axes.yaxis, weights, ratio=8)
     legend_below(figure, axes)
@@ -255,10 +264,10 @@ def _information(findings):
         return None
     x_label = f"the task's information on the {findings.aim} (bits)"
     figure, axes = new_axes(x_label, "mean weight")
-    styles = _role_styles(findings) or {None: ("blue", "o")}
-    for role, (colour, marker) in styles.items():
-        some = tasks.loc[findings.roles.get(role, tasks.index[1:])]
-        style = {"color": COLOURS[colour], "ms": 5, "alpha": 0.75, "ls": "", "label": role}
+    styles = _styles(findings) or {None: ("blue", "o")}
+    for kind, (colour, marker) in styles.items():
+        some = tasks.loc[_kinds(findings).get(kind, tasks.index[1:])]
+        style = {"color": COLOURS[colour], "ms": 5, "alpha": 0.75, "ls": "", "label": kind}
         axes.plot(some.class_information, some.mean_weight, marker, **style)
     logarithmic(axes.yaxis, tasks.mean_weight[1:], ratio=8)
     legend_below(figure, axes, columns=4)
