@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 from sklearn.metrics import roc_auc_score
 
 from auxilearn.report.names import readable, shortened
@@ -269,6 +269,7 @@ def _information(findings):
         some = tasks.loc[_kinds(findings).get(kind, tasks.index[1:])]
         style = {"color": COLOURS[colour], "ms": 5, "alpha": 0.75, "ls": "", "label": kind}
         axes.plot(some.class_information, some.mean_weight, marker, **style)
+    axes.xaxis.set_major_locator(MaxNLocator(6))
     logarithmic(axes.yaxis, tasks.mean_weight[1:], ratio=8)
     legend_below(figure, axes, columns=4)
     return figure
