@@ -4,8 +4,9 @@
 
 writes RUN_DIR/report: index.html, one page that can be read offline; its charts as PNG and SVG; the
 tables tasks.csv, samples.csv, clean_labels.csv and, of a target of classes, classes.csv; and
-weights.npz, the weights of all samples under all tasks. The run may still be training: its best checkpoint so far is shown. The
-command makes one pass over the training set. It needs the packages of requirements-report.txt.
+weights.npz, the weights of all samples under all tasks. The run may still be training: its best
+checkpoint so far is shown. The command makes one pass over the training set. It needs the packages
+of requirements-report.txt.
 """
 
 from pathlib import Path
