@@ -40,7 +40,7 @@ class Ranking(NamedTuple):
         if self.numbers:
             far = (
                 f"more than {FAR} validation RMSEs from the prediction; normal errors of that "
-                f"size explain {self.expected:,} of them."
+                f"size would explain {self.expected:,}."
             )
             if self.suspicious:
                 return f"Suspected are the {self.contradicted:,} labels that are {far}"
