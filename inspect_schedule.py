@@ -4,10 +4,10 @@
   python inspect_schedule.py bird_record/noisy/train_joint_seed5 --predict new_photos
 
 The first writes RUN_DIR/report: index.html, one page that can be read offline; its charts as PNG
-and SVG; the tables tasks.csv, samples.csv, classes.csv and clean_labels.csv; and weights.npz, the
-weights of all samples under all tasks. The run may still be training: its best checkpoint so far is
-shown. The command makes one pass over the training samples. It needs the packages of
-requirements-report.txt.
+and SVG; the tables tasks.csv, samples.csv, clean_labels.csv and, of a target of classes,
+classes.csv; and weights.npz, the weights of all samples under all tasks. The run may still be
+training: its best checkpoint so far is shown. The command makes one pass over the training set. It
+needs the packages of requirements-report.txt.
 
 The second writes RUN_DIR/predictions.csv: for every image below a folder, or every row of a table
 with the columns that were trained on, the predictions of the best checkpoint under all tasks, with

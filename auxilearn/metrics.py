@@ -35,6 +35,10 @@ class Accuracy(Metric):
     def text(self, value):
         return f"{value:.4f}"
 
+    def short(self, value):
+        """As a sentence gives it."""
+        return f"{value:.1%}"
+
     def decimals(self, values):
         """How many a table of ``values`` shows."""
         return 1
@@ -62,6 +66,9 @@ class RMSE(Metric):
 
     def text(self, value):
         return f"{value:.6g}"
+
+    def short(self, value):
+        return f"{value:.4g}"
 
     def decimals(self, values):
         """So many that the median has three significant digits."""

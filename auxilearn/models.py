@@ -76,13 +76,10 @@ class TaskHeads(nn.Module):
 
         Labels of masked entries must be valid ones; their losses are the caller's to mask.
         """
-        outputs = self.linear(features)  # (B, sum of widths)
-        # Slices, not gathers: the backward pass of a gather is slow.
-        widths = [_width(classes) * tasks for classes, tasks in self.groups]
         labels = labels.split([tasks for _, tasks in self.groups], dim=1)
         losses = []
         for group, wanted, (classes, _) in zip(
-            outputs.split(widths, dim=1), labels, self.groups, strict=True
+            self._outputs(features), labels, self.groups, strict=True
         ):
             if classes is None:
                 losses.append((group - wanted).square())
@@ -91,6 +88,22 @@ class TaskHeads(nn.Module):
             loss = F.cross_entropy(group, flat, reduction="none")
             losses.append(loss.reshape(wanted.shape))
         return torch.cat(losses, dim=1)
+
+    def predictions(self, features):
+        """(B, K): the predicted class of every task, or its standardised number."""
+        predicted = [
+            group
+            if classes is None
+            else group.unflatten(1, (tasks, classes)).argmax(dim=2).to(group.dtype)
+            for group, (classes, tasks) in zip(self._outputs(features), self.groups, strict=True)
+        ]
+        return torch.cat(predicted, dim=1)
+
+    def _outputs(self, features):
+        """The outputs of every group of tasks (B, width times tasks)."""
+        # Slices, not gathers: the backward pass of a gather is slow.
+        widths = [_width(classes) * tasks for classes, tasks in self.groups]
+        return self.linear(features).split(widths, dim=1)
 
 
 def _width(classes):

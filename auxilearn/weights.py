@@ -38,7 +38,8 @@ class ScheduleTable:
     """The schedule of n samples under K tasks. NaN wherever a mask says that there is no loss.
 
     weights (n, K), raw losses (n, K), sample_id (n,) places in the training set, prediction (n,) or
-    None; factors of the schedule where it has some: feature (n, K), loss (n, K), task (K,).
+    (n, K) or None; factors of the schedule where it has some: feature (n, K), loss (n, K), task
+    (K,).
     """
 
     weights: np.ndarray
@@ -61,7 +62,8 @@ def schedule_weights(
         model: nn.Module; ``model(batch)`` returns ``TaskLosses``, as for ``Bilevel``.
         scheduler: a ``HyperNet``.
         batches: iterable of what the model takes, in any order, each sample once.
-        predict: optional; ``predict(batch, task_losses)`` gives the predicted classes (B,).
+        predict: optional; ``predict(batch, task_losses)`` gives the predicted classes (B,), or
+            what is predicted under every task (B, K).
         aux_weight: as for ``Bilevel``. Schedules do not depend on it, networks of the losses do.
 
     The schedule is computed for all samples at once, so that losses are standardised over the data

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import inspect_schedule
 import train_bilevel
 from auxilearn.data.columns import Columns, Feature, write_columns
 from auxilearn.data.contract import Split, Task
@@ -31,7 +30,7 @@ from auxilearn.models import BACKBONES, Batch, TaskHeads, TaskModel, register_ba
 from auxilearn.run.build import build_model
 from auxilearn.run.config import Config, resolve
 from auxilearn.run.processes import Ranks
-from tests.conftest import TINY, Run, assert_one_error_line, assert_same_run
+from tests.conftest import TINY, Run, assert_same_run
 
 
 class RowNet(nn.Module):
@@ -518,12 +517,3 @@ def test_a_backbone_for_images_refuses_rows(tmp_path, row_net, tiny_split):
     split = load_split(tiny_split)
     with pytest.raises(UserError, match="row_net takes rows of columns, but .* are images: .*conv"):
         build_model(resolve(Config(device="cpu", backbone="row_net"), split), split)
-
-
-@pytest.mark.parametrize("target", ["price", "kind"])
-def test_the_report_says_what_it_does_not_show(target, tmp_path, row_run, command):
-    write_rows(tmp_path, target)
-    run = row_run(tmp_path, method="joint")
-    code, _, err = command(inspect_schedule.main, run.directory)
-    assert code != 0
-    assert_one_error_line(err, run.directory, "there is no report yet")

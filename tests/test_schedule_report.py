@@ -53,11 +53,11 @@ def test_correlation():
     assert np.isnan(statistics.correlation(values, np.ones(4)))
 
 
-def test_class_information_is_mutual_information_less_its_bias():
+def test_information_is_mutual_information_less_its_bias():
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 4, size=4000)
     attributes = np.stack([labels == 1, rng.random(4000) < 0.3, np.ones(4000)], axis=1).astype(int)
-    information = statistics.class_information(attributes, labels)
+    information = [statistics.information(labels, attribute) for attribute in attributes.T]
     share = np.mean(labels == 1)
     entropy = -(share * np.log2(share) + (1 - share) * np.log2(1 - share))
     bias = 3 / (2 * 4000 * np.log(2))
@@ -665,13 +665,13 @@ def test_suspected_labels_are_more_than_the_model_s_errors():
     """100 of 400 labels are contradicted. The error rate in validation says how many may be."""
     loss = np.linspace(0, 4, 400)
     samples = table_of(np.exp(-loss), loss, (np.arange(400) >= 300).astype(int))
-    labels, ranking = rank_labels(samples, valid_accuracy=0.9)
+    labels, ranking = rank_labels(samples, valid=0.9)
     assert (ranking.contradicted, ranking.expected) == (100, 40)
     assert labels.suspected.tolist() == [True] * 100 + [False] * 300
     assert labels.quality.tolist() == [(i + 1) / 400 for i in range(400)]
     assert ranking.verdict.startswith("Suspected are the 100 labels")
     assert "explains 40 of them" in ranking.verdict
-    labels, ranking = rank_labels(samples, valid_accuracy=0.8)
+    labels, ranking = rank_labels(samples, valid=0.8)
     assert not labels.suspected.any()
     assert ranking.verdict.startswith("None is suspected: the model contradicts 100 labels")
 
@@ -679,7 +679,7 @@ def test_suspected_labels_are_more_than_the_model_s_errors():
 @pytest.mark.parametrize(
     ("accuracy", "contradicted", "words"),
     [
-        (0.43, 119, "too weak for this list: it is right on 43% of the validation images"),
+        (0.43, 119, "too weak for this list: it is right on 43% of the validation set"),
         (0.9, 221, "predicts only 0% of the labels it was trained on"),
         (0.9, 20, None),
     ],
@@ -689,7 +689,7 @@ def test_a_weak_model_is_named(accuracy, contradicted, words):
     prediction = (np.arange(221) < contradicted).astype(int)
     samples = table_of(np.full(221, np.nan), loss, prediction)
     labels, ranking = rank_labels(samples, accuracy)
-    evaluation = SimpleNamespace(valid_accuracy=accuracy)
+    evaluation = SimpleNamespace(valid=accuracy)
     findings = Findings(None, evaluation, None, samples, labels, ranking)
     assert (findings.weakness is None) == (words is None)
     if words:
@@ -967,7 +967,7 @@ def test_the_baseline_beside_a_run(make_run, no_charts, tmp_path):
         (folder / "summary.json").write_text(json.dumps(summary) if name != "damaged" else "{")
     (record / "unfinished" / "summary.json").unlink()
     found = read_run(joint).reference
-    assert (found.name, found.test_accuracy, found.differs) == ("same", 0.1, [])
+    assert (found.name, found.test, found.differs) == ("same", 0.1, [])
     page, said = write.write_report(joint)
     text = next(s.text for s in said if s.topic == "Baseline")
     own = json.loads((joint / "summary.json").read_text())["test_accuracy"]

@@ -30,22 +30,24 @@ def statements(findings):
 
 def _training(findings):
     run = findings.run
-    epochs, summary = run.rows["epoch"], run.summary
+    epochs, summary, metric = run.rows["epoch"], run.summary, run.metric
     if not epochs:
         return Statement("caution", "Training", "No epoch has been completed yet.")
-    best = max(range(len(epochs)), key=lambda i: epochs[i]["valid_accuracy"])
+    best, key = run.best_epoch, f"valid_{metric.name}"
     text = (
-        f"Validation accuracy went from {epochs[0]['valid_accuracy']:.1%} to "
-        f"{epochs[best]['valid_accuracy']:.1%}, its best, in {_when(run, epochs[best])}"
+        f"Validation {metric.words} went from {metric.short(epochs[0][key])} to "
+        f"{metric.short(epochs[best][key])}, its best, in {_when(run, epochs[best])}"
     )
     if summary is None:
         text += f"; the run is not finished: it has completed {_when(run, epochs[-1])}."
         return Statement("note", "Training", text)
-    text += f". Test accuracy {summary['test_accuracy']:.1%}."
+    text += f". Test {metric.words} {metric.short(summary[f'test_{metric.name}'])}."
     if best == 0 and len(epochs) > 1:
-        return Statement("caution", "Training", f"{text} It has not risen since the first epoch.")
+        text += " Validation has not improved since the first epoch."
+        return Statement("caution", "Training", text)
     if best == len(epochs) - 1 and len(epochs) > 1:
-        return Statement("note", "Training", f"{text} It was still rising: train longer.")
+        text += " Validation was still improving: train longer."
+        return Statement("note", "Training", text)
     return Statement("good", "Training", text)
 
 
@@ -63,21 +65,37 @@ def _reference(findings):
     if other is None:
         text = f"No finished run of {REFERENCE} (all weights 1) in this setting lies beside it."
         return Statement("note", "Baseline", text)
-    ahead = run.summary["test_accuracy"] - other.test_accuracy
-    images = run.data["sets"]["test"]
-    error = sum(p * (1 - p) for p in (run.summary["test_accuracy"], other.test_accuracy)) / images
+    metric, samples = run.metric, _tested(findings)
+    own = run.summary[f"test_{metric.name}"]
+    if metric.name == "accuracy":
+        variance = sum(p * (1 - p) for p in (own, other.test)) / samples
+        reached, gap = metric.short(other.test), f"{100 * abs(own - other.test):.1f} points "
+        gap += "behind" if own < other.test else "ahead"
+    else:  # of the root of the mean square of so many normal errors
+        variance = sum(value**2 for value in (own, other.test)) / (2 * samples)
+        reached, gap = f"RMSE {metric.short(other.test)}", f"{abs(own / other.test - 1):.1%} "
+        gap += "above it, which is worse" if own > other.test else "below it, which is better"
     text = (
-        f"{REFERENCE} (all weights 1, run {other.name}) reaches {other.test_accuracy:.1%} on the "
-        f"test set: this run is {100 * abs(ahead):.1f} points {'behind' if ahead < 0 else 'ahead'}."
+        f"{REFERENCE} (all weights 1, run {other.name}) reaches {reached} on the test set: this "
+        f"run is {gap}."
     )
     if others := [name for name in other.differs if name != "seed"]:
         text += f" Its settings differ: {', '.join(others)}."
     elif other.differs:
         text += " Its seed differs."
-    if abs(ahead) < 1.96 * np.sqrt(error):
-        text += f" With {images:,} test images and one run each, that is within chance."
+    if abs(own - other.test) < 1.96 * np.sqrt(variance):
+        text += f" With {samples:,} test {findings.inputs} and one run each, that is within chance."
         return Statement("note", "Baseline", text)
-    return Statement("good" if ahead > 0 else "caution", "Baseline", text)
+    better = metric.better(own, other.test)
+    return Statement("good" if better else "caution", "Baseline", text)
+
+
+def _tested(findings):
+    """The number of test samples, where that is known of those with a target label."""
+    if findings.evaluation is None:
+        return findings.run.data["sets"]["test"]
+    split = findings.evaluation.split
+    return int(split.has_target[split.indices["test"]].sum())
 
 
 def _upper_level(findings):
@@ -146,7 +164,7 @@ def _tasks(findings):
 
 def _alike(findings):
     """Whether the auxiliary tasks' mean weights are too close to be ranked."""
-    weights = findings.tasks.mean_weight[1:]
+    weights = findings.tasks.mean_weight[findings.order]
     return len(weights) > 2 and weights.max() < ALIKE * weights.min()
 
 
@@ -166,7 +184,7 @@ def _roles(findings):
         return None
     weight, loss = findings.information_correlation
     text = (
-        "The rank correlation of a task's weight with its attribute's information on the class is "
+        f"The rank correlation of a task's weight with its information on the {findings.aim} is "
         f"{weight:.2f} (of its low loss: {loss:.2f})."
     )
     return Statement("note", "Kinds of task", text)

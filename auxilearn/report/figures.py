@@ -4,6 +4,7 @@ A drawing function takes ``Findings`` and returns a ``Figure``, or None if there
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import matplotlib as mpl
@@ -11,7 +12,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 from sklearn.metrics import roc_auc_score
 
 from auxilearn.report.names import readable, shortened
@@ -79,17 +80,25 @@ def _groups(labels):
     ]
 
 
-def _role_styles(findings):
-    """{role: (colour, marker)}; {} without roles."""
+def _kinds(findings):
+    """{role: numbers of its tasks}; without roles a few tasks stand for themselves, by name."""
+    order = findings.order
+    if findings.roles or len(order) > len(SERIES):
+        return findings.roles
+    return {shortened(readable(findings.tasks.name[k]), 20): np.array([k]) for k in order}
+
+
+def _styles(findings):
+    """{kind: (colour, marker)}."""
     looks = zip(SERIES, MARKERS, strict=True)
-    return {role: next(looks, ("muted", "o")) for role in findings.roles}
+    return {kind: next(looks, ("muted", "o")) for kind in _kinds(findings)}
 
 
 def _task_colours(findings):
-    """A colour for every task, by its role; the target is black."""
-    colours, styles = np.full(len(findings.tasks), "blue", dtype=object), _role_styles(findings)
-    for role, members in findings.roles.items():
-        colours[members] = styles[role][0]
+    """A colour for every task, by its kind; the target is black."""
+    colours, styles = np.full(len(findings.tasks), "blue", dtype=object), _styles(findings)
+    for kind, members in _kinds(findings).items():
+        colours[members] = styles[kind][0]
     colours[0] = "ink"
     return [COLOURS[colour] for colour in colours]
 
@@ -103,7 +112,7 @@ def _losses(findings):
     steps, upper = findings.run.training_steps, findings.run.rows["upper"]
     if not steps:
         return None
-    figure, axes = new_axes("lower step", "mean cross entropy (nats)")
+    figure, axes = new_axes("lower step", "mean loss")
     step, target, other = _column(steps, "target_loss", "aux_loss")
     axes.plot(*thin(step, target), color=COLOURS["blue"], label="target, training")
     if np.any(other > 0):
@@ -117,20 +126,21 @@ def _losses(findings):
     return figure
 
 
-def _accuracy(findings):
-    run = findings.run
+def _metric(name, findings):
+    """The metric over training, if it is the one called ``name``."""
+    run, metric = findings.run, findings.run.metric
     steps, epochs = run.training_steps, run.rows["epoch"]
-    if not steps:
+    if not steps or metric.name != name:
         return None
-    figure, axes = new_axes("lower step", "accuracy, target task")
+    figure, axes = new_axes("lower step", f"{metric.words}, target task")
     style = {"color": COLOURS["blue"]}
-    axes.plot(*thin(*_column(steps, "accuracy"), 100), label="training batches", **style)
+    axes.plot(*thin(*_column(steps, name), 100), label="training batches", **style)
     if epochs:
-        step, accuracy = _column(epochs, "valid_accuracy")
-        best = int(np.argmax(accuracy))
+        step, values = _column(epochs, f"valid_{name}")
+        best = run.best_epoch
         style = {"color": COLOURS["orange"]}
-        axes.plot(step, accuracy, ls="--", label="validation set", **style)
-        axes.plot(step[best], accuracy[best], "o", label="best checkpoint", **style)
+        axes.plot(step, values, ls="--", label="validation set", **style)
+        axes.plot(step[best], values[best], "o", label="best checkpoint", **style)
         if any(row["phase"] == FINE_TUNING for row in epochs):
             start = max(row["step"] for row in epochs if row["phase"] != FINE_TUNING)
             style = {"color": COLOURS["faint"], "zorder": 0}
@@ -138,8 +148,9 @@ def _accuracy(findings):
     if run.reference is not None:
         style = {"color": COLOURS["muted"], "ls": ":"}
         label = f"{REFERENCE}, validation set"
-        axes.axhline(run.reference.valid_accuracy, label=label, **style)
-    axes.yaxis.set_major_formatter(PERCENT)
+        axes.axhline(run.reference.valid, label=label, **style)
+    if name == "accuracy":
+        axes.yaxis.set_major_formatter(PERCENT)
     axes.set_ylim(bottom=0)
     legend_below(figure, axes)
     return figure
@@ -185,7 +196,7 @@ def _hypergradient(findings):
 
 
 def _tasks_ranked(findings):
-    """A bar for each task; with many tasks, for each family of attributes (all bill shapes)."""
+    """A bar for each task; with many tasks, for each family of them (all bill shapes)."""
     tasks = findings.tasks
     if tasks is None or len(tasks) < 2:
         return None
@@ -193,7 +204,7 @@ def _tasks_ranked(findings):
     order = np.append(0, findings.order)
     bars = tasks.loc[order].assign(label=[readable(name) for name in tasks.name[order]])
     if families := len(tasks) - 1 > BARS:
-        groups = tasks.iloc[1:].groupby("family").mean_weight
+        groups = tasks.loc[findings.order].groupby("family").mean_weight
         bars = groups.agg(mean_weight="mean", low="min", high="max", count="size").reset_index()
         bars["label"] = [
             f"{readable(f)} ({n})" for f, n in zip(bars.family, bars["count"], strict=True)
@@ -209,11 +220,11 @@ def _tasks_ranked(findings):
     axes.set_yticks(y, ["target task", *(shortened(label, 27) for label in bars.label[1:])])
     handles = [
         Line2D([], [], color=COLOURS[colour], marker=marker, ls="", label=role)
-        for role, (colour, marker) in _role_styles(findings).items()
-        if not families
+        for role, (colour, marker) in _styles(findings).items()
+        if findings.roles and not families
     ]
     if findings.run.schedule and len(tasks) > 2:
-        start = np.mean(findings.run.schedule[0]["mean_weight"][1:])
+        start = np.nanmean(np.array(findings.run.schedule[0]["mean_weight"][1:], float))
         label = "auxiliary mean at the start"
         handles.append(axes.axvline(start, color=COLOURS["ink"], ls="--", lw=1, label=label))
     if handles:
@@ -229,15 +240,16 @@ def _tasks_history(findings):
     if len(rows) < 2:
         return None
     step = np.array([row["step"] for row in rows])
-    weights = np.array([row["mean_weight"] for row in rows])  # (T, K)
+    weights = np.array([row["mean_weight"] for row in rows], float)  # (T, K), NaN without labels
     figure, axes = new_axes("lower step", "mean weight of a task")
     colours = _task_colours(findings)
     for k in range(1, weights.shape[1]):
         axes.plot(*thin(step, weights[:, k], 60), color=colours[k], lw=0.6, alpha=0.45)
-    for role, (colour, marker) in _role_styles(findings).items():
-        x, y = thin(step, weights[:, findings.roles[role]].mean(axis=1), 60)
+    for kind, (colour, marker) in _styles(findings).items():
+        x, y = thin(step, weights[:, _kinds(findings)[kind]].mean(axis=1), 60)
         style = {"color": COLOURS[colour], "marker": marker, "markevery": max(1, len(x) // 6)}
-        axes.plot(x, y, lw=2.2, label=f"{role}, mean", **style)
+        label = f"{kind}, mean" if findings.roles else kind
+        axes.plot(x, y, lw=2.2 if findings.roles else 1.2, label=label, **style)
     axes.plot(*thin(step, weights[:, 0], 60), color=COLOURS["ink"], lw=2.2, label="target task")
     logarithmic(axes.yaxis, weights, ratio=8)
     legend_below(figure, axes)
@@ -248,12 +260,16 @@ def _information(findings):
     tasks = findings.tasks
     if tasks is None or "class_information" not in tasks or len(tasks) < 4:
         return None
-    figure, axes = new_axes("the attribute's information on the class (bits)", "mean weight")
-    styles = _role_styles(findings) or {None: ("blue", "o")}
-    for role, (colour, marker) in styles.items():
-        some = tasks.loc[findings.roles.get(role, tasks.index[1:])]
-        style = {"color": COLOURS[colour], "ms": 5, "alpha": 0.75, "ls": "", "label": role}
+    if tasks.class_information.isna().all():
+        return None
+    x_label = f"the task's information on the {findings.aim} (bits)"
+    figure, axes = new_axes(x_label, "mean weight")
+    styles = _styles(findings) or {None: ("blue", "o")}
+    for kind, (colour, marker) in styles.items():
+        some = tasks.loc[_kinds(findings).get(kind, tasks.index[1:])]
+        style = {"color": COLOURS[colour], "ms": 5, "alpha": 0.75, "ls": "", "label": kind}
         axes.plot(some.class_information, some.mean_weight, marker, **style)
+    axes.xaxis.set_major_locator(MaxNLocator(6))
     logarithmic(axes.yaxis, tasks.mean_weight[1:], ratio=8)
     legend_below(figure, axes, columns=4)
     return figure
@@ -269,10 +285,16 @@ def _target_losses(findings):
     labels = findings.labels
     if labels is None or findings.weighted or np.ptp(labels.loss) == 0:
         return None
-    figure, axes = new_axes("target loss of a sample (nats)", "samples")
+    figure, axes = new_axes(_target_loss(findings), "samples")
     _histogram(axes, labels, "loss", np.linspace(labels.loss.min(), labels.loss.max(), 41))
     legend_below(figure, axes)
     return figure
+
+
+def _target_loss(findings):
+    """What a target loss is, for an axis."""
+    unit = "squared, standardised" if findings.ranking.numbers else "nats"
+    return f"target loss ({unit})"
 
 
 def _samples(findings):
@@ -300,7 +322,7 @@ def _samples(findings):
         _histogram(parts[name], labels, name, edges, turn)
         parts[name].grid(visible=False)
         parts[name].tick_params(labelbottom=False, labelleft=False, length=0, which="both")
-    parts["both"].set_xlabel("target loss (nats)")
+    parts["both"].set_xlabel(_target_loss(findings))
     parts["both"].set_ylabel("target weight")
     legend_below(figure, parts["both"])
     return figure
@@ -374,11 +396,12 @@ def _wrong_labels(findings):
 
 CHARTS = (
     Chart("losses", "Losses over training", _losses),
-    Chart("accuracy", "Accuracy over training", _accuracy),
+    Chart("accuracy", "Accuracy over training", partial(_metric, "accuracy")),
+    Chart("rmse", "RMSE over training", partial(_metric, "rmse")),
     Chart("hypergradient", "The hypergradient", _hypergradient),
     Chart("tasks_ranked", "Tasks by mean weight", _tasks_ranked),
     Chart("tasks_history", "Mean weights of the tasks over training", _tasks_history),
-    Chart("information", "Weights against information on the class", _information),
+    Chart("information", "Weights against information on the target", _information),
     Chart("samples", "Target weight and target loss of the samples", _samples),
     Chart("target_losses", "Target losses of the samples", _target_losses),
     Chart("target_history", "Target weights over training", _target_history),

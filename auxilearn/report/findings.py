@@ -1,5 +1,6 @@
 """The numbers of a report. Sentences, charts, tables and page only show them."""
 
+import warnings
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
@@ -10,13 +11,17 @@ from scipy.stats import rankdata
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from auxilearn.report.run import Evaluation, Run
-from auxilearn.report.statistics import class_information, correlation, spread_shares
+from auxilearn.report.statistics import correlation, fifths, information, spread_shares
 
 FALLING = -0.5  # rank correlation of weight and loss from which a ranking by weight is about labels
 EQUAL = 1.1  # ratio of the largest and the smallest weight up to which weights say nothing
-WEAK = 0.6  # validation accuracy below which a model cannot tell wrong labels from hard images
+WEAK = 0.6  # validation accuracy below which a model cannot tell wrong labels from hard samples
 POOR = 0.5  # and the share of its training labels that a model predicts which has learned them
 EXCESS = 1.5  # contradicted labels per expected error of the model from which they are suspected
+# Of a target that is a real number:
+FAR = 3  # validation RMSEs from which a label and its prediction contradict each other
+NORMAL = 0.0027  # the share of errors that are so large if errors are normal
+FLAT = 0.9  # standard deviations of the labels: validation RMSE above which a model is too weak
 
 
 class Ranking(NamedTuple):
@@ -24,13 +29,22 @@ class Ranking(NamedTuple):
 
     by: str  # weight or loss
     reason: str  # a sentence
-    contradicted: int  # labels for which the model predicts another class
-    expected: int  # of them, if all labels were right: the model's error rate in validation
+    contradicted: int  # labels for which the model predicts another class, or a number that is FAR
+    expected: int  # of them, if all labels were right: by the model's errors in validation
     suspicious: bool  # whether they are more than its errors explain
+    numbers: bool = False  # whether the target is a real number
 
     @property
     def verdict(self):
         """A sentence on what is suspected."""
+        if self.numbers:
+            far = (
+                f"more than {FAR} validation RMSEs from the prediction; normal errors of that "
+                f"size would explain {self.expected:,}."
+            )
+            if self.suspicious:
+                return f"Suspected are the {self.contradicted:,} labels that are {far}"
+            return f"None is suspected: {self.contradicted:,} labels are {far}"
         rest = f"its error rate on the validation set explains {self.expected:,} of them."
         if self.suspicious:
             return (
@@ -45,11 +59,16 @@ class Findings:
 
     tasks: a row per task, the target first: name, mean_weight, family and, with an evaluation,
         spread, low and high (5 and 95 % quantiles), task_factor, role, mean_loss, share_of_loss
-        and class_information (bits; NaN for the target).
-    samples: a row per training sample: id, path, label (the data's), given_label (trained on),
-        weight, loss, prediction. Without a target label, given_label, weight and loss are missing.
+        and class_information. A mean is over the samples that have a label under the task.
+    samples: a row per training sample: id, path of an image, label (the data's), given_label
+        (trained on), weight, loss, prediction. Without a target label to train on, given_label,
+        weight and loss are missing. Labels are numbers of classes, or in their own unit.
     labels: the samples that have a target label, the most suspicious first, with rank, quality
         (1 best), suspected, and wrong (given label is not the data's) if labels were corrupted.
+
+    class_information is the mutual information in bits of a task's labels and the data's target
+    labels, over the samples that have both (see ``information``), NaN for the target. Of a real
+    number it is that of the fifth of its distribution that a label lies in.
     """
 
     run: Run
@@ -65,9 +84,22 @@ class Findings:
     # ----------------------------------------------------------------------------------------------
 
     @property
+    def inputs(self):
+        """What the samples are, a word: images, rows or, where that is not known, samples."""
+        if self.evaluation is None:
+            return "samples"
+        return "rows" if self.evaluation.split.rows else "images"
+
+    @property
+    def aim(self):
+        """What the target task is about, a word."""
+        return "class" if self.run.data["classes"] else "target"
+
+    @property
     def order(self):
-        """Numbers of the auxiliary tasks, from the highest mean weight to the lowest."""
-        weights = self.tasks.mean_weight.iloc[1:]
+        """Numbers of the auxiliary tasks that have a label, from the highest mean weight to the
+        lowest."""
+        weights = self.tasks.mean_weight.iloc[1:].dropna()
         return weights.sort_values(ascending=False, kind="stable").index.to_numpy()
 
     @cached_property
@@ -115,8 +147,8 @@ class Findings:
         """Rank correlations of the auxiliary tasks' mean weights at the end with (those at the
         start, those at half time); None where too little is known."""
         # The weights of joint_stable are equal at first, and rank nothing.
-        rows = [row["mean_weight"][1:] for row in self.run.schedule]
-        rows = [weights for weights in rows if np.ptp(weights or [0]) > 0]
+        rows = [np.array(row["mean_weight"][1:], float) for row in self.run.schedule]
+        rows = [weights for weights in rows if len(np.unique(weights[~np.isnan(weights)])) > 1]
         if len(rows) < 4 or len(rows[0]) < 3:
             return None
         return correlation(rows[0], rows[-1]), correlation(rows[len(rows) // 2], rows[-1])
@@ -153,13 +185,22 @@ class Findings:
 
         The truth, where it is known, has no say.
         """
-        accuracy = self.evaluation.valid_accuracy
+        if self.ranking.numbers:
+            share = self.evaluation.valid / self.evaluation.tasks[0].std
+            if share <= FLAT:
+                return None
+            return (
+                f"The model is too weak for this list: its RMSE on the validation set is "
+                f"{share:.2f} standard deviations of the labels (bound: {FLAT}), and to predict "
+                "their mean makes about 1."
+            )
+        accuracy = self.evaluation.valid
         agreement = 1 - self.ranking.contradicted / len(self.labels)
         if accuracy < WEAK:
             return (
                 f"The model is too weak for this list: it is right on {accuracy:.0%} of the "
-                f"validation images (bound: {WEAK:.0%}) and predicts {agreement:.0%} of the labels "
-                "it was trained on."
+                f"validation set (bound: {WEAK:.0%}) and predicts {agreement:.0%} of the labels it "
+                "was trained on."
             )
         if agreement < POOR:
             return (
@@ -185,8 +226,9 @@ class Findings:
         """What makes the mean weights of auxiliary tasks differ: {factor: share}."""
         if self.evaluation is None or not self.evaluation.table.factors or len(self.tasks) < 3:
             return {}
-        factors = dict(self.evaluation.table.factors)
-        if np.allclose(self.tasks.mean_weight, factors["task"], rtol=1e-3):
+        known = np.flatnonzero(self.tasks.mean_weight.notna())  # tasks that have a label
+        factors = {name: v[..., known] for name, v in self.evaluation.table.factors.items()}
+        if np.allclose(self.tasks.mean_weight[known], factors["task"], rtol=1e-3):
             return spread_shares({"task": factors["task"][1:]})  # the others have mean 1
         for name, values in factors.items():
             if values.ndim == 2:  # the geometric mean over the samples
@@ -199,7 +241,8 @@ def find(run, evaluation=None, missing=(), rank_by="auto"):
     if evaluation is None:
         return Findings(run, tasks=_tasks_from_history(run), missing=list(missing))
     samples = _samples(run, evaluation)
-    labels, ranking = rank_labels(samples, evaluation.valid_accuracy, rank_by)
+    numbers = evaluation.tasks[0].classes is None
+    labels, ranking = rank_labels(samples, evaluation.valid, rank_by, numbers)
     if run.corrupted_rate:
         labels["wrong"] = labels.given_label != labels.label
     tasks = _tasks(run, evaluation) if run.method.bilevel else None
@@ -211,72 +254,89 @@ def _tasks_from_history(run):
     if not run.schedule:
         return None
     families = [name.split("::")[0] for name in run.task_names]
-    weights = run.schedule[-1]["mean_weight"]
+    weights = np.array(run.schedule[-1]["mean_weight"], float)
     return pd.DataFrame({"name": run.task_names, "mean_weight": weights, "family": families})
 
 
 def _tasks(run, evaluation):
-    table, split, samples = evaluation.table, evaluation.split, evaluation.samples
-    names = [task.name for task in split.tasks[: samples.labels.shape[1]]]
-    low, high = np.nanquantile(table.weights, (0.05, 0.95), axis=0)
-    # The one place that knows that ``table.losses`` are raw: a_k turns them into scheduled ones.
-    part = np.nanmean(table.weights * table.losses, axis=0) * run.loss_factors
-    roles = split.roles
-    attributes, targets = samples.labels[:, 1:].numpy(), split.labels[samples.positions, 0]
-    information = class_information(attributes, targets)
-    columns = {
-        "name": names,
-        "mean_weight": np.nanmean(table.weights, axis=0),
-        "spread": np.nanstd(table.weights, axis=0),
-        "low": low,
-        "high": high,
-        "task_factor": table.factors.get("task"),
-        "family": [name.split("::")[0] for name in names],
-        "role": roles and ["target", *(roles[name] for name in names[1:])],
-        "mean_loss": np.nanmean(table.losses, axis=0),
-        "share_of_loss": part / max(part.sum(), 1e-30),
-        "class_information": np.append(np.nan, information),
-    }
+    table, roles = evaluation.table, evaluation.split.roles
+    names = [task.name for task in evaluation.tasks]
+    with warnings.catch_warnings():  # of a task without any label all is NaN
+        warnings.simplefilter("ignore", RuntimeWarning)
+        low, high = np.nanquantile(table.weights, (0.05, 0.95), axis=0)
+        # The one place that knows that ``table.losses`` are raw: a_k makes them scheduled ones.
+        part = np.nanmean(table.weights * table.losses, axis=0) * run.loss_factors
+        columns = {
+            "name": names,
+            "mean_weight": np.nanmean(table.weights, axis=0),
+            "spread": np.nanstd(table.weights, axis=0),
+            "low": low,
+            "high": high,
+            "task_factor": table.factors.get("task"),
+            "family": [name.split("::")[0] for name in names],
+            "role": roles and ["target", *(roles[name] for name in names[1:])],
+            "mean_loss": np.nanmean(table.losses, axis=0),
+            "share_of_loss": part / max(np.nansum(part), 1e-30),
+            "class_information": [np.nan, *_information(evaluation)],
+        }
     return pd.DataFrame({name: values for name, values in columns.items() if values is not None})
+
+
+def _information(evaluation):
+    """Every auxiliary task's information on the target, in bits."""
+    target = evaluation.labels(0)
+    for k in range(1, len(evaluation.tasks)):
+        labels = evaluation.labels(k)
+        both = ~np.isnan(target) & ~np.isnan(labels)
+        columns = (evaluation.tasks[0], target[both]), (evaluation.tasks[k], labels[both])
+        yield information(
+            *(v.astype(int) if task.classes or not len(v) else fifths(v) for task, v in columns)
+        )
 
 
 def _samples(run, evaluation):
     table, split = evaluation.table, evaluation.split
     positions = evaluation.samples.positions
-    loss = table.losses[:, 0].astype(float)
-    return pd.DataFrame(
-        {
-            "id": [split.ids[p] for p in positions],
-            "path": [split.paths[p] for p in positions],
-            "label": split.labels[positions, 0],
-            "given_label": pd.array(evaluation.samples.labels[:, 0].numpy(), "Int64"),
-            "weight": table.weights[:, 0].astype(float) if run.method.bilevel else np.nan,
-            "loss": loss,
-            "prediction": table.prediction,
-        }
-    ).assign(given_label=lambda frame: frame.given_label.mask(np.isnan(loss)))
+    kind = "Int64" if evaluation.tasks[0].classes else "float64"
+    columns = {
+        "id": [split.ids[p] for p in positions],
+        "path": split.paths and [split.paths[p] for p in positions],
+        "label": pd.array(evaluation.labels(0), kind),
+        "given_label": pd.array(evaluation.given(), kind),
+        "weight": table.weights[:, 0].astype(float) if run.method.bilevel else np.nan,
+        "loss": table.losses[:, 0].astype(float),
+        "prediction": pd.array(evaluation.predicted(0), kind),
+    }
+    return pd.DataFrame({name: values for name, values in columns.items() if values is not None})
 
 
-def rank_labels(samples, valid_accuracy, rank_by="auto"):
+def rank_labels(samples, valid, rank_by="auto", numbers=False):
     """(labels, ranking) of ``samples``: see ``Findings``. ``rank_by``: auto, weight or loss.
 
     With auto, by weight if target weights differ and clearly fall with the loss. A schedule that
     does not distrust labels which the model cannot explain is about pictures, not about labels. The
     truth, where it is known, has no say.
 
-    A label is suspected if the model predicts another class, provided that it does so clearly more
-    often than by its own errors, which validation counts.
+    ``valid`` is the metric in validation: accuracy, or with ``numbers`` RMSE. A label is suspected
+    if the model predicts another class, or a number that is more than ``FAR`` RMSEs off, provided
+    that it does so clearly more often than by its own errors: those that validation counts, or so
+    many of normal ones.
     """
-    labels = samples.dropna(subset="loss").astype({"given_label": int})
+    kind = float if numbers else int
+    labels = samples.dropna(subset="loss")
+    labels = labels.astype({"label": kind, "given_label": kind, "prediction": kind})
     by, reason = _ranked_by(labels, rank_by)
     score = labels.loss if by == "loss" else -labels.weight
-    another = labels.prediction != labels.given_label
-    expected = round((1 - valid_accuracy) * len(labels))
+    if numbers:
+        another, share = (labels.prediction - labels.given_label).abs() > FAR * valid, NORMAL
+    else:
+        another, share = labels.prediction != labels.given_label, 1 - valid
+    expected = round(share * len(labels))
     suspicious = bool(another.sum() > EXCESS * expected)
     labels = labels.assign(quality=rankdata(-score) / len(labels), suspected=another & suspicious)
     labels = labels.iloc[np.lexsort((-labels.loss, -score))]
     labels.insert(0, "rank", np.arange(1, len(labels) + 1))
-    return labels, Ranking(by, reason, int(another.sum()), expected, suspicious)
+    return labels, Ranking(by, reason, int(another.sum()), expected, suspicious, numbers)
 
 
 def _ranked_by(labels, rank_by):

@@ -14,13 +14,14 @@ from markupsafe import Markup
 from PIL import Image
 
 from auxilearn.report.brief import statements
-from auxilearn.report.names import readable
+from auxilearn.report.names import readable, worded
 
 HERE = Path(__file__).parent
 TABLE_ROWS = 1000  # of the sample table: the most suspicious by weight, and by loss
 TABLE_THUMBNAILS = 60  # of these rows with a picture
-SHOWN = 12  # images at each end of a contact sheet
-BUDGET = 1000  # thumbnails in a page, about 2.5 KB each
+SHOWN = 12  # samples at each end of a contact sheet
+BUDGET = 1000  # samples on contact sheets; thumbnails are about 2.5 KB each
+FEATURES = 5  # of a sample that is a row, the first ones
 HEIGHT = 96  # pixels of a thumbnail
 
 
@@ -51,20 +52,27 @@ def build_page(findings, charts, wanted=()):
         labels=_label_rows(findings, thumbnails) if labelled else [],
         sheets=_sheets(findings, thumbnails, wanted) if labelled else [],
         thumbnails=thumbnails.encoded if thumbnails else {},
+        features=_feature_names(findings),
         css=Markup((HERE / "page.css").read_text(encoding="utf-8")),
         js=Markup((HERE / "page.js").read_text(encoding="utf-8")),
     )
 
 
 class Thumbnails:
-    """JPEG thumbnails of training images by place in the training set, each made once."""
+    """JPEG thumbnails of training images by place in the training set, each made once.
+
+    Of rows there are none: their places are counted alone.
+    """
 
     def __init__(self, evaluation):
         self.evaluation = evaluation
+        self.places = set()
         self.encoded = {}  # {place: base64}
 
     def add(self, places):
-        for place in {*map(int, places)} - self.encoded.keys():
+        new = {*map(int, places)} - self.places
+        self.places |= new
+        for place in sorted(new) if self.evaluation.images else ():
             image = self.evaluation.images.load(self.evaluation.samples.positions[place])
             picture = Image.fromarray(image)
             picture.thumbnail((2 * HEIGHT, HEIGHT))
@@ -91,18 +99,41 @@ def _task_rows(findings):
 def _card(findings, place, number, task=0):
     """What is said of a sample: its labels under a task, and a number."""
     evaluation = findings.evaluation
+    kind, position = evaluation.tasks[task], evaluation.samples.positions[place]
     card = {"place": int(place), "number": number, "wrong": None}  # not known
+    if evaluation.split.rows:
+        card["id"] = evaluation.split.ids[position]
+        card["features"] = _feature_values(evaluation.split.rows, position)
     if task == 0:
-        sample, names = findings.labels.loc[place], evaluation.split.target.class_names
-        card |= {"given": names[sample.given_label], "predicted": names[sample.prediction]}
+        sample = findings.labels.loc[place]
+        given, predicted = sample.given_label, sample.prediction
         if "wrong" in sample:
-            card |= {"wrong": bool(sample.wrong), "truth": names[sample.label]}
-        return card
-    label = int(evaluation.samples.labels[place, task])
-    # Of two classes, the one whose cross entropy is under log 2 is predicted.
-    right = evaluation.table.losses[place, task] < math.log(2)
-    words = ("no", "yes")
-    return card | {"given": words[label], "predicted": words[label if right else 1 - label]}
+            card |= {"wrong": bool(sample.wrong), "truth": worded(kind, sample.label)}
+    else:
+        given = evaluation.split.labels[position, task]
+        predicted = evaluation.predicted(task)[place]
+    return card | {"given": worded(kind, given), "predicted": worded(kind, predicted)}
+
+
+def _feature_names(findings):
+    """Those that are shown of a sample that is a row; none of images."""
+    if findings.evaluation is None or not findings.evaluation.split.rows:
+        return []
+    return [feature["name"] for feature in findings.evaluation.split.rows.features[:FEATURES]]
+
+
+def _feature_values(rows, position):
+    """What the model sees of them, in words: numbers in their own unit, names of categories. ""
+    stands for a missing value, and for a number that is exactly the mean, which is the same."""
+    numbers, codes = iter(rows.numbers[position]), iter(rows.codes[position])
+    values = []
+    for feature in rows.features[:FEATURES]:
+        if "mean" in feature:
+            number = next(numbers)
+            values.append(f"{number * feature['std'] + feature['mean']:.4g}" if number else "")
+        else:
+            values.append(["", *feature["values"]][next(codes)])
+    return values
 
 
 def _strips(findings, thumbnails):
@@ -134,13 +165,13 @@ def _label_rows(findings, thumbnails):
     first |= labels.loss.rank(ascending=False) <= TABLE_ROWS
     if findings.weighted:
         first |= labels.weight.rank() <= TABLE_ROWS
-    names = findings.evaluation.split.target.class_names
+    target = findings.evaluation.tasks[0]
     return [
         row._asdict()
         | {
-            "given": names[row.given_label],
-            "predicted": names[row.prediction],
-            "truth": names[row.label],
+            "given": worded(target, row.given_label),
+            "predicted": worded(target, row.prediction),
+            "truth": worded(target, row.label),
             "picture": row.Index in thumbnails.encoded,
         }
         for row in labels[first].itertuples()
@@ -158,7 +189,7 @@ def extremes(weights, count=SHOWN):
 
 def _sheets(findings, thumbnails, wanted=()):
     """Contact sheets of the target, of the tasks ``wanted`` (numbers), then of the tasks of highest
-    and lowest mean weight in turn, until the page's thumbnails are used up."""
+    and lowest mean weight in turn, until the page's budget is used up."""
     if findings.tasks is None:
         return []
     order = findings.order.tolist()
@@ -167,8 +198,8 @@ def _sheets(findings, thumbnails, wanted=()):
     for k in dict.fromkeys([0, *wanted, *turns]):
         weights = findings.evaluation.table.weights[:, k]
         ends = extremes(weights)
-        new = {*map(int, np.concatenate(ends))} - thumbnails.encoded.keys()
-        if len(thumbnails.encoded) + len(new) > BUDGET and k != 0 and k not in wanted:
+        new = {*map(int, np.concatenate(ends))} - thumbnails.places
+        if len(thumbnails.places) + len(new) > BUDGET and k != 0 and k not in wanted:
             continue
         thumbnails.add(np.concatenate(ends))
         high, low = (

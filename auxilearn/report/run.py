@@ -6,18 +6,26 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from auxilearn.data.cache import open_images
-from auxilearn.data.contract import Split
-from auxilearn.data.dataset import SampleSet, Stream, in_order
+from auxilearn.data.contract import Split, Task
+from auxilearn.data.dataset import SampleSet, in_order
 from auxilearn.data.split import load_split
 from auxilearn.errors import UserError
 from auxilearn.files import read_json, read_rows
 from auxilearn.methods import METHODS, Method
+from auxilearn.metrics import metric_of
 from auxilearn.models import load_file, load_matching
-from auxilearn.run.build import TRAINING, build_model, build_scheduler, training_set_of
+from auxilearn.run.build import (
+    TRAINING,
+    build_model,
+    build_scheduler,
+    open_inputs,
+    stream,
+    tasks_of,
+    training_set_of,
+)
 from auxilearn.run.config import Config, choose_device, from_record
 from auxilearn.run.record import (
     BEST_FILE,
@@ -34,16 +42,13 @@ SETTING = ("corrupted", "corrupted_rate", "labeled_per_class")
 ALIKE = ("backbone", "image_size", "epochs", "main_lr", "train_batch_size", "task_num", "seed")
 
 
-NOT_YET = "for which there is no report yet; metrics.jsonl and summary.json have its numbers"
-
-
 @dataclass(frozen=True)
 class Reference:
     """A finished run of ``common`` on the same data in the same setting."""
 
     name: str
-    test_accuracy: float
-    valid_accuracy: float
+    test: float  # of the metric
+    valid: float
     differs: list[str]  # settings of ``ALIKE`` that have other values there
 
 
@@ -65,6 +70,11 @@ class Run:
         return METHODS[self.config.method]
 
     @property
+    def metric(self):
+        """The metric of the target task, without its scale: its name, and what is better."""
+        return metric_of(Task("target", self.data["classes"]))
+
+    @property
     def corrupted_rate(self):
         return self.config.effective_corrupted_rate
 
@@ -72,6 +82,14 @@ class Run:
     def training_steps(self):
         """Rows of the lower steps before fine-tuning, which has other images and one task."""
         return [row for row in self.rows["step"] if row["phase"] == TRAINING]
+
+    @property
+    def best_epoch(self):
+        """The place among the epochs' rows of the best in validation, the first of equals."""
+        values, best = [row[f"valid_{self.metric.name}"] for row in self.rows["epoch"]], 0
+        for place, value in enumerate(values):
+            best = place if self.metric.better(value, values[best]) else best
+        return best
 
     @property
     def loss_factors(self):
@@ -96,8 +114,6 @@ def read_run(directory):
         raise UserError(f"{path}: {error}") from None
     except (KeyError, TypeError, AttributeError):
         raise UserError(f"{path} is not a configuration that train_bilevel.py writes") from None
-    if data.get("classes", 2) is None:
-        raise UserError(f"{directory}: the target is a real number, {NOT_YET}")
     summary = directory / SUMMARY_FILE
     rows = defaultdict(list)
     for row in read_rows(directory / METRICS_FILE):
@@ -118,10 +134,11 @@ def read_run(directory):
 def _reference(directory, recorded):
     """The run of ``common`` beside this one whose settings are most alike, or None."""
     own, found = recorded["config"], []
+    metric = metric_of(Task("target", recorded["data"]["classes"])).name
     for path in sorted(directory.resolve().parent.glob(f"*/{SUMMARY_FILE}")):
         try:
             summary, other = read_json(path), read_json(path.with_name(CONFIG_FILE))["config"]
-            accuracies = summary["test_accuracy"], summary["valid_accuracy"]
+            values = summary[f"test_{metric}"], summary[f"valid_{metric}"]
             alike = (
                 summary["method"] == REFERENCE
                 and summary["fingerprint"] == recorded["data"]["fingerprint"]
@@ -131,7 +148,7 @@ def _reference(directory, recorded):
             continue  # a damaged neighbour is no reason to show nothing
         if alike:
             differs = [name for name in ALIKE if own.get(name) != other.get(name)]
-            found.append(Reference(path.parent.name, *accuracies, differs))
+            found.append(Reference(path.parent.name, *values, differs))
     # A run that differs in its seed alone comes before one that differs in another setting.
     return min(found, key=lambda r: (len({*r.differs} - {"seed"}), len(r.differs)), default=None)
 
@@ -141,13 +158,40 @@ class Evaluation:
     """A checkpoint on the run's training set of n samples, in the set's order."""
 
     split: Split
+    tasks: list[Task]  # the K that were trained, fitted
     samples: SampleSet  # with the labels that were trained on
-    table: ScheduleTable
-    images: object  # ``images.load(position)`` gives a uint8 image (height, width, 3)
+    table: ScheduleTable  # its predictions are (n, K), as of ``TaskHeads``
+    images: object  # ``images.load(position)`` gives a uint8 image (height, width, 3); None: rows
     epoch: int  # of the checkpoint, from 1 in its phase
     phase: str
-    valid_accuracy: float  # of the checkpoint
+    valid: float  # of the metric, of the checkpoint
     before_fine_tuning: bool = False
+
+    # Labels and predictions are classes, or numbers in their own unit; NaN where missing.
+
+    def labels(self, task):
+        """(n,) the data's labels under the task of this number."""
+        places = self.samples.positions
+        labels, mask = self.split.labels[places, task].astype(float), self.split.mask
+        return labels if mask is None else np.where(mask[places, task], labels, np.nan)
+
+    def given(self):
+        """(n,) the target labels that were trained on."""
+        given, mask, target = self.samples.labels[:, 0].numpy(), self.samples.mask, self.tasks[0]
+        known = np.ones(len(given), bool) if mask is None else mask[:, 0].numpy()
+        result = np.full(len(given), np.nan)
+        result[known] = given[known]
+        if target.classes is None:  # exactly: every label, permuted or not, is one of the data's
+            own = self.labels(0)
+            own = np.sort(own[~np.isnan(own)])
+            standardised = ((own - target.mean) / target.std).astype(given.dtype)
+            result[known] = own[np.searchsorted(standardised, given[known])]
+        return result
+
+    def predicted(self, task):
+        """(n,) what the model predicts under the task of this number."""
+        scale = self.tasks[task]
+        return self.table.prediction[:, task].astype(float) * scale.std + scale.mean
 
 
 def evaluate_run(run, *, split_dir=None, data_root=None, device=None, num_workers=None):
@@ -170,32 +214,20 @@ def evaluate_run(run, *, split_dir=None, data_root=None, device=None, num_worker
         raise UserError(f"--num_workers must be at least 0, not {workers}")
     workers = min(workers, os.cpu_count() or 1)
     split = _split_of(run, split_dir, data_root)
-    tasks = split.tasks[1 : config.task_num]
-    if split.rows or split.mask is not None or any(task.classes != 2 for task in tasks):
-        raise UserError(
-            f"{run.directory}: its data are not images with auxiliary tasks of two classes and no "
-            f"missing label, {NOT_YET}"
-        )
     samples = training_set_of(config, split)
     config = replace(config, device=str(choose_device(device)))
     model, scheduler, state = _load(checkpoint, config, split, len(samples))
     cache_dir = config.cache_dir
     if split_dir is not None and cache_dir != "none":
         cache_dir = f"{split_dir}/cache"
-    # The folder is what config.json says: it is read, and nothing is written to it.
-    images = open_images(split, config.image_size, cache_dir, workers, build=False)
+    images = None
+    if not split.rows:
+        # The folder is what config.json says: it is read, and nothing is written to it.
+        images = open_images(split, config.image_size, cache_dir, workers, build=False)
+    inputs = images or open_inputs(config, split)
     order = in_order(len(samples), config.test_batch_size)
     batches = tqdm(
-        Stream(
-            images,
-            samples,
-            order,
-            config.image_size,
-            torch.device(config.device),
-            augment=False,
-            seed=config.seed,
-            name="report",
-        ),
+        stream(config, inputs, samples, order, "report", augment=False),
         total=-(-len(samples) // config.test_batch_size),
         desc="weights of the training set",
         unit="batch",
@@ -206,11 +238,12 @@ def evaluate_run(run, *, split_dir=None, data_root=None, device=None, num_worker
         model,
         scheduler,
         batches,
-        predict=lambda batch, outputs: model.heads.target_logits(outputs.features).argmax(dim=1),
+        predict=lambda batch, outputs: model.heads.predictions(outputs.features),
         aux_weight=config.aux_weight,
     )
-    progress = state["epoch"], state["phase"], state["valid_accuracy"]
-    return Evaluation(split, samples, table, images, *progress, fine_tuned)
+    progress = state["epoch"], state["phase"], state[f"valid_{run.metric.name}"]
+    tasks = tasks_of(config, split)
+    return Evaluation(split, tasks, samples, table, images, *progress, fine_tuned)
 
 
 def _split_of(run, split_dir, data_root):
@@ -232,7 +265,8 @@ def _split_of(run, split_dir, data_root):
 
 
 def _load(checkpoint, config, split, samples):
-    """(model, scheduler, state) of a checkpoint; the state has phase, epoch, valid_accuracy."""
+    """(model, scheduler, state) of a checkpoint; the state has phase, epoch, valid_accuracy (or
+    valid_rmse)."""
     state = load_file(checkpoint)
     if not (isinstance(state, dict) and {"model", "scheduler", "epoch"} <= state.keys()):
         raise UserError(f"{checkpoint} is not a checkpoint of train_bilevel.py")

@@ -1,23 +1,35 @@
-"""Statistics of the report that scipy and scikit-learn leave to us. Arrays hold no NaN."""
+"""Statistics of the report that scipy and scikit-learn leave to us."""
 
 import numpy as np
 from scipy.stats import spearmanr
-from sklearn.feature_selection import mutual_info_classif
+from sklearn.metrics import mutual_info_score
 
 
 def correlation(a, b):
-    """Spearman's rank correlation; NaN if ``a`` or ``b`` is constant."""
-    return np.nan if np.ptp(a) == 0 or np.ptp(b) == 0 else spearmanr(a, b).statistic
+    """Spearman's rank correlation over the pairs without NaN; NaN if ``a`` or ``b`` is constant."""
+    a, b = np.asarray(a, float), np.asarray(b, float)
+    known = ~np.isnan(a) & ~np.isnan(b)
+    a, b = a[known], b[known]
+    if len(a) == 0 or np.ptp(a) == 0 or np.ptp(b) == 0:
+        return np.nan
+    return spearmanr(a, b).statistic
 
 
-def class_information(attributes, labels):
-    """Mutual information (A,) in bits of binary ``attributes`` (n, A) and ``labels`` (n,).
+def information(a, b):
+    """Mutual information in bits of two columns of class numbers (n,), of R and C classes.
 
-    Corrected for the bias of a small sample (Miller and Madow), which may take it a little below 0.
+    Corrected for the bias of a small sample, (R - 1) (C - 1) / 2n nats (Miller and Madow), which
+    may take it a little below 0. NaN if fewer than (R - 1) (C - 1) samples make that a guess.
     """
-    information = mutual_info_classif(attributes, labels, discrete_features=True) / np.log(2)
-    bias = (len(np.unique(labels)) - 1) / (2 * len(labels) * np.log(2))
-    return np.where(np.ptp(attributes, axis=0) > 0, information - bias, 0.0)
+    freedom = (len(np.unique(a)) - 1) * (len(np.unique(b)) - 1)
+    if len(a) < max(freedom, 1):
+        return np.nan
+    return (mutual_info_score(a, b) - freedom / (2 * len(a))) / np.log(2)
+
+
+def fifths(values):
+    """The fifth of their distribution, 0 to 4, that each of ``values`` (n,) lies in."""
+    return np.searchsorted(np.quantile(values, (0.2, 0.4, 0.6, 0.8)), values)
 
 
 def spread_shares(factors):

@@ -97,9 +97,10 @@ def logarithmic(axis, values, ratio=20):
 
 
 def thin(x, y, points=200):
-    """At most ``points`` points: means over stretches of a long curve."""
+    """At most ``points`` points: means over stretches of a long curve, without its NaN."""
     x, y = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
-    stretches = np.array_split(np.arange(len(x)), min(points, len(x)))
+    x, y = x[~np.isnan(y)], y[~np.isnan(y)]
+    stretches = np.array_split(np.arange(len(x)), min(points, len(x))) if len(x) else []
     return tuple(np.array([v[s].mean() for s in stretches]) for v in (x, y))
 
 

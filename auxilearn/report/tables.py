@@ -21,7 +21,8 @@ LABEL_COLUMNS = {
 
 
 def write_tables(directory, findings):
-    """Write the tables of ``findings`` into ``directory``. Classes are numbers, as in classes.csv.
+    """Write the tables of ``findings`` into ``directory``. Classes are numbers, as in classes.csv;
+    samples that are rows have no path.
 
     weights.npz: ``numpy.load(path)["weights"]`` is n x K, samples as in samples.csv, with ids,
     task_names and, if the schedule has factors, feature_factor, loss_factor and task_factor.
@@ -31,11 +32,11 @@ def write_tables(directory, findings):
         _write_csv(directory / TASKS_FILE, tasks.drop(columns=["low", "high"], errors="ignore"))
     if evaluation is None:
         return
-    names = evaluation.split.target.class_names
-    classes = pd.DataFrame({"class": range(len(names)), "name": names})
-    _write_csv(directory / CLASSES_FILE, classes)
+    if names := evaluation.tasks[0].class_names:
+        classes = pd.DataFrame({"class": range(len(names)), "name": names})
+        _write_csv(directory / CLASSES_FILE, classes)
     _write_csv(directory / SAMPLES_FILE, findings.samples)
-    columns = {name: labels[ours] for name, ours in LABEL_COLUMNS.items()}
+    columns = {name: labels[ours] for name, ours in LABEL_COLUMNS.items() if ours in labels}
     _write_csv(directory / LABELS_FILE, pd.DataFrame(columns))
     if tasks is not None:
         factors = {f"{name}_factor": v for name, v in evaluation.table.factors.items()}

@@ -22,7 +22,8 @@ def write_events(run, directory):
                         writer.add_scalar(f"{kind}/{name}", value, row["step"])
         for row in run.schedule:
             for name, value in zip(run.task_names, row["mean_weight"], strict=True):
-                writer.add_scalar(f"schedule/{name}", value, row["step"])
+                if value is not None:
+                    writer.add_scalar(f"schedule/{name}", value, row["step"])
             for group, values in row["target_weight"].items():
                 for quantile, value in zip(QUANTILES, values, strict=True):
                     tag = f"target_weight/{group}_{quantile:.0%}"

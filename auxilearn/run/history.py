@@ -7,8 +7,8 @@
 A row is about the lower steps since the row before it: ``mean_weight`` the mean weight of every
 task over their samples, ``target_weight`` the quantiles ``QUANTILES`` of the target weights, of all
 samples and, where labels were corrupted, of those whose label is right and of those whose label is
-wrong. The weights are those the training step itself used, read off its backward pass: nothing is
-computed twice.
+wrong. A task without a label among these samples has null for its mean. The weights are those the
+training step itself used, read off its backward pass: nothing is computed twice.
 """
 
 import json
@@ -112,7 +112,7 @@ class ScheduleHistory:
             "kind": "schedule",
             "step": step,
             "samples": samples,
-            "mean_weight": _short(means),
+            "mean_weight": np.where(count > 0, _short(means), None).tolist(),
             "target_weight": {
                 name: _short(np.quantile(values, QUANTILES).tolist())
                 for name, values in groups.items()
