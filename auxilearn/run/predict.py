@@ -60,8 +60,7 @@ def predict(run_dir, source, out=None, device=None, num_workers=None):
     total = -(-len(split.ids) // config.test_batch_size)
     with torch.inference_mode():
         for batch in tqdm(batches, "predicting", total, unit="batch", disable=None):
-            outputs = model.heads.linear(model.features(batch.inputs))
-            columns = _columns(outputs.cpu(), tasks)
+            columns = _columns(model, model.features(batch.inputs), tasks)
             rows += zip(*columns, strict=True)
     target, *auxiliary = [task.name for task in tasks]
     head = ["sample", target, *([f"{target}_probability"] * bool(tasks[0].classes)), *auxiliary]
@@ -77,18 +76,17 @@ def predict(run_dir, source, out=None, device=None, num_workers=None):
     return out
 
 
-def _columns(outputs, tasks):
-    """The columns of a batch after the sample's name, from the outputs of all heads."""
+def _columns(model, features, tasks):
+    """The columns of a batch after the sample's name."""
     columns = []
-    for k, (task, part) in enumerate(
-        zip(tasks, outputs.split([task.classes or 1 for task in tasks], dim=1), strict=True)
-    ):
-        if task.classes is None:
-            columns.append([f"{value * task.std + task.mean:.6g}" for value in part[:, 0].tolist()])
-            continue
-        columns.append([task.class_names[c] for c in part.argmax(dim=1).tolist()])
-        if k == 0:
-            columns.append([f"{p:.4f}" for p in part.softmax(dim=1).amax(dim=1).tolist()])
+    for task, part in zip(tasks, model.heads.predictions(features).cpu().T.tolist(), strict=True):
+        if task.classes:
+            columns.append([task.class_names[int(c)] for c in part])
+        else:
+            columns.append([f"{value * task.std + task.mean:.6g}" for value in part])
+    if tasks[0].classes:
+        probability = model.heads.target_logits(features).softmax(dim=1).amax(dim=1)
+        columns.insert(1, [f"{p:.4f}" for p in probability.tolist()])
     return columns
 
 
