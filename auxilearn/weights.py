@@ -104,7 +104,7 @@ def _table(scheduler, outputs, prediction, aux_weight):
         sample_id = torch.arange(len(outputs.losses))
     weights = _array(sample_weights(scheduler, outputs, aux_weight), absent)
     factors = {}
-    if hasattr(scheduler, "factors"):
+    if callable(getattr(scheduler, "factors", None)):
         with torch.no_grad():
             values = scheduler.factors(outputs.features, outputs.losses, outputs.mask)
         factors = {

@@ -18,9 +18,9 @@ class Uncertainty(HyperNet):
 
     def __init__(self, main_task, input_dim, real=()):
         super().__init__(main_task, input_dim)
-        factors = torch.ones(input_dim)
-        factors[list(real)] = 0.5
-        self.register_buffer("factors", factors, persistent=False)
+        scale = torch.ones(input_dim)
+        scale[list(real)] = 0.5
+        self.register_buffer("scale", scale, persistent=False)
         self.log_variance = nn.Parameter(torch.zeros(input_dim))
 
     def forward(self, losses, outputs=None, labels=None, data=None, *, mask=None):
@@ -28,4 +28,4 @@ class Uncertainty(HyperNet):
         penalty = self.log_variance / 2
         if mask is not None:  # a task without a loss in this batch says nothing about its noise
             penalty = penalty * mask.any(dim=0)
-        return (torch.exp(-self.log_variance) * self.factors * means + penalty).sum()
+        return (torch.exp(-self.log_variance) * self.scale * means + penalty).sum()
