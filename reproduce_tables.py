@@ -29,6 +29,8 @@ import filelock
 import data_preprocess
 import train_bilevel
 from auxilearn.data.columns import is_columns
+from auxilearn.data.corruption import KINDS as CORRUPTIONS
+from auxilearn.data.corruption import UNIFORM
 from auxilearn.data.split import load_split
 from auxilearn.errors import Parser, RunError, UserError, run_script
 from auxilearn.files import locked
@@ -37,7 +39,7 @@ from auxilearn.metrics import ACCURACY, metric_of
 from auxilearn.run.config import Config, resolve
 from auxilearn.tables import local, sweep
 from auxilearn.tables.estimate import estimate
-from auxilearn.tables.protocol import DATASETS, OF_NUMBERS, SETTINGS, TABLES, rows, usual_rows
+from auxilearn.tables.protocol import DATASETS, SETTINGS, TABLES, in_place_of, rows, usual_rows
 from auxilearn.tables.render import Sheet, markdown, notes_on, read_paper, write_table
 from auxilearn.tables.statistics import evaluate, need_packages
 from auxilearn.tables.tuning import Hyperparameters, trials
@@ -86,6 +88,12 @@ def parse_arguments(argv=None):
         choices=COLUMNS,
         metavar="SETTING",
         help=f"columns of the tables, of {', '.join(COLUMNS)} (default: all)",
+    )
+    add(
+        "--corruption",
+        choices=CORRUPTIONS,
+        default=UNIFORM,
+        help="how labels of table4 are wrong, see train_bilevel.py (default: %(default)s)",
     )
     add(
         "--seeds",
@@ -199,6 +207,8 @@ def parse_arguments(argv=None):
         parser.error("--tables goes with all and tune")
     if args.settings and args.what == "tune":
         parser.error("--settings goes with tables: each is tuned on one setting of its own")
+    if args.corruption != UNIFORM and args.what not in ("table4", "all"):
+        parser.error("--corruption goes with table4 and all; all is tuned on uniform")
     args.settings = args.settings or COLUMNS
     wanted = args.tables or TABLES if args.what in ("all", "tune") else [args.what]
     args.tables = [t for t in TABLES if t in wanted and {*TABLES[t].settings} & {*args.settings}]
@@ -350,8 +360,8 @@ def cells_of(args, tuned, table, settings=None):
 def runs_of(args, places, cells):
     """The ``Run`` of every cell and seed."""
     how = args.flags, args.plugin
-    if args.own and args.own.target.classes is None:
-        cells = [(t, row, OF_NUMBERS.get(s, s), chosen) for t, row, s, chosen in cells]
+    numbers = bool(args.own) and args.own.target.classes is None
+    cells = [(t, row, in_place_of(s, numbers, args.corruption), c) for t, row, s, c in cells]
     return [
         sweep.Run(*cell, sweep.make_job(places, args.dataset, row, setting, seed, chosen, *how))
         for cell in cells

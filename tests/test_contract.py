@@ -14,11 +14,11 @@ from torch import nn
 import train_bilevel
 from auxilearn.data.columns import Columns, Feature, write_columns
 from auxilearn.data.contract import Split, Task
+from auxilearn.data.corruption import permute
 from auxilearn.data.dataset import (
     RowStream,
     fitted,
     in_order,
-    permute,
     sample_set,
     shuffled,
     training_set,

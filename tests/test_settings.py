@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import train_bilevel
-from auxilearn.data.dataset import corrupt, training_set
+from auxilearn.data.corruption import corrupt
+from auxilearn.data.dataset import training_set
 from auxilearn.data.split import load_split
 from auxilearn.errors import UserError
 from auxilearn.methods import METHODS

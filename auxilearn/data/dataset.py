@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from auxilearn.data.contract import scale_of
+from auxilearn.data.corruption import UNIFORM, corrupted_targets
 from auxilearn.data.pixels import Wanted, on_device
 from auxilearn.data.views import (
     PRODUCTS_UP_TO,
@@ -89,50 +90,37 @@ def fitted(split, count, seed=0, labeled_per_class=0):
     return tasks
 
 
-def training_set(split, name, tasks, seed, corrupted_rate=0.0, labeled_per_class=0):
+def training_set(
+    split,
+    name,
+    tasks,
+    seed,
+    corrupted_rate=0.0,
+    labeled_per_class=0,
+    corruption=UNIFORM,
+    inputs=None,
+):
     """The training set ``name`` (full_train or rest_train) under one of the paper's settings.
 
-    Corrupted labels (``corrupted_rate`` r > 0): each class is redrawn from (1 - r) I + r / C; of
-    real numbers a share r is permuted. Semi-supervised (``labeled_per_class`` N > 0): N samples per
-    class keep their target label, or N in all of a target that is a real number. Both draws are
-    over the training samples outside the development set, so they are the same whether a method
-    trains on rest_train or on full_train. The development samples' labels are clean and known to
-    every method: in full_train they stay as they are.
+    Corrupted labels (``corrupted_rate`` > 0): see ``corrupted_targets``, which takes ``corruption``
+    and ``inputs``. Semi-supervised (``labeled_per_class`` N > 0): N samples per class keep their
+    target label, or N in all of a target that is a real number. Both draws are over the training
+    samples outside the development set, so they are the same whether a method trains on rest_train
+    or on full_train. The development samples' labels are clean and known to every method: in
+    full_train they stay as they are.
 
-    Raises UserError: there are fewer than N such samples.
+    Raises UserError: there are fewer than N such samples; ``corruption`` is not for such a target.
     """
     positions, count = split.indices[name], len(tasks)
     labels = split.labels[positions, :count]
     mask = None if split.mask is None else split.mask[positions, :count]
     if corrupted_rate:
-        rest = split.indices["rest_train"]
-        rest = rest[split.has_target[rest]]
-        generator, targets = derived_generator(seed, "corruption"), split.labels[:, 0].copy()
-        if split.target.classes is None:
-            targets[rest] = permute(targets[rest], corrupted_rate, generator)
-        else:
-            targets[rest] = corrupt(targets[rest], corrupted_rate, split.target.classes, generator)
+        targets = corrupted_targets(split, corruption, corrupted_rate, seed, inputs)
         labels[:, 0] = targets[positions]
     if labeled_per_class:
         mask = np.ones(labels.shape, bool) if mask is None else mask
         mask[:, 0] &= _labeled(split, seed, labeled_per_class)[positions]
     return _samples(positions, labels, mask, tasks)
-
-
-def corrupt(labels, rate, classes, generator):
-    """``labels`` (n,) redrawn from (1 - rate) I + rate / classes: with probability ``rate`` a label
-    becomes uniform over all classes, the true one included."""
-    redrawn = generator.random(len(labels)) < rate
-    return np.where(redrawn, generator.integers(classes, size=len(labels)), labels)
-
-
-def permute(labels, rate, generator):
-    """``labels`` (n,) of which each is, with probability ``rate``, among those that change places
-    at random; some may come back to their own."""
-    moved = np.flatnonzero(generator.random(len(labels)) < rate)
-    labels = labels.copy()
-    labels[moved] = labels[generator.permutation(moved)]
-    return labels
 
 
 def _labeled(split, seed, per_class):

@@ -38,7 +38,7 @@ from auxilearn.run.record import (
 from auxilearn.weights import ScheduleTable, schedule_weights
 
 REFERENCE = "common"  # the method that a run is compared with
-SETTING = ("corrupted", "corrupted_rate", "labeled_per_class")
+SETTING = ("corrupted", "corrupted_rate", "corruption", "labeled_per_class")
 ALIKE = ("backbone", "image_size", "epochs", "main_lr", "train_batch_size", "task_num", "seed")
 
 
@@ -214,16 +214,15 @@ def evaluate_run(run, *, split_dir=None, data_root=None, device=None, num_worker
         raise UserError(f"--num_workers must be at least 0, not {workers}")
     workers = min(workers, os.cpu_count() or 1)
     split = _split_of(run, split_dir, data_root)
-    samples = training_set_of(config, split)
     config = replace(config, device=str(choose_device(device)))
+    if split_dir is not None and config.cache_dir != "none":
+        config = replace(config, cache_dir=f"{split_dir}/cache")
+    # The folder is what config.json says: it is read, and nothing is written to it.
+    samples = training_set_of(config, split, build=False)
     model, scheduler, state = _load(checkpoint, config, split, len(samples))
-    cache_dir = config.cache_dir
-    if split_dir is not None and cache_dir != "none":
-        cache_dir = f"{split_dir}/cache"
     images = None
     if not split.rows:
-        # The folder is what config.json says: it is read, and nothing is written to it.
-        images = open_images(split, config.image_size, cache_dir, workers, build=False)
+        images = open_images(split, config.image_size, config.cache_dir, workers, build=False)
     inputs = images or open_inputs(config, split)
     order = in_order(len(samples), config.test_batch_size)
     batches = tqdm(

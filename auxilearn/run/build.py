@@ -9,6 +9,7 @@ import torch
 from auxilearn.bilevel import Bilevel
 from auxilearn.data.cache import open_images
 from auxilearn.data.contract import Split, Task
+from auxilearn.data.corruption import inputs_of
 from auxilearn.data.dataset import (
     RowStream,
     SampleSet,
@@ -303,8 +304,11 @@ def tasks_of(config, split):
     return fitted(split, config.task_num, config.seed, config.labeled_per_class)
 
 
-def training_set_of(config, split):
-    """What a run with a resolved ``Config`` trains on: a ``SampleSet``."""
+def training_set_of(config, split, build=True):
+    """What a run with a resolved ``Config`` trains on: a ``SampleSet``.
+
+    ``build``: whether a cache of small images, on which noise depends, may be written.
+    """
     return training_set(
         split,
         training_set_name(config),
@@ -312,6 +316,8 @@ def training_set_of(config, split):
         config.seed,
         corrupted_rate=config.effective_corrupted_rate,
         labeled_per_class=config.labeled_per_class,
+        corruption=config.corruption,
+        inputs=lambda: inputs_of(split, config.cache_dir, config.num_workers, build),
     )
 
 

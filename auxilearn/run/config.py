@@ -14,6 +14,7 @@ from typing import get_args, get_type_hints
 import torch
 
 from auxilearn.backbones import feature_width, find_backbone
+from auxilearn.data.corruption import KINDS as CORRUPTIONS
 from auxilearn.data.image_files import typical_side
 from auxilearn.errors import UserError
 from auxilearn.methods import METHODS
@@ -59,11 +60,17 @@ class Config:
     )
     corrupted_rate: float = _setting(
         0.2,
-        "with --corrupted: probability that a label is redrawn uniformly over all classes, or, of "
-        "a target that is a real number, is among those that are permuted",
+        "with --corrupted: probability that a label is corrupted; a share of a target that is a "
+        "real number is permuted",
         aliases=("corupted_rate",),
         low=0,
         high=1,
+    )
+    corruption: str = _setting(
+        "uniform",
+        "with --corrupted: uniform: redrawn over all classes, as in the paper; pair: the next "
+        "class; instance: another class, by a random projection of the input (Xia et al. 2020)",
+        choices=CORRUPTIONS,
     )
     labeled_per_class: int = _setting(
         0,
@@ -524,6 +531,7 @@ def ineffective(config, needs_dev=False, rows=False):
     auxiliary = method.auxiliary and config.whether_aux is not False and config.task_num != 1
     matters = {
         "corrupted_rate": config.corrupted,
+        "corruption": config.corrupted,
         "backbone_pretrain": not rows
         and (config.backbone is None or find_backbone(config.backbone).pretrained)
         and not config.backbone_weights,

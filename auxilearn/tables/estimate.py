@@ -38,7 +38,7 @@ LOWER_STEPS, HYPERSTEP = 30, 10
 OF_ONE_KIND = (
     *("seed", "exp_name", "device", "options", "backbone_pretrain", "backbone_weights"),
     *("main_lr", "w_decay", "aux_weight", "upper_optimizer", "upper_lr", "upper_decay"),
-    *("neumann_alpha", "max_grad_norm", "corrupted", "corrupted_rate", "dev_batches"),
+    *("neumann_alpha", "max_grad_norm", "corrupted", "corrupted_rate", "corruption", "dev_batches"),
     *("epochs", "max_steps", "hyperstep", "warmup_epochs", "dev_epochs", "hold_out_dev"),
 )
 

@@ -101,13 +101,23 @@ SETTINGS = {
     "semi_50": Setting("50 labels in all", {"labeled_per_class": 50}, None),
 }
 for _rate in (0.2, 0.4, 0.6):
-    SETTINGS[f"corrupted_{_rate}"] = Setting(
-        f"{_rate:.0%} corrupted", {"corrupted": True, "corrupted_rate": _rate}, _rate
-    )
+    _given = {"corrupted": True, "corrupted_rate": _rate}
+    SETTINGS[f"corrupted_{_rate}"] = Setting(f"{_rate:.0%} corrupted", _given, _rate)
+    for _noise, _words in (("pair", "to the next class"), ("instance", "by instance")):
+        SETTINGS[f"{_noise}_{_rate}"] = Setting(
+            f"{_rate:.0%} corrupted {_words}", {**_given, "corruption": _noise}, _rate
+        )
 
 
-# What stands in place of a setting if the target is a real number, which has no classes.
-OF_NUMBERS = {"semi": "semi_50"}
+def in_place_of(setting, numbers=False, corruption="uniform"):
+    """The setting that stands in place of a table's ``setting``.
+
+    Args: ``numbers``: the target is a real number, which has no classes; ``corruption``: the kind
+    of the wrong labels.
+    """
+    if numbers and setting == "semi":
+        return "semi_50"
+    return setting.replace("corrupted_", f"{corruption}_") if corruption != "uniform" else setting
 
 
 class Table(NamedTuple):

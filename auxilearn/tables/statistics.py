@@ -13,8 +13,8 @@ from auxilearn.metrics import ACCURACY, Metric
 from auxilearn.tables.protocol import (
     ABLATION,
     BASELINE,
-    OF_NUMBERS,
     SCHEDULE,
+    SETTINGS,
     TABLES,
     TARGET_ONLY,
     rows,
@@ -107,8 +107,7 @@ def evaluate(table, results, seeds, metric=ACCURACY):
 
     runs, known, seeds = pd.DataFrame(results, columns=Result._fields), rows(), sorted(seeds)
     names = [row for row in known if row in set(runs.row)]
-    wanted = [s for name in TABLES[table].settings for s in (name, OF_NUMBERS.get(name))]
-    settings = [s for s in wanted if s in set(runs.setting)]
+    settings = [s for s in SETTINGS if s in set(runs.setting)]
     columns = pd.MultiIndex.from_product([names, settings], names=["row", "setting"])
     values = (
         runs[runs.state == "done"]
