@@ -118,8 +118,8 @@ def _torchvision(dataset, root, download, **options):
                 f"{url} by hand and unpack it there"
             ) from None
         raise UserError(
-            f"{root}: {name} is missing or damaged ({error}): fetch it with --download, or unpack "
-            f"{url} there"
+            f"{getattr(error, 'filename', None) or root}: {name} is missing or incomplete: fetch it with --download, or unpack {url} "
+            "there"
         ) from None
 
 
