@@ -117,9 +117,10 @@ def _torchvision(dataset, root, download, **options):
                 f"the download of {name} into {root} failed ({error}): run it again, or fetch "
                 f"{url} by hand and unpack it there"
             ) from None
+        missing = getattr(error, "filename", None) or root
         raise UserError(
-            f"{getattr(error, 'filename', None) or root}: {name} is missing or incomplete: fetch it with --download, or unpack {url} "
-            "there"
+            f"{missing}: {name} is missing or incomplete: fetch it with --download, or unpack "
+            f"{url} there"
         ) from None
 
 
