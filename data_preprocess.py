@@ -35,6 +35,7 @@ from auxilearn.data import cub, movielens, table
 from auxilearn.data.columns import write_columns
 from auxilearn.data.folder import folder_columns
 from auxilearn.data.image_files import check_images
+from auxilearn.data.sets import DEV_SIZE, TENTH
 from auxilearn.data.split import combined_fingerprint, write_split
 from auxilearn.errors import Parser, UserError, run_script
 
@@ -126,7 +127,11 @@ OF_TABLES = ("image_column", "auxiliary", "features", "ignore", "set_column", "k
 def add_table_flags(parser):
     group = parser.add_argument_group("own data: a table, images, or both")
     group.add_argument(
-        "--table", type=Path, metavar="FILE", help="a row per sample under a line of column names"
+        "--table",
+        type=Path,
+        metavar="FILE",
+        help="CSV: a row per sample under a line of column names; the separator is a comma, "
+        "semicolon or tab",
     )
     group.add_argument(
         "--images",
@@ -182,6 +187,8 @@ def check_table_flags(args):
         raise UserError("--table needs --target COLUMN, what is to be predicted")
     if args.dev_size and not own and not published:
         raise UserError("--dev_size is not for CUB's layout: give --aux_shot")
+    if args.check_images and args.table and not args.images:
+        raise UserError("--check_images needs --images: without them the samples are rows")
     if args.dev_size and args.aux_shot:
         raise UserError("--dev_size and --aux_shot exclude each other")
     for name in ("data_root", "download", "generate"):
@@ -268,6 +275,12 @@ def prepare_columns(args, words):
         f"target       {target.name}, {target.kind}; {others} auxiliary task{'s' * (others != 1)}"
     )
     print_sets(counts, info)
+    enough = min(DEV_SIZE, counts["full_train"] // TENTH)
+    if counts["dev"] < enough:
+        print(
+            f"note         {counts['dev']} development samples are few to learn a schedule from: "
+            f"--dev_size {enough} takes more"
+        )
     print(f"{'written to' if changed else 'already up to date:'} {args.out_dir}")
 
 

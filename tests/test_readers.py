@@ -212,7 +212,7 @@ def test_a_wrong_line_of_pets_is_named(changes, parts, pets):
 
 def test_missing_pets_are_named(pets):
     root = pets()
-    assert "OxfordIIITPet is missing or damaged" in refused(pets_columns, root / "nowhere")
+    assert "OxfordIIITPet is missing or incomplete" in refused(pets_columns, root / "nowhere")
     (root / "oxford-iiit-pet" / "annotations" / "test.txt").unlink()
     assert "test.txt" in refused(pets_columns, root)
 

@@ -14,6 +14,7 @@ import data_preprocess
 from auxilearn.data import table
 from auxilearn.data.columns import SET_FILES
 from auxilearn.data.contract import Task
+from auxilearn.data.folder import images_below
 from auxilearn.data.sets import divide
 from auxilearn.data.split import load_split
 from auxilearn.errors import UserError
@@ -476,3 +477,61 @@ def test_folders_without_classes(make, parts, tmp_path, prepare):
     assert code == 2
     assert_one_error_line(err, "pictures", *parts)
     assert not (tmp_path / "out").exists()
+
+
+# --------------------------------------------------------------------------------------------------
+# Mistakes that must not pass
+# --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("bad", "flags", "parts"),
+    [
+        ("23.1 USD", [], ["line 13, column price: 23.1 USD is not", "--kinds price=classes"]),
+        ("11,2", [], ["line 13, column price: 11,2 is not", "after a point, not a comma"]),
+        ("inf", ["--target", "kind"], ["line 13, column price: inf is not a finite number"]),
+    ],
+)
+def test_a_mistake_among_numbers_is_named(bad, flags, parts, tmp_path, prepare):
+    prices = [f"{i / 7:.3f}" for i in range(60)]
+    prices[11] = bad
+    path = write_csv(tmp_path / "t.csv", {"kind": ["a", "b"] * 30, "price": prices})
+    code, _, err = prepare("--table", path, *(flags or ["--target", "price"]))
+    assert code == 2
+    assert_one_error_line(err, *parts)
+    target = ["--table", path, "--target", "kind"]
+    assert prepare(*target, "--kinds", "price=classes")[0] == 0
+    write_csv(path, {"kind": ["a", "b"] * 30, "price": prices, "size": range(5, 65)})
+    assert prepare(*target, "--ignore", "price")[0] == 0
+
+
+def test_the_order_of_auxiliary_tasks_is_the_given_one(path, prepare, split):
+    prepare("--table", path, "--target", "species", "--auxiliary", "year", "mass")
+    assert [task.name for task in split().tasks] == ["species", "year", "mass"]
+
+
+def test_tasks_and_roles_do_not_clash(photos, path, prepare, split):
+    for flag in ("--target", "--kinds"):
+        value = "file" if flag == "--target" else "file=classes"
+        code, _, err = prepare("--table", path, "--images", photos, flag, value)
+        assert code == 2
+        assert_one_error_line(err, f"{flag} file: the column is the path of the image already")
+    given = ["--target", "ring", "--set_column", "ring"]
+    code, _, err = prepare("--table", path, *given)
+    assert_one_error_line(err, "--target ring: the column is the name of the set already")
+
+
+def test_a_class_without_a_training_sample_is_refused():
+    sets = np.array(["train"] * 8 + ["test"] * 4)
+    labels = np.array([0, 1] * 4 + [0, 1, 2, 2])
+    with pytest.raises(UserError, match="no training sample has class c of t"):
+        divide(Task("t", 3, tuple("abc")), labels, sets, "t.csv", dev_size=2)
+    with pytest.raises(UserError, match="4 samples are in the test set, none of them with a label"):
+        divide(Task("t", 3, tuple("abc")), np.where(sets == "test", -1, labels), sets, "t.csv")
+
+
+def test_files_that_are_no_images_are_counted(photos, capsys):
+    for name in ("notes.txt", ".hidden"):
+        (photos / name).write_text("x")
+    assert len(images_below(photos, photos)) == ROWS
+    assert "1 files are left out" in capsys.readouterr().err

@@ -77,9 +77,9 @@ class Cache:
         self.decoded = decoded
         self.order = sorted(range(len(split.paths)), key=split.paths.__getitem__)
         names = [split.paths[position] for position in self.order]
-        sizes = [_byte_size(decoded.paths[position]) for position in self.order]
+        files = [_version(decoded.paths[position]) for position in self.order]
         codecs = {name: features.version(name) for name in ("jpg", "libjpeg_turbo", "webp")}
-        parts = [LAYOUT, PIL.__version__, codecs, names, sizes]
+        parts = [LAYOUT, PIL.__version__, codecs, names, files]
         key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
         self.path = directory / f"images-{decoded.side}-{key}.cache"
 
@@ -155,11 +155,13 @@ class Cache:
             pass
 
 
-def _byte_size(path):
+def _version(path):
+    """What changes with a file's content: some formats have one size whatever they show."""
     try:
-        return path.stat().st_size
+        status = path.stat()
     except OSError as error:
         raise UserError(f"{path}: the image cannot be read ({error.strerror})") from None
+    return status.st_size, status.st_mtime_ns
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Images in one folder per class, as torchvision's ImageFolder reads them."""
 
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,9 @@ from auxilearn.data.contract import Task
 from auxilearn.data.sets import SET_NAMES, divide
 from auxilearn.errors import UserError
 
-# What names of files end in, in torchvision's ImageFolder too.
+# What names of images end in: torchvision's ImageFolder has all but the last two.
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+SUFFIXES += (".gif", ".jfif")
 
 
 def folder_columns(folder, **division):
@@ -65,20 +67,28 @@ def _folders(folder):
 
 
 def images_below(root, folder):
-    """The paths, relative to ``root``, of all images in and below ``folder``."""
-    found, seen = [], set()
+    """The paths, relative to ``root``, of all images in and below ``folder``.
+
+    Says on stderr how many other files it leaves out. Raises UserError: there is no image.
+    """
+    found, others, seen = [], [], set()
     for place, inner, names in os.walk(folder, followlinks=True):
         if (real := os.path.realpath(place)) in seen:  # a link back
             inner.clear()
             continue
         seen.add(real)
         inner.sort()
-        for name in sorted(names):
-            if name.lower().endswith(SUFFIXES) and not name.startswith("."):
-                found.append(Path(place, name).relative_to(root).as_posix())
+        for name in sorted(name for name in names if not name.startswith(".")):
+            path = Path(place, name).relative_to(root).as_posix()
+            (found if name.lower().endswith(SUFFIXES) else others).append(path)
     if not found:
         raise UserError(
-            f"{folder} holds no image ({', '.join(SUFFIXES)}); remove the folder, or put the "
-            "images of the class there"
+            f"{folder} holds no image ({', '.join(SUFFIXES)}); put some there, or remove it"
+        )
+    if others:
+        print(
+            f"warning: {folder}: {len(others)} files are left out, whose names do not end like an "
+            f"image's (such as {others[0]})",
+            file=sys.stderr,
         )
     return found

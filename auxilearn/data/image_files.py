@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import stat
 
 from PIL import Image
 from tqdm import tqdm
@@ -26,7 +27,9 @@ def image_size(folder, path, where="", cure="put it back"):
     """
     file = folder / path
     try:
-        size = file.stat().st_size
+        status = file.stat()
+        if stat.S_ISDIR(status.st_mode):
+            raise IsADirectoryError(None, "it is a folder")
     except (OSError, ValueError) as error:  # ValueError: a null byte, of a damaged file
         reason = getattr(error, "strerror", None) or error
         if "\\" in path and (folder / path.replace("\\", "/")).exists():
@@ -34,9 +37,9 @@ def image_size(folder, path, where="", cure="put it back"):
         elif os.path.islink(file):
             cure = "it is a link that leads nowhere: fetch its content (dvc pull, git annex get)"
         raise UserError(f"{where}cannot find image file {file}: {reason}; {cure}") from None
-    if size == 0:
+    if status.st_size == 0:
         raise UserError(f"{where}image file {file} is empty; {cure}")
-    return size
+    return status.st_size
 
 
 def hash_images(folder, paths, cure="put it back"):

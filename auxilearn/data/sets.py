@@ -54,7 +54,13 @@ def divide(
         free = rank > (0 if target.classes is None else aux_shot)
         given[order[free & (slot == TENTH - 2)]] = "valid"
         given[order[free & (slot == TENTH - 1)]] = "test"
-    given = given.copy()
+    else:
+        given = given.copy()
+        if not ((given == "test") & known).any():
+            raise UserError(
+                f"{source}: {int((given == 'test').sum())} samples are in the test set, none of "
+                f"them with a label of {target.name}; expected one at least"
+            )
     if not (given == "valid").any():
         test, _ = _shuffled_by_class(classes, np.flatnonzero((given == "test") & known), generator)
         given[test[::2]] = "valid"
@@ -69,6 +75,14 @@ def divide(
                 f"{source}: the {name} set has {len(positions)} samples, {labelled} of them with a "
                 f"label of {target.name}; expected "
                 + ("all to have one" if name == "dev" else "one at least")
+            )
+    if target.classes is not None:
+        trained = np.bincount(labels[(given == "train") & known], minlength=target.classes)
+        if not trained.all():
+            name = target.class_names[int(np.argmin(trained))]
+            raise UserError(
+                f"{source}: no training sample has class {name} of {target.name}; add some, or "
+                "remove the class"
             )
     return {
         "full_train": np.union1d(sets["train"], sets["dev"]),

@@ -333,7 +333,7 @@ def _read_split_files(split_dir):
             problem = "is missing" if isinstance(error, FileNotFoundError) else error.strerror
             raise UserError(
                 f"{path}: {problem}; run python data_preprocess.py --out_dir "
-                f"{shlex.quote(str(split_dir))}"
+                f"{shlex.quote(str(split_dir))} (own data: with --table or --images)"
             ) from None
         try:
             values[name] = json.loads(data)

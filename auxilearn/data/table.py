@@ -11,18 +11,19 @@ import itertools
 import os
 import re
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 
 from auxilearn.data.columns import Columns, Feature
 from auxilearn.data.contract import Task
-from auxilearn.data.folder import class_folders
+from auxilearn.data.folder import SUFFIXES, class_folders
 from auxilearn.data.image_files import image_size
 from auxilearn.data.sets import SET_NAMES, divide
 from auxilearn.errors import UserError
 
-MISSING = ("", "NA", "N/A", "NaN", "nan", "null", "NULL", "None", "?")
+MISSING = ("", "NA", "N/A", "n/a", "#N/A", "NaN", "nan", "NAN", "null", "NULL", "None", "?")
+SEPARATORS = {"\t": "tab", ";": "semicolon", ",": "comma"}
 FEW = 20  # whole numbers with at most so many different values are taken for classes
 MOST = 100_000  # classes of one column
 LARGEST = float(np.finfo(np.float32).max)
@@ -42,7 +43,8 @@ class Column:
 
     codes (n,) int32: places in ``values``, -1 where missing; None if there are more than ``MOST``
     different ones. numbers (n,) float64: NaN where missing; None if one of them is no number:
-    ``wrong`` is the row and the text of the first such value.
+    ``wrong`` is the row and the text of the first such value. meant_as_number: whether more than
+    half of the values are numbers, or would be with a decimal point in place of a comma.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Column:
     values: tuple[str, ...]
     numbers: np.ndarray | None
     wrong: tuple[int, str] | None
+    meant_as_number: bool
 
     @property
     def present(self):
@@ -69,7 +72,8 @@ class Table:
         """The column called ``name`` by a flag. UserError: there is none."""
         if name in self.columns:
             return self.columns[name]
-        near = difflib.get_close_matches(name, self.columns, 1)
+        near = [other for other in self.columns if other.lower() == name.lower()]
+        near = near or difflib.get_close_matches(name, self.columns, 1)
         hint = f"did you mean {near[0]}?" if near else f"it has {_few(list(self.columns))}"
         raise UserError(f"{flag} {name}: {self.path} has no such column; {hint}")
 
@@ -132,10 +136,19 @@ def _opened(path, flag="--table"):
 
 
 def _reader(lines):
-    """A reader of the file's fields, whose separator is the commonest in the line of names."""
-    first = re.sub('"[^"]*"', "", lines.readline())  # a name in quotes may hold others
+    """A reader of the file's fields.
+
+    The separator is the commonest in the line of names, of those that are as many in the next line.
+    """
+    # What stands in quotes may hold others.
+    first, second = (re.sub('"[^"]*"', "", lines.readline()) for _ in range(2))
     lines.seek(0)
-    return csv.reader(lines, delimiter=max("\t;,", key=first.count), strict=True)
+
+    def likely(separator):
+        count = first.count(separator)
+        return count > 0 and count == second.count(separator), count
+
+    return csv.reader(lines, delimiter=max(SEPARATORS, key=likely), strict=True)
 
 
 def _with_lines(reader):
@@ -161,11 +174,14 @@ def _check_names(path, names):
 
 def _refuse_width(path, width):
     with _opened(path) as lines:
-        for line, fields in _with_lines(_reader(lines)):
+        reader = _reader(lines)
+        separator = SEPARATORS[reader.dialect.delimiter]
+        for line, fields in _with_lines(reader):
             if fields and len(fields) != width:
                 raise UserError(
-                    f"{path}, line {line}: {len(fields)} fields, but line 1 names {width} columns; "
-                    "correct it (a field that holds a separator must stand in quotes)"
+                    f"{path}, line {line}: {len(fields)} fields, parted by a {separator}, but line "
+                    f"1 names {width} columns; correct it (a field that holds a {separator} must "
+                    "stand in quotes)"
                 )
 
 
@@ -198,11 +214,16 @@ class _Growing:
         """The ``Column``."""
         if self.index is None:
             numbers = None if self.wrong else np.concatenate(self.parts)
-            return Column(name, None, (), numbers, self.wrong)
+            return Column(name, None, (), numbers, self.wrong, self.parts[0] is not None)
         codes = np.concatenate(self.parts)
         numbers = self._as_numbers(codes)
         codes = np.where(codes < 0, np.int32(-1), codes - np.int32(len(MISSING)))
-        return Column(name, codes, tuple(self.index)[len(MISSING) :], numbers, self.wrong)
+        values = tuple(self.index)[len(MISSING) :]
+        meant = numbers is not None
+        if not meant:
+            fine = [_number(value.replace(",", ".")) is not None for value in values]
+            meant = bool(np.array([*fine, False])[codes].sum() > (codes >= 0).sum() / 2)
+        return Column(name, codes, values, numbers, self.wrong, meant)
 
     def _only_numbers(self):
         self.parts, self.index = [self._as_numbers(np.concatenate(self.parts))], None
@@ -224,7 +245,7 @@ class _Growing:
             values = np.fromiter(map(float, texts), np.float64, len(texts))
         except ValueError:  # a blank, or no number
             values = None
-        if values is None or "_" in "".join(texts) or (np.abs(values) > LARGEST).any():
+        if values is None or "_" in "".join(texts) or not (np.abs(values) <= LARGEST).all():
             found = [np.nan if text in MISSING else _number(text) for text in texts]
             if None in found:
                 place = found.index(None)
@@ -262,11 +283,12 @@ def guessed_kind(column):
     """number, classes, or a few words that say why a column is neither.
 
     Numbers are numbers, except whole ones with at most ``FEW`` different values, and those that
-    count the rows. Anything else is classes, unless more than half of the values are different.
+    count the rows. Anything else is classes, unless more than half of the values are different. If
+    it looks like numbers with mistakes among them, it is taken for numbers.
     """
-    present = column.present if column.codes is not None or column.numbers is not None else None
-    if present is None:
-        return f"more than {MOST:,} different texts"
+    if column.codes is None and column.numbers is None:
+        return NUMBER if column.meant_as_number else f"more than {MOST:,} different texts"
+    present = column.present
     if not present.any():
         return "no values"
     if column.codes is not None and len(column.values) == 1:
@@ -277,6 +299,8 @@ def guessed_kind(column):
             return "counts the rows"
         few = column.codes is not None and len(column.values) <= FEW
         return CLASSES if few and (numbers == np.rint(numbers)).all() else NUMBER
+    if column.meant_as_number and len(column.values) > FEW:
+        return NUMBER
     if len(column.values) > max(FEW, present.sum() / 2):
         return "texts, most of them different"
     return CLASSES
@@ -304,12 +328,14 @@ def choose(table, *, target, images, auxiliary=(), features=(), ignore=(), other
         for name in names:
             flag = {AUXILIARY: "--auxiliary", FEATURE: "--features", IGNORED: "--ignore"}[role]
             table.column(name, flag)
-            if named.setdefault(name, role) != role or name in other:
-                raise UserError(f"{flag} {name}: the column is the {(other | named)[name]} already")
-    if target is not None:
-        table.column(target, "--target")
-    for name in kinds:
-        table.column(name, "--kinds")
+            before = other.get(name) or named.setdefault(name, role)
+            if before != role:
+                raise UserError(f"{flag} {name}: the column is the {before} already")
+    for flag, names in (("--target", [target] if target is not None else []), ("--kinds", kinds)):
+        for name in names:
+            table.column(name, flag)
+            if name in other:
+                raise UserError(f"{flag} {name}: the column is the {other[name]} already")
     choices = []
     for name, column in table.columns.items():
         if name in other:
@@ -323,41 +349,48 @@ def choose(table, *, target, images, auxiliary=(), features=(), ignore=(), other
         elif role != IGNORED and kind not in (NUMBER, CLASSES):
             kind = CLASSES
         if role != IGNORED:
-            _check_kind(table, column, kind, name in kinds)
+            _check_kind(table, column, kind, role)
         choices.append(Choice(column, role, kind))
-    return sorted(choices, key=lambda choice: choice.role != TARGET)
+    order = [target, *auxiliary]  # then as in the table
+    rank = {name: place for place, name in enumerate(dict.fromkeys(order))}
+    return sorted(choices, key=lambda choice: rank.get(choice.column.name, len(rank)))
 
 
 def check_number(table, column, cure=""):
     """UserError with the line of the first value that is no number; ``cure``: another way out."""
     if column.numbers is None:
         row, text = column.wrong
+        problem = "is not a finite number"
+        if _number(text.replace(",", ".", 1)) is not None:
+            problem += " (decimals come after a point, not a comma)"
         table.refuse(
             row,
             column.name,
-            f"{_shown(text)} is not a finite number; correct it, or leave it blank if it is not "
-            f"known{cure}",
+            f"{_shown(text)} {problem}; correct it, or leave it blank if it is not known{cure}",
         )
 
 
-def _check_kind(table, column, kind, given):
+def _check_kind(table, column, kind, role):
     name = column.name
+    cure = "give another --target" if role == TARGET else f"give --ignore {name}"
     if kind == NUMBER:
         check_number(table, column, f", or give --kinds {name}=classes")
-    if kind == CLASSES and column.codes is None:
-        cure = f"--kinds {name}=number or " if column.numbers is not None else ""
+        if not column.present.any():
+            raise UserError(f"{table.path}, column {name}: no values; {cure}")
+        known = column.numbers[column.present]
+        if role == TARGET and (known == known[0]).all():
+            raise UserError(f"{table.path}, column {name}: all values are {known[0]:g}; {cure}")
+    elif column.codes is None:
+        cure = f"give --kinds {name}=number" if column.numbers is not None else cure
         raise UserError(
             f"{table.path}, column {name}: more than {MOST:,} different values are too many "
-            f"classes; give {cure}--ignore {name}"
+            f"classes; {cure}"
         )
-    if kind == CLASSES and len(column.values) < 2:
+    elif len(column.values) < 2:
         value = f"one value alone ({_shown(column.values[0])})" if column.values else "no values"
         raise UserError(
-            f"{table.path}, column {name}: {value}; expected two classes or more: give --ignore "
-            f"{name}"
+            f"{table.path}, column {name}: {value}; expected two classes or more: {cure}"
         )
-    if kind == NUMBER and not column.present.any():
-        raise UserError(f"{table.path}, column {name}: no values; give --ignore {name}")
 
 
 def described(choices):
@@ -365,7 +398,8 @@ def described(choices):
     rows = [("column", "role", "kind", "values", "missing")]
     for choice in choices:
         column, values, missing = choice.column, "", ""
-        if choice.kind in (NUMBER, CLASSES):
+        wrong = choice.kind == NUMBER and column.numbers is None  # such a column is ignored
+        if choice.kind in (NUMBER, CLASSES) and not wrong:
             present = column.present
             missing = f"{int((~present).sum()):,}"
             if choice.kind == NUMBER:
@@ -445,7 +479,9 @@ def table_columns(table, choices, *, images=None, image_column=None, set_column=
         paths = _image_paths(table, root, image_column)
         if not any(choice.role == TARGET for choice in choices):
             names, codes = class_folders(paths, root)
-            tasks.insert(0, (Task("folder", len(names), names), codes))
+            taken = {task.name for task, _ in tasks}
+            name = "folder" if "folder" not in taken else "folder of the image"
+            tasks.insert(0, (Task(name, len(names), names), codes))
     given = None if set_column is None else _sets(table, table.column(set_column, "--set_column"))
     tasks, labels = (list(entries) for entries in zip(*tasks, strict=True))
     sets = divide(tasks[0], labels[0], given, str(table.path), **division)
@@ -458,14 +494,19 @@ def table_columns(table, choices, *, images=None, image_column=None, set_column=
 
 
 def image_column_of(table, folder):
-    """The name of the first column whose first value is a file in ``folder``. UserError: none."""
+    """The name of the first column whose first value is a file in ``folder``, or ends like an
+    image's. UserError: none."""
     with _opened(table.path) as lines:
         reader = _reader(lines)
         next(reader)
         first = next(fields for fields in reader if fields)
-    for name, text in zip(table.columns, first, strict=True):
-        if text.strip() and os.path.isfile(Path(folder) / text.strip()):
+    first = dict(zip(table.columns, map(str.strip, first), strict=True))
+    for name, text in first.items():
+        if text and os.path.isfile(Path(folder) / text):
             return name
+    for name, text in first.items():
+        if text.lower().endswith(SUFFIXES):
+            return name  # whose file is missing
     raise UserError(
         f"{table.path}: no column begins with the path of a file in {folder}; name the column of "
         "paths with --image_column, or the folder they start from with --images"
@@ -483,7 +524,7 @@ def _image_paths(table, folder, name):
     for row, path in enumerate(paths):
         if path is None:
             table.refuse(row, name, f"no path; expected an image below {folder}")
-        first = seen.setdefault(PurePosixPath(path), row)
+        first = seen.setdefault(os.path.normpath(os.path.join(folder, path)), row)
         if first != row:
             problem = (
                 f"{path} occurs a second time (first on line {table.line(first)}); one image in "

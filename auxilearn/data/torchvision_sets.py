@@ -117,8 +117,9 @@ def _torchvision(dataset, root, download, **options):
                 f"the download of {name} into {root} failed ({error}): run it again, or fetch "
                 f"{url} by hand and unpack it there"
             ) from None
+        missing = getattr(error, "filename", None) or root
         raise UserError(
-            f"{root}: {name} is missing or damaged ({error}): fetch it with --download, or unpack "
+            f"{missing}: {name} is missing or incomplete: fetch it with --download, or unpack "
             f"{url} there"
         ) from None
 

@@ -538,6 +538,7 @@ def ineffective(config, needs_dev=False, rows=False):
         "image_size": not rows,
         "num_workers": not rows,
         "cache_dir": not rows,
+        "data_root": not rows,
         "aux_weight": auxiliary,
         "dev_epochs": method.fine_tuned,
         "dev_batch_size": method.bilevel or needs_dev or fine_tunes(config),

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 import os
 import sys
 from dataclasses import replace
@@ -27,9 +28,9 @@ from auxilearn.run.record import BEST_FILE
 def predict(run_dir, source, out=None, device=None, num_workers=None):
     """Write a CSV file with a row per sample of ``source``. Returns its path.
 
-    Columns: sample (path of the image, or number of the row from 1), the target's prediction, its
-    probability if the target is a class, then the predictions of the auxiliary tasks. Classes are
-    given by name, numbers in the unit of the training table.
+    Columns: sample (path of the image, or number of the row from 1); probability, of the target's
+    predicted class; then the predictions of all tasks, the target first: names of classes, numbers
+    in the unit of the training table.
 
     Args: ``run_dir``: the run's folder; ``source``: a folder of images, or a table with the columns
     that the model was trained on; ``out``: default RUN_DIR/predictions.csv.
@@ -62,8 +63,9 @@ def predict(run_dir, source, out=None, device=None, num_workers=None):
         for batch in tqdm(batches, "predicting", total, unit="batch", disable=None):
             columns = _columns(model, model.features(batch.inputs), tasks)
             rows += zip(*columns, strict=True)
-    target, *auxiliary = [task.name for task in tasks]
-    head = ["sample", target, *([f"{target}_probability"] * bool(tasks[0].classes)), *auxiliary]
+    names = [task.name for task in tasks]
+    own = ["sample", "probability"] if tasks[0].classes else ["sample"]
+    head = [_new(name, names) for name in own] + names
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(head)
@@ -83,16 +85,29 @@ def _columns(model, features, tasks):
         if task.classes:
             columns.append([task.class_names[int(c)] for c in part])
         else:
-            columns.append([f"{value * task.std + task.mean:.6g}" for value in part])
+            columns.append([_decimal(value * task.std + task.mean, task.std) for value in part])
     if tasks[0].classes:
         probability = model.heads.target_logits(features).softmax(dim=1).amax(dim=1)
-        columns.insert(1, [f"{p:.4f}" for p in probability.tolist()])
+        columns.insert(0, [f"{p:.4f}" for p in probability.tolist()])
     return columns
+
+
+def _new(name, taken):
+    """``name``, with underscores behind it until no task is called so."""
+    return name if name not in taken else _new(f"{name}_", taken)
+
+
+def _decimal(value, std):
+    """``value`` to a millionth of ``std``, and not less than six digits."""
+    digits = 6 + math.ceil(math.log10(max(abs(value) / std, 1)))
+    return f"{value:.{min(digits, 17)}g}"
 
 
 def _folder(source, tasks):
     """The images of a folder as a ``Split`` without labels, whose one set is ``new``."""
     root = Path(os.path.abspath(source))
+    if not root.exists():
+        raise UserError(f"--predict {source}: no such folder")
     if not root.is_dir():
         raise UserError(f"--predict {source}: expected a folder of images, as the run was trained")
     paths = images_below(root, root)

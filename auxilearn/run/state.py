@@ -48,6 +48,7 @@ class State:
                 reason = (
                     f"the lower level's gradient has norm {norm}, at a scheduled loss of {loss}"
                 )
+            reason += "; a smaller --main_lr may help"
             raise self.diverged(step, reason)
         if of_schedule:
             means = history.write(upper_step_after, arrays[len(of_steps) :])
