@@ -247,6 +247,11 @@ def find_data(args):
             raise UserError(f"--data_root: {args.split_dir} holds rows, not images: leave it out")
         if args.paper:
             raise UserError("--paper goes with --dataset: the paper has no numbers of other data")
+        if args.corruption != UNIFORM and args.own.target.classes is None:
+            raise UserError(
+                f"--corruption {args.corruption} is of classes, but {args.own.target.name} is a "
+                "number: leave it out, and labels are permuted"
+            )
         name = re.sub(r"[^\w.-]", "_", args.split_dir.resolve().name)
         args.dataset = f"{name}-{args.own.fingerprint[:8]}"
     args.dataset = args.dataset or "cub"

@@ -4,13 +4,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import reproduce_tables
 from auxilearn.data.corruption import Inputs, by_instance, corrupted_targets, inputs_of, to_next
 from auxilearn.data.split import load_split
 from auxilearn.errors import UserError
 from auxilearn.randomness import derived_generator
 from auxilearn.run.build import build
 from auxilearn.run.config import resolve
-from tests.conftest import prepare
+from tests.conftest import prepare, tiny_flags
 from tests.test_contract import KIND, KINDS, PRICE, PRICED, split_of
 
 
@@ -109,3 +110,19 @@ def test_a_run_trains_on_the_noise_that_it_names(kind, tiny_config, tiny_split):
     expected = corrupted_targets(split, kind, 0.6, 5, lambda: inputs_of(split, "none", 0))
     assert (expected != split.labels[:, 0]).any()
     assert samples.labels[:, 0].tolist() == expected[samples.positions].tolist()
+
+
+def test_a_table_of_each_kind_has_columns_and_files_of_its_own(tiny_split, tmp_path, command):
+    flags = ["table4", "--split_dir", tiny_split, "--sweep_dir", tmp_path, "--methods", "common"]
+    flags += ["--seeds", "1", "--jobs", "1", "--settings", "corrupted_0.4"]
+    flags += [f"--run_flags={' '.join(tiny_flags(max_steps=1))}"]
+    code, out, err = command(reproduce_tables.main, *flags, "--corruption", "pair", "--dry_run")
+    assert code == 0, err
+    assert "--corrupted 1 --corrupted_rate 0.4 --corruption pair" in out
+    code, out, err = command(reproduce_tables.main, *flags, "--corruption", "instance")
+    assert code == 0, err
+    assert "40% corrupted by instance" in out
+    assert [*tmp_path.glob("*/tables/table4_instance.md")]
+    assert not [*tmp_path.glob("*/tables/table4.md")]
+    code, _, err = command(reproduce_tables.main, "tune", "--corruption", "pair")
+    assert code == 2 and "--corruption goes with table4 and all" in err

@@ -27,7 +27,7 @@ def draw_table(sheet, out_dir, clean=None):
     Args: ``sheet`` as for ``write_table``; ``clean``: ``Statistics`` of the table without corrupted
     labels, from which the curves of the corrupted ones begin. The same numbers give the same bytes.
     """
-    paths = [Path(out_dir) / f"{sheet.found.table}.{suffix}" for suffix in ("png", "svg")]
+    paths = [Path(out_dir) / f"{sheet.stem}.{suffix}" for suffix in ("png", "svg")]
     for path in paths:
         path.unlink(missing_ok=True)
     figure = table_figure(sheet, clean)

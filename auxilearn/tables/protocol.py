@@ -6,6 +6,8 @@ averaged over *seeds*. Each of the three is a dict of settings of ``Config``; a 
 
 from typing import NamedTuple
 
+from auxilearn.data.corruption import KINDS as CORRUPTIONS
+from auxilearn.data.corruption import UNIFORM
 from auxilearn.methods import METHODS
 
 KINDS = TARGET_ONLY, BASELINE, SCHEDULE, ABLATION = (
@@ -109,7 +111,7 @@ for _rate in (0.2, 0.4, 0.6):
         )
 
 
-def in_place_of(setting, numbers=False, corruption="uniform"):
+def in_place_of(setting, numbers=False, corruption=UNIFORM):
     """The setting that stands in place of a table's ``setting``.
 
     Args: ``numbers``: the target is a real number, which has no classes; ``corruption``: the kind
@@ -117,7 +119,7 @@ def in_place_of(setting, numbers=False, corruption="uniform"):
     """
     if numbers and setting == "semi":
         return "semi_50"
-    return setting.replace("corrupted_", f"{corruption}_") if corruption != "uniform" else setting
+    return setting.replace("corrupted_", f"{corruption}_") if corruption != UNIFORM else setting
 
 
 class Table(NamedTuple):
@@ -126,6 +128,13 @@ class Table(NamedTuple):
     title: str
     settings: tuple
     tuned_on: str
+
+    @property
+    def all_settings(self):
+        """Its columns and those that may stand in their place, in order."""
+        kinds = [(True, UNIFORM), *((False, corruption) for corruption in CORRUPTIONS)]
+        found = {in_place_of(setting, *kind) for setting in self.settings for kind in kinds}
+        return [setting for setting in SETTINGS if setting in found]
 
 
 TABLES = {

@@ -58,13 +58,19 @@ class Sheet(NamedTuple):
     def title(self):
         return f"{TABLES[self.found.table].title}, {self.data}"
 
+    @property
+    def stem(self):
+        """Of its files: table4_pair is not to replace table4."""
+        kinds = {SETTINGS[s].settings.get("corruption") for s in self.found.settings} - {None}
+        return "_".join([self.found.table, *sorted(kinds)])
+
 
 def write_table(sheet, out_dir):
     """Write ``<table>.md``, ``.csv``, ``.tex`` and ``<table>_runs.csv``; returns their paths.
 
     Accuracies are in per cent and points in the cells' CSV, and in [0, 1] in the runs'.
     """
-    out, name = Path(out_dir), sheet.found.table
+    out, name = Path(out_dir), sheet.stem
     texts = {
         f"{name}.md": markdown(sheet),
         f"{name}.csv": cells_csv(sheet),

@@ -14,7 +14,6 @@ from auxilearn.tables.protocol import (
     ABLATION,
     BASELINE,
     SCHEDULE,
-    SETTINGS,
     TABLES,
     TARGET_ONLY,
     rows,
@@ -107,7 +106,7 @@ def evaluate(table, results, seeds, metric=ACCURACY):
 
     runs, known, seeds = pd.DataFrame(results, columns=Result._fields), rows(), sorted(seeds)
     names = [row for row in known if row in set(runs.row)]
-    settings = [s for s in SETTINGS if s in set(runs.setting)]
+    settings = [s for s in TABLES[table].all_settings if s in set(runs.setting)]
     columns = pd.MultiIndex.from_product([names, settings], names=["row", "setting"])
     values = (
         runs[runs.state == "done"]
