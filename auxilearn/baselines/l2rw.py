@@ -13,7 +13,7 @@ import torch
 
 from auxilearn.baselines.one_step import LooksAhead
 from auxilearn.hypernet import weighted_mean
-from auxilearn.second_order.evaluation import unwrapped
+from auxilearn.second_order.evaluation import ModelFunction, unwrapped
 
 
 class LearningToReweight(LooksAhead):
@@ -38,8 +38,9 @@ class LearningToReweight(LooksAhead):
         theta = [p for p in model.parameters() if p.requires_grad]
         if not theta:  # all is frozen: the step itself says so
             return
-        v = self.development_gradient(model, theta, dev_batches, average)
-        outputs, derivative = self.response(model, theta, v, batch)
+        with ModelFunction(model, theta) as function:
+            v = self.development_gradient(function, dev_batches, average)
+            outputs, derivative = self.response(function, v, batch)
         pull, samples = derivative.clamp(min=0), len(derivative)
         (sums,) = average([pull.sum(dim=0) / samples], [batch])
         total = self.total(sums)

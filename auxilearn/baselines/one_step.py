@@ -31,21 +31,23 @@ class LooksAhead(HyperNet):
 
     needs_dev = True
 
-    def development_gradient(self, model, theta, batches, average):
-        """v, a list: of the mean of the batches' mean target losses."""
-        with ModelFunction(model, theta) as function, random_state_kept(theta):
-            total = None
+    def development_gradient(self, function, batches, average):
+        """v, a list like ``function.theta``: of the mean of the batches' mean target losses."""
+        total = None
+        with random_state_kept(function.theta):
             for batch in batches:
                 with function.evaluated(batch) as outputs:
                     check_outputs(outputs, self)
                     means = masked_column_means(outputs.losses, outputs.mask)
-                    v = gradients(means[self.main_task], theta)
+                    v = gradients(means[self.main_task], function.theta)
                 total = v if total is None else torch._foreach_add(total, v)
-        return average(torch._foreach_div(total, len(batches)), batches)
+        if len(batches) > 1:
+            total = torch._foreach_div(total, len(batches))
+        return average(total, batches)
 
-    def response(self, model, theta, v, batch):
+    def response(self, function, v, batch):
         """(``TaskLosses`` without graph, D (B, K)), D 0 outside the mask."""
-        with ModelFunction(model, theta) as function, random_state_kept(theta):
+        with random_state_kept(function.theta):
             outputs, derivative = function.directional_derivative(v, batch)
         check_outputs(outputs, self)
         if outputs.mask is not None:
@@ -87,19 +89,18 @@ class LearnsAhead(LooksAhead):
         if not theta:  # all is frozen: the step itself says so
             return
         scale = self.aux_weight, self.main_task
-        with (
-            ModelFunction(model, theta) as function,
-            random_state_kept(theta),
-            function.evaluated(batch) as outputs,
-        ):
-            check_outputs(outputs, self)
-            weights = self._weights(outputs.detached()).detach()
-            losses = times_aux_weight(outputs.losses, *scale)
-            g = gradients(weighted_mean(weights, losses, outputs.mask), theta)
-            del outputs, losses
-        with _moved(theta, average(g, [batch]), -self.lower_lr):
-            v = self.development_gradient(model, theta, dev_batches, average)
-        outputs, derivative = self.response(model, theta, v, batch)
+        with ModelFunction(model, theta) as function:
+            with random_state_kept(theta), function.evaluated(batch) as outputs:
+                check_outputs(outputs, self)
+                weights = self._weights(outputs.detached()).detach()
+                losses = times_aux_weight(outputs.losses, *scale)
+                g = gradients(weighted_mean(weights, losses, outputs.mask), theta)
+                del outputs, losses
+            function.restore()
+            g = average(g, [batch])
+            with _moved(theta, g, -self.lower_lr), ModelFunction(model, theta) as moved:
+                v = self.development_gradient(moved, dev_batches, average)
+            outputs, derivative = self.response(function, v, batch)
         with torch.enable_grad():
             slope = times_aux_weight(derivative, *scale)
             slope = weighted_mean(self._weights(outputs), slope, outputs.mask)
