@@ -520,7 +520,7 @@ def test_options_that_are_refused(name, option, value):
 # --------------------------------------------------------------------------------------------------
 
 
-def three_steps(name, ranks):
+def three_steps(name, masked, ranks):
     """Flat parameters and the scheduler's state after three steps on this rank's share."""
     torch.manual_seed(0)
     model = Net(dropout=0.0, norm=False)
@@ -528,9 +528,11 @@ def three_steps(name, ranks):
     if name == "dwa":
         scheduler.samples = 9
 
-    def share(size):
+    def share(size, masked=False):
         x, labels, _ = a_batch(size)
-        return x[ranks.rank :: ranks.size], labels[ranks.rank :: ranks.size], None
+        mask = torch.ones(size, K, dtype=torch.bool)
+        mask[: size // 3, 0] = not masked  # of the target alone
+        return tuple(t[ranks.rank :: ranks.size] for t in (x, labels, mask))
 
     def average(tensors, batches):
         return ranks.average(tensors, sum(len(batch[0]) for batch in batches))
@@ -538,9 +540,13 @@ def three_steps(name, ranks):
     lower = torch.optim.SGD(model.parameters(), LR)
     bilevel = Bilevel(model, scheduler, lower, aux_weight=AUX, average=average)
     for _ in range(3):
-        bilevel.lower_step(share(9), [share(5)])
+        bilevel.lower_step(share(9, masked), [share(5)])
     state = {n: t for n, t in scheduler.state_dict().items() if n != "_extra_state"}
     return torch.cat([p.detach().flatten() for p in model.parameters()]), state
+
+
+# With missing labels: those that sum over samples. Means are each rank's own.
+CASES = [*((name, False) for name in RIVALS), ("l2rw", True), ("slgrad", True)]
 
 
 def worker(rank, folder):
@@ -548,17 +554,19 @@ def worker(rank, folder):
     torch.set_default_dtype(torch.float64)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     with leaving():
-        torch.save({n: three_steps(n, Ranks(rank, 2)) for n in RIVALS}, f"{folder}/{rank}.pt")
+        torch.save(
+            {case: three_steps(*case, Ranks(rank, 2)) for case in CASES}, f"{folder}/{rank}.pt"
+        )
     os._exit(0)  # PyTorch's threads may abort the interpreter as it ends, see ``leaving``
 
 
 def test_two_processes_take_the_steps_of_one(tmp_path):
     mp.spawn(worker, (str(tmp_path),), nprocs=2)
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
-    for name in RIVALS:
-        theta, state = three_steps(name, Ranks())
-        assert torch.equal(ranks[0][name][0], ranks[1][name][0])
+    for case in CASES:
+        theta, state = three_steps(*case, Ranks())
+        assert torch.equal(ranks[0][case][0], ranks[1][case][0])
         tolerance = {"rtol": 1e-9, "atol": 1e-11}
-        torch.testing.assert_close(ranks[0][name][0], theta, **tolerance)
-        for found in (ranks[0][name][1], ranks[1][name][1]):
+        torch.testing.assert_close(ranks[0][case][0], theta, **tolerance)
+        for found in (ranks[0][case][1], ranks[1][case][1]):
             torch.testing.assert_close(found, state, **tolerance)
