@@ -26,6 +26,7 @@ from auxilearn.baselines.slgrad import SampleLevelGradients
 from auxilearn.errors import UserError
 from auxilearn.methods import METHODS, Problem
 from auxilearn.run.processes import Ranks, leaving
+from tests.conftest import same_bits
 
 pytestmark = pytest.mark.usefixtures("float64")
 K, INPUT, D, CLASSES = 4, 5, 6, (3, 2, None, 2)  # task 2 is a real number
@@ -433,12 +434,7 @@ def test_it_goes_on_to_the_same_bits(name):
     go_on(second, batches[6:8])  # it has been elsewhere
     second.load_state_dict(saved(first.state_dict()))
     go_on(second, batches[5:])
-    for part in ("model", "scheduler"):
-        one, other = whole.state_dict()[part], second.state_dict()[part]
-        assert one.keys() == other.keys()
-        for key, value in one.items():
-            if key != "_extra_state":
-                assert torch.equal(value, other[key]), key
+    assert same_bits(whole.state_dict(), second.state_dict())
 
 
 @pytest.mark.parametrize("name", RIVALS)
