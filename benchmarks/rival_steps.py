@@ -5,8 +5,8 @@
 The three take turns on the same model and batch, and so does their derivatives' alternative: a
 gradient per sample and task by torch.func.vmap, each multiplied with the development gradient, for
 up to --most_by_vmap tasks. vmap has no batch norm in train mode: it computes with running
-statistics, in which it must agree with the package. The development batch is as large as the
-training batch.
+statistics, in which it must agree with the package. Unless --dev_batch is given, the development
+batch is as large as the training batch.
 """
 
 import argparse
@@ -86,7 +86,8 @@ def measure(args, tasks):
     counts = [CLASSES] + [2] * (tasks - 1)
     backbone = build_backbone(args.backbone, 512)
     model = TaskModel(backbone, 512, counts).to(memory_format=torch.channels_last).train()
-    batch, dev = (random_batch(args.batch, args.image_size, counts) for _ in range(2))
+    sizes = args.batch, args.dev_batch or args.batch
+    batch, dev = (random_batch(size, args.image_size, counts) for size in sizes)
     lower = torch.optim.Adam(model.parameters(), 1e-4, fused=True)
     steps = {name: Bilevel(model, kind(0, tasks), lower) for name, kind in STEPS.items()}
     work = {name: lambda one=one: one.lower_step(batch, [dev]) for name, one in steps.items()}
@@ -117,13 +118,15 @@ def main():
     parser.add_argument("--backbone", choices=("convnet", "resnet18"), default="resnet18")
     parser.add_argument("--tasks", type=int, nargs="+", default=[1, 10, 100, 313, 1000, 2000])
     parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--dev_batch", type=int)
     parser.add_argument("--image_size", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--most_by_vmap", type=int, default=10)
     args = parser.parse_args()
     print(
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads, {args.backbone}, batch "
-        f"{args.batch} + {args.batch}, {args.image_size} px, {args.repeats} repeats\n"
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads, {args.backbone}, "
+        f"batch {args.batch} + {args.dev_batch or args.batch}, {args.image_size} px, "
+        f"{args.repeats} repeats\n"
     )
     names = [*list(STEPS)[1:], "vmap"]
     columns = [f"{name} / common, median (least / least)" for name in names]
