@@ -316,8 +316,8 @@ def test_a_script_that_fails_is_one_line(tmp_path):
 
 def test_steps_of_rivals_are_timed(monkeypatch, capsys):
     """After the check of the products against a gradient per sample and task."""
-    flags = "--backbone convnet --tasks 1 2 --batch 4 --image_size 16 --repeats 1".split()
-    monkeypatch.setattr("sys.argv", ["rival_steps.py", *flags])
+    flags = ["--backbone", "convnet", "--image_size", "16", "--batch", "4", "--repeats", "1"]
+    monkeypatch.setattr("sys.argv", ["rival_steps.py", *flags, "--tasks", "1", "2"])
     rival_steps.main()
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("|")[1].strip() for line in lines[2:]] == ["tasks", "--:", "1", "2"]
