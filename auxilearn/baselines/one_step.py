@@ -65,8 +65,8 @@ class LearnsAhead(LooksAhead):
     exactly. A response that is not finite changes nothing in phi, and the lower step's loss is NaN:
     it is not taken either, and its result tells.
 
-    Args: ``lower_lr``: alpha, the lower level's learning rate; ``aux_weight``: a_k of auxiliary
-    tasks. A subclass makes ``optimizer``, a fused one, and ``weights``.
+    Args: ``lower_lr``: alpha, the lower level's learning rate (set the attribute anew if that
+    changes); ``aux_weight``: a_k of auxiliary tasks. A subclass makes ``optimizer``, a fused one, and ``weights``.
     """
 
     def __init__(self, main_task, input_dim, lower_lr, aux_weight=1.0):
@@ -108,9 +108,7 @@ class LearnsAhead(LooksAhead):
         skipped = ~torch.isfinite(torch.stack(torch._foreach_norm(found))).all()
         for p, gradient in zip(phi, found, strict=True):
             p.grad = gradient
-        self.optimizer.found_inf = (
-            skipped.float()
-        )  # a fused optimiser changes nothing where it is 1
+        self.optimizer.found_inf = skipped.float()  # fused kernels change nothing where it is 1
         self.optimizer.step()
         del self.optimizer.found_inf
         self.optimizer.zero_grad()
