@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 
+import inspect_schedule
 from auxilearn import Bilevel, TaskLosses, schedule_weights
 from auxilearn.baselines.autolambda import AutoLambda
 from auxilearn.baselines.dwa import DynamicWeightAverage
@@ -26,7 +27,7 @@ from auxilearn.baselines.slgrad import SampleLevelGradients
 from auxilearn.errors import UserError
 from auxilearn.methods import METHODS, Problem
 from auxilearn.run.processes import Ranks, leaving
-from tests.conftest import same_bits
+from tests.conftest import assert_one_error_line, same_bits
 
 pytestmark = pytest.mark.usefixtures("float64")
 K, INPUT, D, CLASSES = 4, 5, 6, (3, 2, None, 2)  # task 2 is a real number
@@ -482,14 +483,15 @@ def test_weights_can_be_looked_at(name):
 
 
 @pytest.mark.parametrize("name", RIVALS)
-def test_every_rival_trains_a_run(name, tiny_run):
+def test_every_rival_trains_a_run(name, tiny_run, command):
     torch.set_default_dtype(torch.float32)
     run = tiny_run(method=name, labeled_per_class=2, epochs=1, dev_epochs=0)
     assert run.summary["method"] == name
     assert all(math.isfinite(row["loss"]) for row in run.rows_of("step"))
     assert not run.rows_of("upper")
-    held_out = METHODS[name].needs_dev
-    assert METHODS[name].build(PROBLEM, **options(name)).needs_dev == held_out
+    code, _, error = command(inspect_schedule.main, run.directory)
+    assert code == 2
+    assert_one_error_line(error, f"--method {name}", "has no schedule to show")
 
 
 PROBLEM = Problem(tasks=K, feature_dim=D, samples=20, classes=(3, 2, None, 2))

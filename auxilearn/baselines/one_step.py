@@ -66,7 +66,8 @@ class LearnsAhead(LooksAhead):
     it is not taken either, and its result tells.
 
     Args: ``lower_lr``: alpha, the lower level's learning rate (set the attribute anew if that
-    changes); ``aux_weight``: a_k of auxiliary tasks. A subclass makes ``optimizer``, a fused one, and ``weights``.
+    changes); ``aux_weight``: a_k of auxiliary tasks. A subclass makes ``optimizer``, a fused one,
+    and ``weights``.
     """
 
     def __init__(self, main_task, input_dim, lower_lr, aux_weight=1.0):
