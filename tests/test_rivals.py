@@ -264,6 +264,8 @@ def test_steps_are_the_papers(name, masked):
     reference = ByLoop([p.detach() for p in bilevel.scheduler.parameters()])
     for step in range(10 if name == "dwa" else 4):
         batch = a_batch(2 if name == "dwa" and step % 3 == 2 else 6, masked)
+        if masked and name == "dwa" and 6 <= step < 9:
+            batch[2][:, 1] = False  # a task that a whole epoch lacks
         dev = [a_batch(5), a_batch(4, masked)]
         theta, weights = getattr(reference, name)(Plain(model, batch, dev))
         result = bilevel.lower_step(batch, dev)
