@@ -22,7 +22,7 @@ labeled_per_class=0  # 5: semi-supervised, 5 labels per class (Table 3); 0: supe
 
 # joint is JTDS as published. Take joint_stable where training labels are wrong or learning rates
 # are not tuned (docs/stability.md). The others: naive | task | linear | common | common_dev |
-# uncertainty | gcs | single.
+# uncertainty | gcs | pcgrad_target | dwa | autolambda | l2rw | mwn | slgrad | single.
 method=joint
 seed=5
 

@@ -465,5 +465,7 @@ def load_matching(module, state, complaint):
     except (AttributeError, RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{complaint}: {reason[:300]}") from None
-    if not all(torch.isfinite(value).all() for value in module.state_dict().values()):
+    # The rest is state of another kind, such as that of an optimiser inside a scheduler.
+    tensors = [v for v in module.state_dict().values() if isinstance(v, torch.Tensor)]
+    if not all(torch.isfinite(tensor).all() for tensor in tensors):
         raise UserError(f"{complaint}: it has values that are not finite")

@@ -22,8 +22,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from auxilearn.baselines.autolambda import AutoLambda
 from auxilearn.baselines.combiners import MonoLinearHyperNet, MonoNonlinearHyperNet
+from auxilearn.baselines.dwa import DynamicWeightAverage
 from auxilearn.baselines.gradient_cosine import GradientCosine
+from auxilearn.baselines.l2rw import LearningToReweight
+from auxilearn.baselines.mwn import MetaWeightNet
+from auxilearn.baselines.pcgrad_target import TargetProjection
+from auxilearn.baselines.slgrad import SampleLevelGradients
 from auxilearn.baselines.uncertainty import Uncertainty
 from auxilearn.errors import UserError
 from auxilearn.hypernet import FACTORS, HyperNet, Identity, MonoJoint, Naive_hyper
@@ -40,6 +46,8 @@ class Problem(NamedTuple):
     samples: int  # in the training set
     classes: tuple[int | None, ...]  # of every task, K entries; None: a real number
     few_labels: bool = False  # whether most samples lack the target label (semi-supervised)
+    lower_lr: float = 1e-3  # learning rate of the task model
+    aux_weight: float = 1.0  # factor on the losses of all auxiliary tasks
 
 
 class Option(NamedTuple):
@@ -84,7 +92,9 @@ class Method:
     build: (``Problem``, **options) -> scheduler. title: a few words, for tables. about: a sentence.
     learned: the level whose optimiser trains the scheduler: "upper" (by hypergradients on the
     development set), "lower" (with the task model) or None. auxiliary: uses the auxiliary tasks.
-    fine_tuned: training ends on the development set. baseline: tables compare schedules with it.
+    needs_dev: as of its scheduler; the development set is then held out of the lower level, as with
+    an upper level. fine_tuned: training ends on the development set. baseline: tables compare
+    schedules with it.
     defaults: {setting of Config that is left to the method: value}. options: {name: Option}.
     tune: what tuning tries beside learning rates of the task model, dicts of settings and options;
     the aux_weight "near" is the table's own first factor on the auxiliary losses.
@@ -97,6 +107,7 @@ class Method:
     paper: str = ""
     learned: str | None = None
     auxiliary: bool = True
+    needs_dev: bool = False
     fine_tuned: bool = False
     baseline: bool = False
     defaults: Mapping[str, Any] = field(default_factory=dict)
@@ -107,6 +118,11 @@ class Method:
     def bilevel(self) -> bool:
         """Whether there is an upper level."""
         return self.learned == UPPER
+
+    @property
+    def looks_at_dev(self) -> bool:
+        """Whether training looks at development batches, on either level."""
+        return self.bilevel or self.needs_dev
 
 
 METHODS: dict[str, Method] = {}
@@ -333,6 +349,110 @@ def _uncertainty(problem):
 )
 def _gradient_cosine(problem, version):
     return GradientCosine(0, problem.tasks, weighted=version == "weighted")
+
+
+@register(
+    "pcgrad_target",
+    title="PCGrad, target kept",
+    about="auxiliary gradients projected off the target's where they conflict with it",
+    paper="Yu et al., NeurIPS 2020",
+    baseline=True,
+)
+def _pcgrad_target(problem):
+    return TargetProjection(0, problem.tasks, problem.aux_weight)
+
+
+@register(
+    "dwa",
+    title="Dynamic weight average",
+    about="a weight per task and epoch: more where the loss falls slowly",
+    paper="Liu et al., CVPR 2019",
+    baseline=True,
+    options={"temperature": Option(2.0, "T: the higher, the more alike the weights")},
+)
+def _dwa(problem, temperature):
+    if temperature <= 0:
+        raise UserError("--option temperature: expected a number above 0")
+    return DynamicWeightAverage(0, problem.tasks, problem.samples, temperature)
+
+
+@register(
+    "autolambda",
+    title="Auto-Lambda",
+    about="a weight per task, learned by looking a step ahead",
+    paper="Liu et al., TMLR 2022",
+    baseline=True,
+    needs_dev=True,
+    options={
+        "initial": Option(0.1, "weights of auxiliary tasks at the start"),
+        "rate": Option(1e-4, "learning rate of the weights"),
+    },
+    # The paper's runs take many more steps.
+    tune=({"rate": 1e-4}, {"rate": 3e-3}),
+)
+def _autolambda(problem, initial, rate):
+    _check_rate(rate)
+    if initial < 0:
+        raise UserError("--option initial: expected a number of at least 0")
+    return AutoLambda(
+        0, problem.tasks, problem.lower_lr, problem.aux_weight, initial=initial, rate=rate
+    )
+
+
+@register(
+    "l2rw",
+    title="Learning to reweight",
+    about="a weight per target sample and step: how far its gradient helps the development set",
+    paper="Ren et al., ICML 2018",
+    baseline=True,
+    needs_dev=True,
+)
+def _l2rw(problem):
+    return LearningToReweight(0, problem.tasks)
+
+
+@register(
+    "mwn",
+    title="Meta-Weight-Net",
+    about="a weight per target sample from its loss, by a network that looks a step ahead",
+    paper="Shu et al., NeurIPS 2019",
+    baseline=True,
+    needs_dev=True,
+    options={
+        "hidden": Option(100, "units of the network's hidden layer"),
+        "rate": Option(1e-3, "learning rate of the network"),
+        "decay": Option(1e-4, "weight decay of the network"),
+    },
+)
+def _mwn(problem, hidden, rate, decay):
+    _check_rate(rate)
+    if hidden < 1:
+        raise UserError("--option hidden: a layer has at least one unit")
+    if decay < 0:
+        raise UserError("--option decay: expected a number of at least 0")
+    return MetaWeightNet(
+        *(0, problem.tasks, problem.lower_lr, problem.aux_weight),
+        hidden=hidden,
+        rate=rate,
+        decay=decay,
+    )
+
+
+@register(
+    "slgrad",
+    title="SLGrad",
+    about="a weight per sample, task and step: how far its gradient helps the development set",
+    paper="Grégoire et al., 2023",
+    baseline=True,
+    needs_dev=True,
+)
+def _slgrad(problem):
+    return SampleLevelGradients(0, problem.tasks)
+
+
+def _check_rate(rate):
+    if rate <= 0:
+        raise UserError("--option rate: expected a number above 0")
 
 
 register(

@@ -85,11 +85,22 @@ def assert_same_run(one, other):
     for part in ("model", "scheduler"):
         first, second = one.checkpoint[part], other.checkpoint[part]
         assert first.keys() == second.keys()
-        for name, tensor in first.items():
-            assert torch.equal(tensor, second[name]), name
+        for name, value in first.items():
+            assert same_bits(value, second[name]), name
     for name in ("epoch", "step", "valid_accuracy"):
         assert one.checkpoint[name] == other.checkpoint[name]
     assert one.summary["test_accuracy"] == other.summary["test_accuracy"]
+
+
+def same_bits(one, other):
+    """Whether tensors, numbers, and dictionaries and lists of them are the same bit for bit."""
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same_bits(one[n], other[n]) for n in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(same_bits, one, other))
+    return one == other
 
 
 def prepare(root, split_dir, **shape):

@@ -12,7 +12,7 @@ import torch
 
 from auxilearn.errors import RunError, UserError
 from auxilearn.run.command_line import parse
-from benchmarks import beside_revision, on_gpu, side_by_side
+from benchmarks import beside_revision, on_gpu, rival_steps, side_by_side
 from benchmarks.side_by_side import Measured, compare_numbers
 from benchmarks.sides import Package, Plain, Worker, Workload, run_script_settings
 from tests.conftest import gpu
@@ -312,3 +312,12 @@ def test_a_script_that_fails_is_one_line(tmp_path):
     args = beside_revision.parse_arguments([])
     with pytest.raises(RunError, match=r"data_preprocess\.py of old failed \(1\): error: no disk$"):
         beside_revision.Tree("old", tmp_path, tmp_path, args)
+
+
+def test_steps_of_rivals_are_timed(monkeypatch, capsys):
+    """After the check of the products against a gradient per sample and task."""
+    flags = ["--backbone", "convnet", "--image_size", "16", "--batch", "4", "--repeats", "1"]
+    monkeypatch.setattr("sys.argv", ["rival_steps.py", *flags, "--tasks", "1", "2"])
+    rival_steps.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("|")[1].strip() for line in lines[2:]] == ["tasks", "--:", "1", "2"]

@@ -25,6 +25,7 @@ from auxilearn.data.dataset import (
 )
 from auxilearn.data.split import load_split
 from auxilearn.errors import UserError
+from auxilearn.methods import METHODS
 from auxilearn.metrics import RMSE, metric_of
 from auxilearn.models import BACKBONES, Batch, TaskHeads, TaskModel, register_backbone
 from auxilearn.run.build import build_model
@@ -436,7 +437,7 @@ def test_the_unit_of_a_target_changes_the_result_alone(tmp_path, row_run):
     assert ratio == pytest.approx(1024, rel=1e-5)
 
 
-@pytest.mark.parametrize("method", ["joint", "joint_stable", "naive", "task", "uncertainty", "gcs"])
+@pytest.mark.parametrize("method", [m for m in METHODS if not m.startswith(("common", "single"))])
 @pytest.mark.parametrize("target", ["price", "kind"])
 def test_every_kind_of_method_trains_on_rows(method, target, tmp_path, row_run):
     write_rows(tmp_path, target)

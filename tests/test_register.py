@@ -139,7 +139,8 @@ def test_a_property_that_there_is_not_is_refused():
 def test_the_table_is_in_the_order_of_the_tables():
     """New methods come last."""
     names = ["joint", "joint_stable", "naive", "task", "linear"]
-    names += ["common", "common_dev", "uncertainty", "gcs", "single"]
+    names += ["common", "common_dev", "uncertainty", "gcs", "pcgrad_target", "dwa"]
+    names += ["autolambda", "l2rw", "mwn", "slgrad", "single"]
     assert list(METHODS) == names
     register("mine")(Identity)
     assert list(METHODS) == [*names, "mine"]
@@ -152,8 +153,11 @@ def test_what_each_method_is_learned_by():
     assert of == {
         "upper": ["joint", "joint_stable", "naive", "task", "linear"],
         "lower": ["uncertainty"],
-        None: ["common", "common_dev", "gcs", "single"],
+        None: ["common", "common_dev", "gcs", "pcgrad_target", "dwa"]
+        + ["autolambda", "l2rw", "mwn", "slgrad", "single"],
     }
+    looking = [name for name, method in METHODS.items() if method.needs_dev]
+    assert looking == ["autolambda", "l2rw", "mwn", "slgrad"]
     assert METHODS["joint_stable"].defaults == RECIPE
     assert [name for name, method in METHODS.items() if not method.auxiliary] == ["single"]
     assert [n for n, m in METHODS.items() if m.fine_tuned] == ["joint_stable", "common_dev"]
@@ -165,7 +169,9 @@ def test_every_method_builds_a_scheduler_of_all_tasks(name):
     options = {n: option.default for n, option in method.options.items()}
     scheduler = method.build(PROBLEM, **options)
     assert (scheduler.input_dim, scheduler.main_task) == (3, 0)
-    assert bool(list(scheduler.parameters())) == (method.learned is not None)
+    by_itself = name in ("mwn", "autolambda")  # by an optimiser of the scheduler's own
+    assert bool(list(scheduler.parameters())) == (method.learned is not None or by_itself)
+    assert scheduler.needs_dev == method.needs_dev
 
 
 def test_options_and_problem_reach_the_schedulers():

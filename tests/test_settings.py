@@ -303,7 +303,7 @@ def test_the_development_set_is_held_out_of_the_lower_level(
     method, hold_out_dev, tiny_config, split
 ):
     run = built(tiny_config(method=method, train_batch_size=20, hold_out_dev=hold_out_dev))
-    by_default = method in ("joint", "naive", "task", "linear")
+    by_default = method in ("joint", "naive", "task", "linear") or METHODS[method].needs_dev
     name = "rest_train" if hold_out_dev or (hold_out_dev is None and by_default) else "full_train"
     batch = next(run.lower_batches(0))
     expected = split.indices[name]

@@ -75,16 +75,25 @@ class GradientCosine(HyperNet):
         """<G_k, G_0> for all tasks, shape (K,)."""
         if self._first_order_only:
             return self._products_and_norms(function, batch, average)[0]
+        target = average(self._target_gradient(function, batch, function.theta), [batch])
+        return self._products_along(target, function, batch, average)
+
+    def _target_gradient(self, function, batch, parameters):
+        """The gradient of the target's mean loss in ``parameters``, a list."""
         with random_state_kept(function.theta), function.evaluated(batch) as outputs:
             loss = masked_column_means(outputs.losses, outputs.mask)[self.main_task]
-            target = average(gradients(loss, function.theta), [batch])
-            del outputs, loss
+            return gradients(loss, parameters)
+
+    def _products_along(self, target, function, batch, average):
+        """``_products``, with G_0 known."""
+        if self._first_order_only:
+            return self._products_and_norms(function, batch, average)[0]
         try:
             with random_state_kept(function.theta):
                 outputs, derivative = function.directional_derivative(target, batch)
         except Unsupported as error:
             warnings.warn(
-                f"gradient cosines take a backward pass per task, which is slower: {error}",
+                f"gradient products take a backward pass per task, which is slower: {error}",
                 stacklevel=2,
             )
             self._first_order_only = True

@@ -290,6 +290,8 @@ def build_scheduler(config, split, samples):
         samples=samples,
         classes=tuple(class_counts(config, split)),
         few_labels=config.labeled_per_class > 0,
+        lower_lr=config.main_lr,
+        aux_weight=config.aux_weight,
     )
     return METHODS[config.method].build(problem, **config.options).to(config.device)
 

@@ -493,7 +493,7 @@ def _check_batch_norm(config, split):
     if split.rows or config.image_size >= smallest:
         return
     sizes = {"--train_batch_size": (config.train_batch_size, training_set_name(config))}
-    if METHODS[config.method].bilevel or fine_tunes(config):
+    if METHODS[config.method].looks_at_dev or fine_tunes(config):
         sizes["--dev_batch_size"] = (config.dev_batch_size, "dev")
     for flag, (size, name) in sizes.items():
         if len(split.indices[name]) % size == 1 or size == 1:
@@ -511,7 +511,7 @@ def fine_tunes(config):
 
 def training_set_name(config):
     """The set of the split that the lower level of a resolved ``Config`` trains on."""
-    held_out = METHODS[config.method].bilevel and config.hold_out_dev
+    held_out = METHODS[config.method].looks_at_dev and config.hold_out_dev
     return "rest_train" if held_out else "full_train"
 
 
@@ -544,6 +544,7 @@ def ineffective(config, needs_dev=False, rows=False):
         "dev_batch_size": method.bilevel or needs_dev or fine_tunes(config),
         "dev_batches": method.bilevel or needs_dev,
         "n_meta_loss_accum": method.bilevel or needs_dev,
+        "hold_out_dev": method.looks_at_dev,
         "hyperstep": method.bilevel,
         "upper_lr": method.bilevel,
         "neumann_alpha": neumann and full.neumann_terms > 0,

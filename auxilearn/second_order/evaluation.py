@@ -59,6 +59,7 @@ class ModelFunction:
         self._along = frozenset(map(id, self.theta))
         self._state = State(self.model, self.theta, GLOBAL_GENERATORS, *others)
         self._batches = {}  # by id: the batch and its state
+        self._evaluated = False  # since the state was put back last
 
     def __enter__(self):
         recurrent = any(isinstance(module, nn.RNNBase) for module in self.model.modules())
@@ -68,15 +69,20 @@ class ModelFunction:
 
     def __exit__(self, *error):
         self._operators.__exit__(*error)
-        self._state.restore()
-        for _, state in self._batches.values():
-            state.restore()
+        self.restore()
+
+    def restore(self):
+        """Put the model and the batches back to where they were before the block."""
+        if self._evaluated:
+            self._state.restore()
+            for _, state in self._batches.values():
+                state.restore()
+        self._evaluated = False
 
     def _start(self, batch):
         """Put the model and the batches back; the state of ``batch`` alone is kept."""
-        self._state.restore()
-        for _, state in self._batches.values():
-            state.restore()
+        self.restore()
+        self._evaluated = True
         self._batches = {id(batch): self._batches.get(id(batch)) or (batch, State(batch))}
 
     @contextlib.contextmanager

@@ -62,7 +62,8 @@ for _name, _title, _settings in (
     )
 # Within its kind, a row stands where it does here; others follow in the order of METHODS.
 _ORDER = (
-    *("common", "common_tuned", "common_dev", "uncertainty", "gcs", "linear", "task"),
+    *("common", "common_tuned", "common_dev", "uncertainty", "dwa", "gcs", "pcgrad_target"),
+    *("autolambda", "l2rw", "mwn", "slgrad", "linear", "task"),
     *("naive", "joint", "joint_stable"),
 )
 
