@@ -10,14 +10,8 @@ from auxilearn.run.config import FIELDS, GROUPS, KINDS, Config, choices_of, defa
 # Settings of the released script that have no flag there, or another default for some methods.
 _AS_RELEASED = (
     *("method", "epochs", "train_batch_size", "test_batch_size", "upper_lr", "w_decay"),
-    *("upper_decay", "aux_weight", "dev_batch_size", "hyperstep", "corrupted"),
-    *(
-        "corrupted_rate",
-        "corruption",
-        "n_meta_loss_accum",
-        "n_meta_train_loss_accum",
-        "upper_optimizer",
-    ),
+    *("upper_decay", "aux_weight", "dev_batch_size", "hyperstep", "corrupted", "corrupted_rate"),
+    *("corruption", "n_meta_loss_accum", "n_meta_train_loss_accum", "upper_optimizer"),
     *("warmup_epochs", "solver", "precondition", "max_grad_norm"),
 )
 

@@ -182,7 +182,7 @@ class ModelFunction:
         found, expected = torch.sum(u * derivative), dot(slopes, vector)
         size = torch.linalg.vector_norm(derivative) + expected.abs()
         rounding = 5 * eps * norm(torch._foreach_mul(slopes, list(vector)))
-        tolerance = min(3 * eps**0.5, 0.1) * size + rounding
+        tolerance = min(10 * eps**0.5, 0.1) * size + rounding
         difference, size, tolerance = torch.stack([found - expected, size, tolerance]).tolist()
         if not math.isfinite(difference) or size <= 2 * tolerance:
             return None

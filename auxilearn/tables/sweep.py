@@ -34,8 +34,7 @@ STOPPED = (130, 143, -2, -15)  # exit codes of a run that somebody asked to end
 # Settings that the table itself sets; --run_flags may not override them.
 OWNED = (
     *("method", "whether_aux", "corrupted", "corrupted_rate", "corruption", "labeled_per_class"),
-    "seed",
-    *("exp_name", "record_dir", "split_dir", "data_root", "resume", "overwrite", "plugin"),
+    *("seed", "exp_name", "record_dir", "split_dir", "data_root", "resume", "overwrite", "plugin"),
 )
 # The methods and backbones that a run finds without --plugin.
 _BUILT_IN = frozenset((*METHODS, *backbone_names()))
