@@ -5,17 +5,19 @@ import itertools
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from auxilearn.errors import RunError, UserError
+from auxilearn.metrics import ACCURACY, RMSE
 from auxilearn.run.command_line import parse
-from benchmarks import beside_revision, on_gpu, rival_steps, side_by_side
+from benchmarks import beside_revision, on_gpu, regret, rival_steps, side_by_side
 from benchmarks.side_by_side import Measured, compare_numbers
 from benchmarks.sides import Package, Plain, Worker, Workload, run_script_settings
-from tests.conftest import gpu
+from tests.conftest import gpu, tiny_flags
 
 TINY = {"batch": 4, "dev_batch": 3, "image_size": 40, "tasks": 5, "classes": 6, "threads": 1}
 
@@ -321,3 +323,39 @@ def test_steps_of_rivals_are_timed(monkeypatch, capsys):
     rival_steps.main()
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("|")[1].strip() for line in lines[2:]] == ["tasks", "--:", "1", "2"]
+
+
+@pytest.mark.parametrize(("metric", "sign"), [(ACCURACY, 1), (RMSE(), -1)])
+def test_regret_is_against_the_equal_weights_that_validation_chooses(metric, sign):
+    cell = regret.Cell(5, 1.0, "supervised")
+    args = SimpleNamespace(aux_weights=[0.1, 1.0], methods=["joint"], seeds=[1, 2])
+    valid = {("common", 0.1): 4, ("common", 1.0): 6, ("common_dev", 0.1): 8, ("common_dev", 1.0): 7}
+    valid["joint", 1.0] = 100
+
+    def results(variant):
+        value, test = valid[variant], {("common_dev", 0.1): 5, ("joint", 1.0): 3}.get(variant, 9)
+        return [
+            SimpleNamespace(valid_accuracy=sign * value + d, test_accuracy=sign * test + d)
+            for d in (-1, 1)
+        ]
+
+    found = {(cell, *variant): results(variant) for variant in valid}
+    best, reached, methods = regret.regrets(args, cell, found, metric)
+    assert (best, reached) == (("common_dev", 0.1), sign * 5)
+    assert methods == [(sign * 3, 2)]
+
+
+def test_regret_of_a_data_set(tiny_split, tmp_path, monkeypatch, capfd):
+    flags = f"--split_dir {tiny_split} --sweep_dir {tmp_path} --epochs 1 --rates 1 --seeds 1"
+    flags += " --aux_weights 0.1 --settings supervised --methods joint --jobs 2"
+    run_flags = tiny_flags(max_steps=2)
+    del run_flags[run_flags.index("--epochs") : run_flags.index("--epochs") + 2]
+    argv = ["regret.py", *flags.split(), f"--run_flags={' '.join(run_flags)}"]
+    monkeypatch.setattr("sys.argv", argv)
+    regret.main()
+    lines = capfd.readouterr().out.splitlines()
+    assert lines[0].split(" | ")[-2:] == ["joint", "regret |"]
+    cells = lines[2].strip("| ").split(" | ")
+    assert cells[:3] == ["1", "1", "supervised"]
+    assert float(cells[6]) == pytest.approx(float(cells[4]) - float(cells[5]), abs=0.11)
+    assert lines[-1].startswith("joint: regret ")
