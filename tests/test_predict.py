@@ -1,6 +1,7 @@
 """inspect_schedule.py --predict: the predictions are those that the run was tested by."""
 
 import csv
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,10 @@ import inspect_schedule
 import train_bilevel
 from auxilearn.data.split import load_split
 from auxilearn.files import read_json
+from examples import write_data
 from tests.conftest import assert_one_error_line
+
+ROOT = Path(__file__).resolve().parents[1]
 
 SAMPLES = 60
 
@@ -129,3 +133,29 @@ def test_wrong_tables_are_one_line(columns, tmp_path, trained, command):
     code, _, err = command(inspect_schedule.main, tmp_path, "--predict", table)
     assert code == 2
     assert_one_error_line(err, "best.pt")
+
+
+def test_the_commands_of_readme_prepare_and_predict_own_data(tmp_path, monkeypatch, command):
+    """README's commands on own data word for word, but for the length of training."""
+    readme = (ROOT / "README.md").read_text().replace("\\\n", " ")
+    lines = [line.split("#")[0].split() for line in readme.splitlines()]
+    lines = [line[1:] for line in lines if line[:1] == ["python"] and "own/" in " ".join(line)]
+    lines = [["examples/write_data.py", "own"], *lines]
+    assert [line[0] for line in lines] == [
+        "examples/write_data.py",
+        *("data_preprocess.py", "train_bilevel.py") * 2,
+        "inspect_schedule.py",
+    ]
+    monkeypatch.chdir(tmp_path)
+    short = ["--max_steps", "1", "--dev_epochs", "0", "--threads", "1"]
+    mains = {
+        "examples/write_data.py": write_data.main,
+        "data_preprocess.py": data_preprocess.main,
+        "train_bilevel.py": train_bilevel.main,
+        "inspect_schedule.py": inspect_schedule.main,
+    }
+    for name, *flags in lines:
+        code, _, err = command(mains[name], *flags, *(short if name == "train_bilevel.py" else ()))
+        assert code == 0, err
+    rows = read_csv("own/runs/full/tumours/predictions.csv")
+    assert {row["diagnosis"] for row in rows} <= {"benign", "malignant"} and len(rows) == 569
