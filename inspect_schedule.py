@@ -44,10 +44,11 @@ def parse_arguments():
     )
     add(
         "--rank_by",
-        choices=("auto", "weight", "loss"),
+        choices=("auto", "margin", "weight", "loss"),
         default="auto",
-        help="rank labels by low target weight or by high target loss; auto takes the weight if "
-        "weights differ and clearly fall with the loss (default: %(default)s)",
+        help="rank labels by low mean margin over training, by low target weight or by high target "
+        "loss; auto takes the margin, of runs without one the weight if weights differ and clearly "
+        "fall with the loss, else the loss (default: %(default)s)",
     )
     add(
         "--sheets",

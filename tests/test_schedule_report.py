@@ -408,8 +408,9 @@ def test_samples_csv_has_both_labels_and_what_the_checkpoint_makes_of_them(full_
         split, "rest_train", split.tasks[: config.task_num], config.seed, corrupted_rate=0.5
     )
     rows = read_csv(report / "samples.csv")
-    columns = ["id", "path", "label", "given_label", "weight", "loss", "prediction"]
+    columns = ["id", "path", "label", "given_label", "weight", "loss", "prediction", "margin"]
     assert list(rows[0]) == columns
+    assert [float(row["margin"]) for row in rows] == pytest.approx(np.load(run / "margins.npy"))
     positions = samples.positions.tolist()
     assert [row["id"] for row in rows] == [split.ids[p] for p in positions]
     assert [row["path"] for row in rows] == [split.paths[p] for p in positions]
