@@ -47,8 +47,8 @@ def parse_arguments():
         choices=("auto", "margin", "weight", "loss"),
         default="auto",
         help="rank labels by low mean margin over training, by low target weight or by high target "
-        "loss; auto takes the margin, of runs without one the weight if weights differ and clearly "
-        "fall with the loss, else the loss (default: %(default)s)",
+        "loss; auto takes loss and margin together, of a run without margins the loss (default: "
+        "%(default)s)",
     )
     add(
         "--sheets",

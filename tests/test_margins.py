@@ -158,6 +158,9 @@ def test_the_report_shows_them_beside_weight_and_loss(tiny_run, no_charts, comma
     text = " ".join(text.split())
     assert f"low mean margin {area:.3f} {precision:.3f}" in text
     assert f"{area:.3f} by low mean margin" in text
+    losses = np.array([float(row["loss"]) for row in rows])
+    area = roc_auc_score(wrong, losses.argsort().argsort() + (-margins).argsort().argsort())
+    assert f"loss and margin together {area:.3f}" in text
     brief = next(s.text for s in said if s.topic == "Wrong labels")
     assert "Ranked by margin, as --rank_by asks." in brief
     assert "All labels, by margin" in text and "Lowest margin" in text

@@ -232,13 +232,12 @@ def _labels(findings):
         known = f"{wrong:,} of {len(labels):,} labels ({wrong / len(labels):.0%}) are wrong. "
         areas = ", ".join(f"{a:.3f} by {name}" for name, a in area.items())
         known += f"Area under the ROC curve for finding them: {areas}. "
-        weight, loss, margin = (area.get(name) for name in WORDS.values())
+        weight, loss, margin = (area.get(WORDS[by]) for by in ("weight", "loss", "margin"))
         if weight is not None:
             verdict, end = _compare(weight, loss)
             known += f"At that, {end} "
-            if margin is not None and margin > weight + EQUAL:
-                verdict = "note" if verdict == "good" else verdict
-                known += "The mean margin over training is better than the schedule. "
+            if verdict == "good" and margin is not None and margin > weight + EQUAL:
+                verdict, known = "note", f"{known}The mean margin is better still. "
     if findings.weakness:
         verdict, known = "caution", f"{findings.weakness} {known}"
     elif not findings.truth:

@@ -373,7 +373,7 @@ def _wrong_labels(findings):
         return None
     figure, axes = new_axes("share of all labels checked", "share of wrong labels found", TALL)
     checked = np.linspace(0, 1, len(labels) + 1)
-    looks = (("blue", "-"), ("orange", "--"), ("green", (0, (6, 1, 1, 1))))
+    looks = (("blue", "-"), ("orange", "--"), ("green", (0, (6, 1, 1, 1))), ("purple", "-"))
     looks = dict(zip(WORDS.values(), looks, strict=True))
     for name, (area, _) in findings.truth.items():
         order = np.argsort(-findings.scores[name].to_numpy(), kind="stable")

@@ -13,8 +13,6 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from auxilearn.report.run import Evaluation, Run
 from auxilearn.report.statistics import correlation, fifths, information, spread_shares
 
-FALLING = -0.5  # rank correlation of weight and loss from which a ranking by weight is about labels
-EQUAL = 1.1  # ratio of the largest and the smallest weight up to which weights say nothing
 WEAK = 0.6  # validation accuracy below which a model cannot tell wrong labels from hard samples
 POOR = 0.5  # and the share of its training labels that a model predicts which has learned them
 EXCESS = 1.5  # contradicted labels per expected error of the model from which they are suspected
@@ -23,14 +21,20 @@ FAR = 3  # validation RMSEs from which a label and its prediction contradict eac
 NORMAL = 0.0027  # the share of errors that are so large if errors are normal
 FLAT = 0.9  # standard deviations of the labels: validation RMSE above which a model is too weak
 
+TOGETHER = "loss and margin"
 # What labels are ranked by, in words.
-WORDS = {"weight": "low target weight", "loss": "high target loss", "margin": "low mean margin"}
+WORDS = {
+    "weight": "low target weight",
+    "loss": "high target loss",
+    "margin": "low mean margin",
+    TOGETHER: f"{TOGETHER} together",
+}
 
 
 class Ranking(NamedTuple):
     """The decisions on labels, made once: how they are ranked, and whether some are suspected."""
 
-    by: str  # weight, margin or loss
+    by: str  # loss and margin, weight, margin or loss
     reason: str  # a sentence
     contradicted: int  # labels for which the model predicts another class, or a number that is FAR
     expected: int  # of them, if all labels were right: by the model's errors in validation
@@ -326,10 +330,9 @@ def _samples(run, evaluation):
 def rank_labels(samples, valid, rank_by="auto", numbers=False):
     """(labels, ranking) of ``samples``: see ``Findings``. ``rank_by``: auto, margin, weight, loss.
 
-    With auto, by mean margin if the run recorded one of every label: docs/label_audit.md has the
-    evidence. Else by weight if target weights differ and clearly fall with the loss: a schedule
-    that does not distrust labels which the model cannot explain is about pictures, not about
-    labels. Else by loss. The truth, where it is known, has no say.
+    With auto, by the mean of a label's ranks by loss and by margin if the run recorded a margin of
+    every label, else by loss: docs/label_audit.md has the evidence. The truth, where it is known,
+    has no say.
 
     ``valid`` is the metric in validation: accuracy, or with ``numbers`` RMSE. A label is suspected
     if the model predicts another class, or a number that is more than ``FAR`` RMSEs off, provided
@@ -354,31 +357,25 @@ def rank_labels(samples, valid, rank_by="auto", numbers=False):
 
 
 def _ranked_by(labels, rank_by):
-    """(margin, weight or loss, a sentence that says why)."""
-    weight, loss = labels.weight, labels.loss
-    if rank_by == "margin" and not _have_margins(labels):
-        return "loss", "Ranked by loss: the run has no margins of all labels."
-    if rank_by == "auto" and _have_margins(labels):
-        return "margin", "Ranked by margin, which the run recorded while it trained."
-    if rank_by in ("auto", "weight") and weight.isna().all():
+    """(what ``suspicion`` takes, a sentence that says why)."""
+    if rank_by == "weight" and labels.weight.isna().all():
         return "loss", "Ranked by loss: the method learns no weights of samples."
-    if rank_by != "auto":
-        return rank_by, f"Ranked by {rank_by}, as --rank_by asks."
-    if not _differ(weight):
-        return "loss", "Ranked by loss: all samples have the same target weight."
-    if weight.max() <= EQUAL * weight.min():
-        return "loss", "Ranked by loss: all target weights are within 10 % of each other."
-    falls = correlation(weight, loss)
-    if falls < FALLING:
-        return "weight", f"Ranked by weight, which falls with the loss (correlation {falls:.2f})."
-    return "loss", f"Ranked by loss: weights do not clearly fall with it (correlation {falls:.2f})."
+    if rank_by in ("auto", "margin") and not _have_margins(labels):
+        return "loss", "Ranked by loss: the run has no margins of its labels."
+    if rank_by == "auto":
+        return TOGETHER, f"Ranked by {TOGETHER}: the mean of both ranks."
+    return rank_by, f"Ranked by {rank_by}, as --rank_by asks."
 
 
 def suspicion(labels, by):
-    """A column of ``labels`` that is highest where they are most suspicious by weight, loss or
-    margin; NaN where that is not known."""
+    """A column of ``labels`` that is highest where they are most suspicious; NaN if not known.
+
+    ``by``: a name in ``WORDS``.
+    """
     if by == "loss":
         return labels.loss
+    if by == TOGETHER:
+        return (labels.loss.rank() + suspicion(labels, "margin").rank()) / 2
     return -labels[by] if by in labels else labels.loss * np.nan
 
 
