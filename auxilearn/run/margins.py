@@ -15,8 +15,9 @@ import torch
 class Margins:
     """The sum of the margins of each of n training samples, and how many there were.
 
-    Both stay on the device: ``add`` waits for nothing. Over several ranks each has its share. (Of a
-    batch with fewer samples than ranks every rank counts all.)
+    All stays on the device, and nothing is waited for: ``add`` takes a step down, ``take`` counts
+    those taken down since, which costs as much for ten steps as for one. Over several ranks each
+    has its share. (Of a batch with fewer samples than ranks every rank counts all.)
 
     Args: ``samples`` n; ``device`` of the logits.
     """
@@ -24,27 +25,39 @@ class Margins:
     def __init__(self, samples, device):
         self.total = torch.zeros(samples, dtype=torch.float64, device=device)
         self.count = torch.zeros(samples, dtype=torch.int64, device=device)
+        self._waiting = []
 
     @classmethod
     def of_run(cls, run):
         """Those of a ``Run``; None if its target is a real number, which has no margin."""
         return cls(len(run.train_set), run.device) if run.tasks[0].classes else None
 
-    @torch.no_grad()
     def add(self, outputs, logits):
-        """Count the ``TaskLosses`` of a training batch, whose target logits are (B, C)."""
-        given = outputs.labels[:, :1].long()
+        """Take down the ``TaskLosses`` of a training batch and its target logits (B, C)."""
+        labeled = None if outputs.mask is None else outputs.mask[:, 0]
+        self._waiting.append((logits, outputs.labels[:, 0], outputs.sample_id, labeled))
+
+    @torch.no_grad()
+    def take(self):
+        """Count what was taken down."""
+        if not self._waiting:
+            return
+        logits, labels, places, labeled = zip(*self._waiting, strict=True)
+        self._waiting.clear()
+        logits, places = torch.cat(logits), torch.cat(places)
+        given = torch.cat(labels).long()[:, None]  # (steps x B, 1)
         others = logits.scatter(1, given, -torch.inf).amax(dim=1)
-        margin = (logits.gather(1, given)[:, 0] - others).double()
-        known = torch.ones_like(outputs.sample_id)
-        if outputs.mask is not None:
-            known = outputs.mask[:, 0].long()
-            margin = margin.masked_fill(~outputs.mask[:, 0], 0)
-        self.total.index_add_(0, outputs.sample_id, margin)
-        self.count.index_add_(0, outputs.sample_id, known)
+        margins = (logits.gather(1, given)[:, 0] - others).double()
+        known = torch.ones_like(places)
+        if labeled[0] is not None:
+            known = torch.cat(labeled)
+            margins = margins.masked_fill(~known, 0)
+        self.total.index_add_(0, places, margins)
+        self.count.index_add_(0, places, known.long())
 
     def state(self):
-        """In main memory, for a checkpoint."""
+        """All that was added, in main memory, for a checkpoint."""
+        self.take()
         return {"total": self.total.cpu(), "count": self.count.cpu()}
 
     def restore(self, state):

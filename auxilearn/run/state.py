@@ -39,6 +39,8 @@ class State:
         """
         clock = time.perf_counter()
         window, history = self.progress.window, self.history
+        if self.margins:
+            self.margins.take()
         of_steps = window.waiting()
         of_schedule = history.waiting() if history and upper_step_after else []
         arrays = _on_host(of_steps + of_schedule)
