@@ -47,8 +47,8 @@ def parse_arguments():
         choices=("auto", "margin", "weight", "loss"),
         default="auto",
         help="rank labels by low mean margin over training, by low target weight or by high target "
-        "loss; auto takes loss and margin together, of a run without margins the loss (default: "
-        "%(default)s)",
+        "loss; auto takes the loss, and of a weak model (validation accuracy below 60 %%) loss and "
+        "margin together (default: %(default)s)",
     )
     add(
         "--sheets",

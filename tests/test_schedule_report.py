@@ -646,17 +646,19 @@ def test_what_labels_are_ranked_by():
     table = bare.assign(margin=margin)
     places = np.arange(60)
     ranks = [np.argsort(np.argsort(values)) for values in (loss, -margin)]
-    for samples, rank_by, by, score in (
-        (table, "auto", "loss and margin", ranks[0] + ranks[1]),
-        (table, "margin", "margin", -margin),
-        (table, "weight", "weight", -weight),
-        (table, "loss", "loss", loss),
-        (bare, "auto", "loss", loss),
-        (bare, "margin", "loss", loss),
-        (table.assign(margin=np.where(places == 7, np.nan, margin)), "auto", "loss", loss),
-        (table.assign(weight=np.nan), "weight", "loss", loss),
+    together = ("auto", "loss and margin", ranks[0] + ranks[1])
+    for samples, accuracy, rank_by, by, score in (
+        (table, 0.59, *together),
+        (table, 0.6, "auto", "loss", loss),
+        (table, 0.9, "margin", "margin", -margin),
+        (table, 0.5, "weight", "weight", -weight),
+        (table, 0.5, "loss", "loss", loss),
+        (bare, 0.5, "auto", "loss", loss),
+        (bare, 0.5, "margin", "loss", loss),
+        (table.assign(margin=np.where(places == 7, np.nan, margin)), 0.5, "auto", "loss", loss),
+        (table.assign(weight=np.nan), 0.5, "weight", "loss", loss),
     ):
-        labels, ranking = rank_labels(samples, 0.9, rank_by)
+        labels, ranking = rank_labels(samples, accuracy, rank_by)
         assert ranking.by == by
         assert ranking.reason.startswith(f"Ranked by {by}")
         assert labels.index.tolist() == sorted(places, key=lambda i: (-score[i], -loss[i]))

@@ -330,9 +330,9 @@ def _samples(run, evaluation):
 def rank_labels(samples, valid, rank_by="auto", numbers=False):
     """(labels, ranking) of ``samples``: see ``Findings``. ``rank_by``: auto, margin, weight, loss.
 
-    With auto, by the mean of a label's ranks by loss and by margin if the run recorded a margin of
-    every label, else by loss: docs/label_audit.md has the evidence. The truth, where it is known,
-    has no say.
+    With auto, by loss; of a weak model (validation accuracy below ``WEAK``) by the mean of a
+    label's ranks by loss and by margin, if the run recorded a margin of every label.
+    docs/label_audit.md has the evidence. The truth, where it is known, has no say.
 
     ``valid`` is the metric in validation: accuracy, or with ``numbers`` RMSE. A label is suspected
     if the model predicts another class, or a number that is more than ``FAR`` RMSEs off, provided
@@ -342,7 +342,7 @@ def rank_labels(samples, valid, rank_by="auto", numbers=False):
     kind = float if numbers else int
     labels = samples.dropna(subset="loss")
     labels = labels.astype({"label": kind, "given_label": kind, "prediction": kind})
-    by, reason = _ranked_by(labels, rank_by)
+    by, reason = _ranked_by(labels, rank_by, weak=not numbers and valid < WEAK)
     score = suspicion(labels, by)
     if numbers:
         another, share = (labels.prediction - labels.given_label).abs() > FAR * valid, NORMAL
@@ -356,14 +356,19 @@ def rank_labels(samples, valid, rank_by="auto", numbers=False):
     return labels, Ranking(by, reason, int(another.sum()), expected, suspicious, numbers)
 
 
-def _ranked_by(labels, rank_by):
+def _ranked_by(labels, rank_by, weak):
     """(what ``suspicion`` takes, a sentence that says why)."""
+    if rank_by == "auto" and not weak:
+        return "loss", "Ranked by loss, the default."
     if rank_by == "weight" and labels.weight.isna().all():
         return "loss", "Ranked by loss: the method learns no weights of samples."
     if rank_by in ("auto", "margin") and not _have_margins(labels):
         return "loss", "Ranked by loss: the run has no margins of its labels."
     if rank_by == "auto":
-        return TOGETHER, f"Ranked by {TOGETHER}: the mean of both ranks."
+        return TOGETHER, (
+            f"Ranked by {TOGETHER}, the mean of both ranks: the default of a model that is right on "
+            f"less than {WEAK:.0%} of the validation set."
+        )
     return rank_by, f"Ranked by {rank_by}, as --rank_by asks."
 
 
