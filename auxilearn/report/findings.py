@@ -366,8 +366,8 @@ def _ranked_by(labels, rank_by, weak):
         return "loss", "Ranked by loss: the run has no margins of its labels."
     if rank_by == "auto":
         return TOGETHER, (
-            f"Ranked by {TOGETHER}, the mean of both ranks: the default of a model that is right on "
-            f"less than {WEAK:.0%} of the validation set."
+            f"Ranked by {TOGETHER}, the mean of both ranks: the default of a model that is right "
+            f"on less than {WEAK:.0%} of the validation set."
         )
     return rank_by, f"Ranked by {rank_by}, as --rank_by asks."
 
