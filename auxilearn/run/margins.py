@@ -5,7 +5,7 @@
 A label that the model learns only late, or against its neighbours, keeps a low or negative mean:
 the area under the margin of Pleiss et al., NeurIPS 2020. The logits are those of metrics.jsonl's
 training accuracy, which every lower step computes anyway: of the features of the step, by the
-target's head after it. (By the head before it, rankings are the same to the third digit.)
+target's head after it. (docs/label_audit.md: by the head before it, results are as good.)
 """
 
 import numpy as np
