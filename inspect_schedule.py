@@ -44,10 +44,11 @@ def parse_arguments():
     )
     add(
         "--rank_by",
-        choices=("auto", "weight", "loss"),
+        choices=("auto", "margin", "weight", "loss"),
         default="auto",
-        help="rank labels by low target weight or by high target loss; auto takes the weight if "
-        "weights differ and clearly fall with the loss (default: %(default)s)",
+        help="rank labels by low mean margin over training, by low target weight or by high target "
+        "loss; auto takes the loss, and of a weak model (validation accuracy below 60 %%) loss and "
+        "margin together (default: %(default)s)",
     )
     add(
         "--sheets",

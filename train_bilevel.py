@@ -117,6 +117,8 @@ def lower_step(run, state, step, batches, dev_batches):
     with torch.no_grad():
         outputs = bilevel.model.heads.target_logits(result.outputs.features)
     window.add(result, outputs)
+    if state.margins and not fine_tuning:
+        state.margins.add(result.outputs, outputs)
     window.lower_seconds += time.perf_counter() - clock
 
 

@@ -193,6 +193,11 @@ def differences(run, other):
             found += [f"{name}: {a} is not {b}" for a, b in pairs if a != b][:1]
             if len(rows(run / name)) != len(rows(other / name)):
                 found.append(f"{name}: another number of rows")
+    ours, theirs = (r / "margins.npy" for r in (run, other))
+    if ours.exists() != theirs.exists():
+        found.append("only one has margins.npy")
+    elif ours.exists() and ours.read_bytes() != theirs.read_bytes():
+        found.append("margins.npy")
     ours, theirs = (json.loads((r / "summary.json").read_text()) for r in (run, other))
     found += [
         f"summary.json: {name}"
@@ -212,7 +217,16 @@ def differences(run, other):
     ours, theirs = (_last_state(r) for r in (run, other))
     found += [
         f"the last checkpoint: {part}"
-        for part in ("step", "model", "scheduler", "lower", "upper", "fine_tuning", "random")
+        for part in (
+            "step",
+            "model",
+            "scheduler",
+            "lower",
+            "upper",
+            "fine_tuning",
+            "random",
+            "margins",
+        )
         if not _equal(ours[part], theirs[part])
     ]
     return found

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -190,6 +191,14 @@ def test_torchrun_trains_and_one_rank_writes(split_dir, tmp_path):
     steps = [row["step"] for row in rows if row["kind"] == "step"]
     assert len(steps) == len(set(steps))
     assert [row["epoch"] for row in rows if row["kind"] == "epoch"] == [1, 2]
+    states = torch.load(max(run.glob("step-*.pt")), weights_only=True)["state"]["margins"]
+    counts = [state["count"] for state in states]
+    assert (counts[0] + counts[1] == 2).all()  # each sample once an epoch, on either rank
+    assert counts[0].max() > 0 < counts[1].max()
+    assert (
+        np.load(run / "margins.npy").tolist()
+        == ((states[0]["total"] + states[1]["total"]) / 2).tolist()
+    )
 
 
 STOPPED = """
@@ -218,18 +227,20 @@ def test_resumed_between_two_rows_it_writes_the_same_rows(split_dir, tmp_path, m
         _, err = process.communicate(timeout=120)
         found = (tmp_path / "full" / name / "metrics.jsonl").read_text().splitlines()
         rows = [json.loads(line) for line in found]
-        return [{k: v for k, v in row.items() if "seconds" not in k} for row in rows], err
+        margins = np.load(tmp_path / "full" / name / "margins.npy").tolist()
+        return [{k: v for k, v in row.items() if "seconds" not in k} for row in rows], margins, err
 
-    whole, err = rows("whole", "--exp_name", "whole")
+    whole, margins, err = rows("whole", "--exp_name", "whole")
     assert [row["step"] for row in whole if row["kind"] == "step"] == [1, 10, 12], err
     monkeypatch.setenv("STOP_AT_3", "1")
     name = "train_stopped_seed5"
-    _, err = rows(name)
+    _, early, err = rows(name)
+    assert early != margins
     assert "stopped after step 4 of 12 as asked" in err  # where an epoch ends, ranks agree
     assert f"--exp_name {name}" in err
     assert "--exp_name None" not in err
     monkeypatch.delenv("STOP_AT_3")
-    assert rows(name, "--exp_name", name, "--resume", "1")[0] == whole
+    assert rows(name, "--exp_name", name, "--resume", "1")[:2] == (whole, margins)
 
 
 def test_a_rank_that_dies_ends_the_run(split_dir, tmp_path):

@@ -254,7 +254,8 @@ def test_tables_against_plain_pytorch(make, no_charts, target, images):
     # Samples and labels: the data's own numbers, to the last digit.
     rows = read_csv(page.parent / "samples.csv")
     columns = ["id", "path", "label", "given_label", "weight", "loss", "prediction"]
-    assert list(rows[0]) == (columns if images else [columns[0], *columns[2:]])
+    columns = columns if images else [columns[0], *columns[2:]]
+    assert list(rows[0]) == columns + ["margin"] * (target == "kind")
     assert [row["id"] for row in rows] == [f"{p}.png" if images else str(p + 1) for p in REST]
     number = lambda name: np.array([float(r[name] or "nan") for r in rows])  # noqa: E731
     np.testing.assert_array_equal(number("label"), truth[target][REST])

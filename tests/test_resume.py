@@ -107,6 +107,7 @@ def test_the_comparison_after_a_kill_storm_sees_every_difference(run):
         ("schedule.jsonl", lambda c: c[: c.rindex(b"\n", 0, -1) + 1], "another number of rows"),
         ("summary.json", lambda c: c.replace(b'"best_epoch"', b'"worst_epoch"'), "summary.json: "),
         ("best.pt", with_another_weight, "best.pt: "),
+        ("margins.npy", lambda c: c[:-1] + b"\x7f", "margins.npy"),
     ]:
         original = (one / name).read_bytes()
         (one / name).write_bytes(changed(original))
@@ -177,6 +178,21 @@ def test_a_checkpoint_that_is_not_used_takes_no_place_of_a_good_one(tmp_path):
         "step-00000003",
     ]
     record.close()
+
+
+def test_a_checkpoint_of_a_version_without_margins(run):
+    """Those of the steps before it are not known: none are written."""
+    folder = run("run", save_every=1)
+    path = max(folder.glob("step-*.pt"))
+    saved = torch.load(path, weights_only=True)
+    del saved["state"]["margins"]
+    content = record_module._saved(saved)
+    path.unlink()
+    (folder / f"step-00000006.{record_module._hash(content)}.pt").write_bytes(content)
+    for name in ("summary.json", "margins.npy"):
+        (folder / name).unlink()
+    run("run", resume=True, save_every=1)
+    assert (folder / "summary.json").exists() and not (folder / "margins.npy").exists()
 
 
 def test_two_checkpoints_are_kept(run):

@@ -408,8 +408,9 @@ def test_samples_csv_has_both_labels_and_what_the_checkpoint_makes_of_them(full_
         split, "rest_train", split.tasks[: config.task_num], config.seed, corrupted_rate=0.5
     )
     rows = read_csv(report / "samples.csv")
-    columns = ["id", "path", "label", "given_label", "weight", "loss", "prediction"]
+    columns = ["id", "path", "label", "given_label", "weight", "loss", "prediction", "margin"]
     assert list(rows[0]) == columns
+    assert [float(row["margin"]) for row in rows] == pytest.approx(np.load(run / "margins.npy"))
     positions = samples.positions.tolist()
     assert [row["id"] for row in rows] == [split.ids[p] for p in positions]
     assert [row["path"] for row in rows] == [split.paths[p] for p in positions]
@@ -638,27 +639,29 @@ def table_of(weight, loss, prediction=0):
     return pd.DataFrame({"weight": weight, "loss": loss} | columns)
 
 
-@pytest.mark.parametrize(("slope", "by"), [(-1.0, "weight"), (1.0, "loss"), (0.0, "loss")])
-def test_labels_are_ranked_by_weight_where_weights_fall_with_the_loss(slope, by):
+def test_what_labels_are_ranked_by():
     rng = np.random.default_rng(0)
-    loss = rng.exponential(size=60)
-    weight = np.exp(slope * loss + 0.1 * rng.normal(size=60))
-
-    def ranked(weight, rank_by="auto"):
-        return rank_labels(table_of(weight, loss), 0.9, rank_by)[1]
-
-    labels, ranking = rank_labels(table_of(weight, loss), 0.9)
-    assert ranking.by == by
-    score = labels[by].to_numpy()
-    assert np.array_equal(score, np.sort(score)[:: 1 if by == "weight" else -1])
-    assert ranked(weight, "weight").by == "weight"
-    alike = ranked(weight ** (0.05 / np.ptp(np.log(weight))))
-    assert alike.by == "loss"
-    assert "within 10 %" in alike.reason
-    few = np.where(loss > np.quantile(loss, 0.97), 0.05, 1 - 0.01 * loss)  # as of 3 % wrong labels
-    assert ranked(few).by == "weight"
-    assert "same target weight" in ranked(np.ones(60)).reason
-    assert ranked(np.full(60, np.nan), "weight").by == "loss"
+    loss, weight, margin = rng.exponential(size=60), rng.random(60), rng.normal(size=60)
+    bare = table_of(weight, loss)
+    table = bare.assign(margin=margin)
+    places = np.arange(60)
+    ranks = [np.argsort(np.argsort(values)) for values in (loss, -margin)]
+    together = ("auto", "loss and margin", ranks[0] + ranks[1])
+    for samples, accuracy, rank_by, by, score in (
+        (table, 0.59, *together),
+        (table, 0.6, "auto", "loss", loss),
+        (table, 0.9, "margin", "margin", -margin),
+        (table, 0.5, "weight", "weight", -weight),
+        (table, 0.5, "loss", "loss", loss),
+        (bare, 0.5, "auto", "loss", loss),
+        (bare, 0.5, "margin", "loss", loss),
+        (table.assign(margin=np.where(places == 7, np.nan, margin)), 0.5, "auto", "loss", loss),
+        (table.assign(weight=np.nan), 0.5, "weight", "loss", loss),
+    ):
+        labels, ranking = rank_labels(samples, accuracy, rank_by)
+        assert ranking.by == by
+        assert ranking.reason.startswith(f"Ranked by {by}")
+        assert labels.index.tolist() == sorted(places, key=lambda i: (-score[i], -loss[i]))
 
 
 def test_suspected_labels_are_more_than_the_model_s_errors():
@@ -699,17 +702,19 @@ def test_a_weak_model_is_named(accuracy, contradicted, words):
 
 
 def test_one_ranking_for_brief_list_and_table(full_report, make_run, no_charts, tmp_path):
-    for rank_by in ("auto", "loss", "weight"):
+    for rank_by in ("auto", "loss", "weight", "margin"):
         page, said = write.write_report(make_run(**JOINT), tmp_path, rank_by=rank_by)
         rows = {row["id"]: row for row in read_csv(tmp_path / "samples.csv")}
         listed = [row["id"] for row in read_csv(tmp_path / "clean_labels.csv")]
         text = Page(page).text
-        (by,) = re.findall(r"All labels, by (\w+)", text)
+        (by,) = re.findall(r"All labels, by (loss and margin|\w+) Ranked", text)
+        assert by == ("loss and margin" if rank_by == "auto" else rank_by)
         brief = next(s.text for s in said if s.topic == "Wrong labels")
         assert f"Ranked by {by}" in brief
         assert "Go by" not in text
-        sign = 1 if by == "weight" else -1
-        assert listed == sorted(listed, key=lambda i: sign * float(rows[i][by]))
+        if rank_by != "auto":
+            sign = -1 if by == "loss" else 1
+            assert listed == sorted(listed, key=lambda i: sign * float(rows[i][by]))
         table = re.search(r'<table id="label-table">.*?</table>', page.read_text(), re.DOTALL)
         assert re.findall(r"<td title=[^>]*>([^<]*)</td>", table.group()) == listed
 

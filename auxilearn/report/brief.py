@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from auxilearn.report.findings import WORDS
 from auxilearn.report.names import readable
 from auxilearn.report.run import REFERENCE
 from auxilearn.run.build import FINE_TUNING
@@ -231,9 +232,12 @@ def _labels(findings):
         known = f"{wrong:,} of {len(labels):,} labels ({wrong / len(labels):.0%}) are wrong. "
         areas = ", ".join(f"{a:.3f} by {name}" for name, a in area.items())
         known += f"Area under the ROC curve for finding them: {areas}. "
-        if len(area) > 1:
-            verdict, end = _compare(*area.values())
+        weight, loss, margin = (area.get(WORDS[by]) for by in ("weight", "loss", "margin"))
+        if weight is not None:
+            verdict, end = _compare(weight, loss)
             known += f"At that, {end} "
+            if verdict == "good" and margin is not None and margin > weight + EQUAL:
+                verdict, known = "note", f"{known}The mean margin is better still. "
     if findings.weakness:
         verdict, known = "caution", f"{findings.weakness} {known}"
     elif not findings.truth:

@@ -13,8 +13,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
-from sklearn.metrics import roc_auc_score
 
+from auxilearn.report.findings import WORDS
 from auxilearn.report.names import readable, shortened
 from auxilearn.report.run import REFERENCE
 from auxilearn.report.style import (
@@ -373,12 +373,11 @@ def _wrong_labels(findings):
         return None
     figure, axes = new_axes("share of all labels checked", "share of wrong labels found", TALL)
     checked = np.linspace(0, 1, len(labels) + 1)
-    scores = {"low target weight": -labels.weight, "high target loss": labels.loss}
-    looks = {"low target weight": ("blue", "-"), "high target loss": ("orange", "--")}
-    for name in findings.truth:
-        order = np.argsort(-scores[name].to_numpy(), kind="stable")
+    looks = (("blue", "-"), ("orange", "--"), ("green", (0, (6, 1, 1, 1))), ("purple", "-"))
+    looks = dict(zip(WORDS.values(), looks, strict=True))
+    for name, (area, _) in findings.truth.items():
+        order = np.argsort(-findings.scores[name].to_numpy(), kind="stable")
         found = np.append(0, np.cumsum(labels.wrong.to_numpy()[order])) / labels.wrong.sum()
-        area = roc_auc_score(labels.wrong, scores[name])
         keep = np.unique(np.linspace(0, len(labels), 300).astype(int))
         colour, line = looks[name]
         label = f"by {name} (ROC area {area:.3f})"

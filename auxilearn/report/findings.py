@@ -13,8 +13,6 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from auxilearn.report.run import Evaluation, Run
 from auxilearn.report.statistics import correlation, fifths, information, spread_shares
 
-FALLING = -0.5  # rank correlation of weight and loss from which a ranking by weight is about labels
-EQUAL = 1.1  # ratio of the largest and the smallest weight up to which weights say nothing
 WEAK = 0.6  # validation accuracy below which a model cannot tell wrong labels from hard samples
 POOR = 0.5  # and the share of its training labels that a model predicts which has learned them
 EXCESS = 1.5  # contradicted labels per expected error of the model from which they are suspected
@@ -23,11 +21,20 @@ FAR = 3  # validation RMSEs from which a label and its prediction contradict eac
 NORMAL = 0.0027  # the share of errors that are so large if errors are normal
 FLAT = 0.9  # standard deviations of the labels: validation RMSE above which a model is too weak
 
+TOGETHER = "loss and margin"
+# What labels are ranked by, in words.
+WORDS = {
+    "weight": "low target weight",
+    "loss": "high target loss",
+    "margin": "low mean margin",
+    TOGETHER: f"{TOGETHER} together",
+}
+
 
 class Ranking(NamedTuple):
     """The decisions on labels, made once: how they are ranked, and whether some are suspected."""
 
-    by: str  # weight or loss
+    by: str  # loss and margin, weight, margin or loss
     reason: str  # a sentence
     contradicted: int  # labels for which the model predicts another class, or a number that is FAR
     expected: int  # of them, if all labels were right: by the model's errors in validation
@@ -61,8 +68,9 @@ class Findings:
         spread, low and high (5 and 95 % quantiles), task_factor, role, mean_loss, share_of_loss
         and class_information. A mean is over the samples that have a label under the task.
     samples: a row per training sample: id, path of an image, label (the data's), given_label
-        (trained on), weight, loss, prediction. Without a target label to train on, given_label,
-        weight and loss are missing. Labels are numbers of classes, or in their own unit.
+        (trained on), weight, loss, prediction and, if the run recorded them, margin (its mean over
+        training). Without a target label to train on, given_label, weight, loss and margin are
+        missing. Labels are numbers of classes, or in their own unit.
     labels: the samples that have a target label, the most suspicious first, with rank, quality
         (1 best), suspected, and wrong (given label is not the data's) if labels were corrupted.
 
@@ -162,21 +170,29 @@ class Findings:
         """Whether the schedule gives different samples different target weights."""
         return self.labels is not None and _differ(self.labels.weight)
 
+    @property
+    def with_margins(self):
+        """Whether every label has a mean margin over training."""
+        return self.labels is not None and _have_margins(self.labels)
+
+    @cached_property
+    def scores(self):
+        """{ranking: column of ``labels`` that is highest where labels are most suspicious}."""
+        scores = {WORDS[by]: suspicion(self.labels, by) for by in WORDS}
+        return {name: score for name, score in scores.items() if score.notna().all()}
+
     @cached_property
     def truth(self):
         """{ranking: (area under ROC, mean precision)} of wrong labels; {} if none is known."""
         labels = self.labels
         if labels is None or "wrong" not in labels or not 0 < labels.wrong.sum() < len(labels):
             return {}
-        scores = {"high target loss": labels.loss}
-        if labels.weight.notna().all():
-            scores = {"low target weight": -labels.weight} | scores
         return {
             name: (
                 roc_auc_score(labels.wrong, score),
                 average_precision_score(labels.wrong, score),
             )
-            for name, score in scores.items()
+            for name, score in self.scores.items()
         }
 
     @cached_property
@@ -306,16 +322,17 @@ def _samples(run, evaluation):
         "weight": table.weights[:, 0].astype(float) if run.method.bilevel else np.nan,
         "loss": table.losses[:, 0].astype(float),
         "prediction": pd.array(evaluation.predicted(0), kind),
+        "margin": evaluation.margins,
     }
     return pd.DataFrame({name: values for name, values in columns.items() if values is not None})
 
 
 def rank_labels(samples, valid, rank_by="auto", numbers=False):
-    """(labels, ranking) of ``samples``: see ``Findings``. ``rank_by``: auto, weight or loss.
+    """(labels, ranking) of ``samples``: see ``Findings``. ``rank_by``: auto, margin, weight, loss.
 
-    With auto, by weight if target weights differ and clearly fall with the loss. A schedule that
-    does not distrust labels which the model cannot explain is about pictures, not about labels. The
-    truth, where it is known, has no say.
+    With auto, by loss; of a weak model (validation accuracy below ``WEAK``) by the mean of a
+    label's ranks by loss and by margin, if the run recorded a margin of every label.
+    docs/label_audit.md has the evidence. The truth, where it is known, has no say.
 
     ``valid`` is the metric in validation: accuracy, or with ``numbers`` RMSE. A label is suspected
     if the model predicts another class, or a number that is more than ``FAR`` RMSEs off, provided
@@ -325,8 +342,8 @@ def rank_labels(samples, valid, rank_by="auto", numbers=False):
     kind = float if numbers else int
     labels = samples.dropna(subset="loss")
     labels = labels.astype({"label": kind, "given_label": kind, "prediction": kind})
-    by, reason = _ranked_by(labels, rank_by)
-    score = labels.loss if by == "loss" else -labels.weight
+    by, reason = _ranked_by(labels, rank_by, weak=not numbers and valid < WEAK)
+    score = suspicion(labels, by)
     if numbers:
         another, share = (labels.prediction - labels.given_label).abs() > FAR * valid, NORMAL
     else:
@@ -339,21 +356,36 @@ def rank_labels(samples, valid, rank_by="auto", numbers=False):
     return labels, Ranking(by, reason, int(another.sum()), expected, suspicious, numbers)
 
 
-def _ranked_by(labels, rank_by):
-    """(weight or loss, a sentence that says why)."""
-    weight, loss = labels.weight, labels.loss
-    if weight.isna().all():
+def _ranked_by(labels, rank_by, weak):
+    """(what ``suspicion`` takes, a sentence that says why)."""
+    if rank_by == "auto" and not weak:
+        return "loss", "Ranked by loss, the default."
+    if rank_by == "weight" and labels.weight.isna().all():
         return "loss", "Ranked by loss: the method learns no weights of samples."
-    if rank_by != "auto":
-        return rank_by, f"Ranked by {rank_by}, as --rank_by asks."
-    if not _differ(weight):
-        return "loss", "Ranked by loss: all samples have the same target weight."
-    if weight.max() <= EQUAL * weight.min():
-        return "loss", "Ranked by loss: all target weights are within 10 % of each other."
-    falls = correlation(weight, loss)
-    if falls < FALLING:
-        return "weight", f"Ranked by weight, which falls with the loss (correlation {falls:.2f})."
-    return "loss", f"Ranked by loss: weights do not clearly fall with it (correlation {falls:.2f})."
+    if rank_by in ("auto", "margin") and not _have_margins(labels):
+        return "loss", "Ranked by loss: the run has no margins of its labels."
+    if rank_by == "auto":
+        return TOGETHER, (
+            f"Ranked by {TOGETHER}, the mean of both ranks: the default of a model that is right "
+            f"on less than {WEAK:.0%} of the validation set."
+        )
+    return rank_by, f"Ranked by {rank_by}, as --rank_by asks."
+
+
+def suspicion(labels, by):
+    """A column of ``labels`` that is highest where they are most suspicious; NaN if not known.
+
+    ``by``: a name in ``WORDS``.
+    """
+    if by == "loss":
+        return labels.loss
+    if by == TOGETHER:
+        return (labels.loss.rank() + suspicion(labels, "margin").rank()) / 2
+    return -labels[by] if by in labels else labels.loss * np.nan
+
+
+def _have_margins(labels):
+    return "margin" in labels and bool(labels.margin.notna().all())
 
 
 def _differ(weight):

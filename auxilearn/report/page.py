@@ -17,7 +17,7 @@ from auxilearn.report.brief import statements
 from auxilearn.report.names import readable, worded
 
 HERE = Path(__file__).parent
-TABLE_ROWS = 1000  # of the sample table: the most suspicious by weight, and by loss
+TABLE_ROWS = 1000  # of the sample table: the most suspicious of every ranking
 TABLE_THUMBNAILS = 60  # of these rows with a picture
 SHOWN = 12  # samples at each end of a contact sheet
 BUDGET = 1000  # samples on contact sheets; thumbnails are about 2.5 KB each
@@ -137,11 +137,13 @@ def _feature_values(rows, position):
 
 
 def _strips(findings, thumbnails):
-    """The most suspicious samples, by weight and by loss."""
+    """The most suspicious samples by weight, by loss and by margin."""
     labels = findings.labels
     rankings = {"Highest target loss": labels.loss}
     if findings.weighted:
         rankings = {"Lowest target weight": -labels.weight} | rankings
+    if findings.with_margins:
+        rankings |= {"Lowest margin": -labels.margin}
     strips = []
     for title, score in rankings.items():
         ordered = labels.loc[score.sort_values(ascending=False, kind="stable").index]
@@ -151,6 +153,8 @@ def _strips(findings, thumbnails):
             number = f"loss {sample.loss:.2f}"
             if not math.isnan(sample.weight):
                 number = f"weight {sample.weight:.3g}, {number}"
+            if findings.with_margins:
+                number += f", margin {sample.margin:.2f}"
             cards.append(_card(findings, place, number))
         counts = [c for c in (20, 50, 100) if c <= len(labels) // 2 and "wrong" in labels]
         found = [f"{int(ordered.wrong.iloc[:c].sum())} of the first {c}" for c in counts]
@@ -159,12 +163,14 @@ def _strips(findings, thumbnails):
 
 
 def _label_rows(findings, thumbnails):
-    """Rows of the table of labels: the first by weight and by loss, in the list's order."""
+    """Rows of the table of labels: the first of every ranking, in the list's order."""
     labels = findings.labels
     first = labels["rank"] <= TABLE_ROWS
     first |= labels.loss.rank(ascending=False) <= TABLE_ROWS
     if findings.weighted:
         first |= labels.weight.rank() <= TABLE_ROWS
+    if findings.with_margins:
+        first |= labels.margin.rank() <= TABLE_ROWS
     target = findings.evaluation.tasks[0]
     return [
         row._asdict()

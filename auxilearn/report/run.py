@@ -30,6 +30,7 @@ from auxilearn.run.config import Config, choose_device, from_record
 from auxilearn.run.record import (
     BEST_FILE,
     CONFIG_FILE,
+    MARGINS_FILE,
     METRICS_FILE,
     SCHEDULE_FILE,
     START_FILE,
@@ -166,6 +167,7 @@ class Evaluation:
     phase: str
     valid: float  # of the metric, of the checkpoint
     before_fine_tuning: bool = False
+    margins: np.ndarray | None = None  # (n,) means over training; None: not recorded
 
     # Labels and predictions are classes, or numbers in their own unit; NaN where missing.
 
@@ -240,9 +242,26 @@ def evaluate_run(run, *, split_dir=None, data_root=None, device=None, num_worker
         predict=lambda batch, outputs: model.heads.predictions(outputs.features),
         aux_weight=config.aux_weight,
     )
+    margins = _margins(run.directory / MARGINS_FILE, len(samples))
     progress = state["epoch"], state["phase"], state[f"valid_{run.metric.name}"]
     tasks = tasks_of(config, split)
-    return Evaluation(split, tasks, samples, table, images, *progress, fine_tuned)
+    return Evaluation(split, tasks, samples, table, images, *progress, fine_tuned, margins)
+
+
+def _margins(path, samples):
+    """The (n,) mean margins in ``path``; None without such a file."""
+    if not path.exists():
+        return None
+    try:
+        margins = np.load(path, allow_pickle=False)
+    except (OSError, EOFError, ValueError):
+        margins = np.empty(0)
+    if margins.shape != (samples,) or margins.dtype != np.float64:
+        raise UserError(
+            f"{path} does not hold the margins of the {samples:,} training samples: without the "
+            "file, the report leaves them out"
+        )
+    return margins
 
 
 def _split_of(run, split_dir, data_root):

@@ -17,6 +17,7 @@ LABEL_COLUMNS = {
     "label_quality": "quality",
     "given_label": "given_label",
     "predicted_label": "prediction",
+    "margin": "margin",
 }
 
 

@@ -15,9 +15,9 @@ PAGE_FILE, FIGURES, EVENTS = "index.html", "figures", "tensorboard"
 def write_report(run_dir, out=None, *, rank_by="auto", sheets=(), tensorboard=False, **places):
     """Write the report of the run in ``run_dir`` to ``out``, by default its folder ``report``.
 
-    Args: ``rank_by`` auto, weight or loss orders labels (see ``rank_labels``); ``sheets`` are names
-    of tasks that get a contact sheet in any case; ``tensorboard`` writes events beside the page;
-    ``places`` are as ``evaluate_run`` takes them.
+    Args: ``rank_by`` auto, margin, weight or loss orders labels (see ``rank_labels``); ``sheets``
+    are names of tasks that get a contact sheet in any case; ``tensorboard`` writes events beside
+    the page; ``places`` are as ``evaluate_run`` takes them.
 
     Returns (path of the page, ``Statement``s on it). Raises UserError: there is no run; or, after
     everything that can be shown has been written, the run has no schedule, or its data or
@@ -48,7 +48,7 @@ def write_report(run_dir, out=None, *, rank_by="auto", sheets=(), tensorboard=Fa
     if not run.method.bilevel:
         learns_none = f"method {run.config.method} ({run.method.title}) learns none"
         error = error or f"{run.directory} has no schedule to show: --{learns_none}"
-        missing.append(f"A schedule: {learns_none}. The samples are ranked by their loss.")
+        missing.append(f"A schedule: {learns_none}.")
     elif not run.schedule:
         missing.append(
             "How the schedule moved during training: there has been no upper step so far."

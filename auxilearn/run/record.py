@@ -14,6 +14,7 @@ from importlib import metadata
 from pathlib import Path
 
 import filelock
+import numpy as np
 import torch
 
 from auxilearn.errors import RunError, UserError
@@ -21,7 +22,7 @@ from auxilearn.files import is_locked, locked, read_json, write_aside, write_jso
 from auxilearn.run.config import FIELDS, NEUTRAL
 
 CONFIG_FILE, METRICS_FILE, LOG_FILE = "config.json", "metrics.jsonl", "log.txt"
-SCHEDULE_FILE = "schedule.jsonl"
+SCHEDULE_FILE, MARGINS_FILE = "schedule.jsonl", "margins.npy"
 BEST_FILE, SUMMARY_FILE = "best.pt", "summary.json"
 START_FILE = "fine_tuning_start.pt"
 LOCK_FILE = ".lock"
@@ -46,7 +47,7 @@ class RunRecord:
         self._lock = locked(self.directory / LOCK_FILE, wait=LOCK_PATIENCE)
         try:
             self._acquire()
-            for pattern in (".*.pt.*", ".*.json.*"):
+            for pattern in (".*.pt.*", ".*.json.*", ".*.npy.*"):
                 for leftover in self.directory.glob(pattern):  # of ``write_aside``, killed in it
                     leftover.unlink()
             if resume and (self.directory / CONFIG_FILE).exists():
@@ -159,6 +160,10 @@ class RunRecord:
         for old in set(found) - {path, *earlier[: CHECKPOINTS_KEPT - 1]}:
             old.unlink()
 
+    def save_margins(self, margins):
+        """Keep the training samples' mean margins, an array (n,)."""
+        write_aside(self.directory / MARGINS_FILE, lambda file: np.save(file, margins))
+
     def load_checkpoint(self):
         """The newest undamaged state, or None; metrics and log are cut back to what they were then.
 
@@ -217,7 +222,7 @@ class NoRecord:
     def ignore(self, *args, **kwargs):
         """Does nothing."""
 
-    metrics = log = save_best = save_checkpoint = summarise = close = ignore
+    metrics = log = save_best = save_checkpoint = save_margins = summarise = close = ignore
     finished = load_checkpoint = ignore
 
 

@@ -9,6 +9,7 @@ import torch
 
 from auxilearn.errors import DivergenceError, UserError
 from auxilearn.run.history import ScheduleHistory
+from auxilearn.run.margins import Margins, mean_margins
 from auxilearn.run.progress import Progress, named
 from auxilearn.run.record import START_FILE
 
@@ -18,13 +19,15 @@ class State:
 
     ``best``: where validation was best so far: phase, epoch, step, valid_accuracy (or valid_rmse)
     and the hash of the checkpoint; {} before the first epoch's end. ``history``: of the schedule,
-    on the rank that writes, or None.
+    on the rank that writes, or None. ``margins``: of the training
+    samples, this rank's share; None if the target is a real number.
     """
 
     def __init__(self, run, record):
         self.run, self.record = run, record
         self.progress = Progress(run, record)
         self.history = None
+        self.margins = Margins.of_run(run)
         self.best = {}
         self._start = time.perf_counter()
 
@@ -36,6 +39,8 @@ class State:
         """
         clock = time.perf_counter()
         window, history = self.progress.window, self.history
+        if self.margins:
+            self.margins.take()
         of_steps = window.waiting()
         of_schedule = history.waiting() if history and upper_step_after else []
         arrays = _on_host(of_steps + of_schedule)
@@ -68,9 +73,19 @@ class State:
             "reported": self.progress.reported,
             "window": self.run.ranks.gathered(self.progress.window.state()),
             "history": self.history.state() if self.history else None,
+            "margins": self._margins(),
             "seconds": time.perf_counter() - self._start,
         }
         self.record.save_checkpoint(step, state)
+        self._write_margins(state["margins"])
+
+    def _margins(self):
+        """Every rank's state of them, or None."""
+        return self.run.ranks.gathered(self.margins.state()) if self.margins else None
+
+    def _write_margins(self, states):
+        if states:
+            self.record.save_margins(mean_margins(states))
 
     def restore(self):
         """Put back the last checkpoint, if there is one. Returns the number of steps done."""
@@ -97,6 +112,10 @@ class State:
         self.progress.window.restore(state["window"][run.ranks.rank])
         if self.history:
             self.history.restore(state["history"], run.device)
+        if state.get("margins") is None:  # of an earlier version, or of a real number
+            self.margins = None
+        if self.margins:
+            self.margins.restore(state["margins"][run.ranks.rank])
         self._start -= state["seconds"]
         return state["step"]
 
@@ -165,6 +184,7 @@ class State:
         ``test``: the metric's value on the test set.
         """
         config, best, metric = self.run.config, self.best, self.run.metric
+        self._write_margins(self._margins())
         summary = {
             f"test_{metric.name}": test,
             self._valid: best[self._valid],
