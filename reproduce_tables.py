@@ -510,6 +510,7 @@ def choose(args, runs, results, fingerprint):
 def show(args, places, tuned, split, runs, results, figures):
     """Print every table, and write it with its chart. ``figures``: of the paper."""
     data = args.split_dir.resolve().name if args.own else own_data(args.dataset, split)
+    other_noise = args.corruption != UNIFORM and any(run.chosen for run in runs)
     found = {}
     for table in args.tables:
         of_table = [r for r, run in zip(results, runs, strict=True) if run.table == table]
@@ -522,6 +523,8 @@ def show(args, places, tuned, split, runs, results, figures):
     for table, numbers in found.items():
         how = [described(args.split_dir, split, table)] if args.own else []
         how += tuned.notes(table, numbers.rows, args.flags, split.fingerprint)
+        if other_noise and table == "table4":
+            how.append("Hyper-parameters were chosen on labels that are corrupted uniformly.")
         left_out = [SETTINGS[s].title for s in TABLES[table].settings if s not in args.settings]
         if left_out:
             how.append(f"Left out, and not in the count of tests: {', '.join(left_out)}.")

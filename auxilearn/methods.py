@@ -16,6 +16,7 @@ method's own settings: ``--option temperature=0.5``.
 import hashlib
 import importlib.util
 import inspect
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -80,9 +81,12 @@ class Option(NamedTuple):
                 raise ValueError("expected 0, 1, true or false")
             return known[text.lower()]
         try:
-            return kind(text)
+            value = kind(text)
         except ValueError:
             raise ValueError(f"expected {kind.__name__}") from None
+        if kind is float and not math.isfinite(value):
+            raise ValueError(f"expected a finite number, not {text}")
+        return value
 
 
 @dataclass(frozen=True)

@@ -322,6 +322,31 @@ def test_where_nothing_helps_nothing_of_the_target_is_trained():
     assert result.weights.tolist() == [[0.0, 1.0, 1.0, 1.0]]
 
 
+@pytest.mark.parametrize("difference", [85.0, 95.0, 110.0])
+@pytest.mark.parametrize("name", ["l2rw", "slgrad"])
+def test_a_development_set_that_is_fitted_to_the_last_bit_divides_by_nothing(name, difference):
+    """Its gradient is a denormal number, whose reciprocal is not finite."""
+    torch.set_default_dtype(torch.float32)
+
+    class Linear(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.tensor([difference]))
+
+        def forward(self, batch):
+            x, y = batch
+            logits = torch.stack([torch.zeros_like(x), x * self.w], dim=1)
+            return TaskLosses(F.cross_entropy(logits, y, reduction="none")[:, None])
+
+    model = Linear()
+    lower = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.1)
+    bilevel = Bilevel(model, RIVALS[name](0, 1), lower)
+    batch = torch.ones(2), torch.ones(2, dtype=torch.long)
+    step = bilevel.lower_step(batch, [batch])
+    assert step.weights.isfinite().all() and step.gradient_norm.isfinite()
+    assert model.w.item() == pytest.approx(0.99 * difference, rel=1e-5)  # the step was taken
+
+
 @pytest.mark.parametrize("name", RIVALS)
 def test_a_frozen_body_is_a_constant(name):
     model = Net(dropout=0.0)
@@ -513,6 +538,12 @@ def options(name):
 def test_options_that_are_refused(name, option, value):
     with pytest.raises(UserError, match=f"--option {option}"):
         METHODS[name].build(PROBLEM, **{**options(name), option: value})
+
+
+@pytest.mark.parametrize("text", ["nan", "inf", "-inf"])
+def test_options_are_finite(text):
+    with pytest.raises(ValueError, match=f"expected a finite number, not {text}"):
+        METHODS["mwn"].options["rate"].parse(text)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -86,7 +86,7 @@ def test_what_a_run_leaves(method, tiny_run, capfd, log_every):
     assert (summary["best_phase"], summary["best_epoch"]) == best
     assert (run.checkpoint["phase"], run.checkpoint["epoch"]) == best
 
-    held_out = METHODS[method].bilevel and method != "joint_stable"
+    held_out = METHODS[method].looks_at_dev and method != "joint_stable"
     steps_per_epoch = 3 if held_out else 4  # 16 or 20 images, 6 at a time
     main = 2 * steps_per_epoch
     last = main + (2 if fine_tuned else 0)  # 4 development images, 3 at a time

@@ -18,10 +18,11 @@ from auxilearn.baselines.one_step import LearnsAhead
 
 
 class AutoLambda(LearnsAhead):
-    """A learned weight per auxiliary task; the target is the primary task, its weight is 1.
+    """A learned weight per auxiliary task; the target is the primary task.
 
-    Weights start at 0.1, as in the paper, and are held at 0 or above, which the paper does not say:
-    a negative weight would train for a larger loss, of which a cross entropy has no largest.
+    Two choices of this project: the target's weight is held at 1 (the paper weighs every task), and
+    the others at 0 or above, since a negative weight would train for a larger loss, of which a
+    cross entropy has no largest. Weights start at 0.1, as in the paper.
 
     Args: ``lower_lr`` and ``aux_weight`` as of ``LearnsAhead``; ``initial``: weights at the start;
     ``rate``: of the weights' Adam.

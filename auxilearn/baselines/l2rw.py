@@ -44,7 +44,8 @@ class LearningToReweight(LooksAhead):
         pull, samples = derivative.clamp(min=0), len(derivative)
         (sums,) = average([pull.sum(dim=0) / samples], [batch])
         total = self.total(sums)
-        shares = torch.where(total == 0, 0.0, 1 / total)
+        # Of a smaller number than this the reciprocal overflows.
+        shares = torch.where(total < torch.finfo(total.dtype).tiny, 0.0, 1 / total)
         labelled = 1.0 if outputs.mask is None else outputs.mask.to(pull).mean(dim=0)
         self._of_step = self.kept(pull * shares * labelled)
         self.means.copy_(self.kept(sums * shares))
