@@ -530,8 +530,14 @@ def test_a_class_without_a_training_sample_is_refused():
         divide(Task("t", 3, tuple("abc")), np.where(sets == "test", -1, labels), sets, "t.csv")
 
 
-def test_files_that_are_no_images_are_counted(photos, capsys):
-    for name in ("notes.txt", ".hidden"):
+def test_files_that_are_no_images_are_counted_once(photos, prepare):
+    for name in ("a/notes.txt", "b/notes.txt", "b/.hidden"):
         (photos / name).write_text("x")
-    assert len(images_below(photos, photos)) == ROWS
-    assert "1 files are left out" in capsys.readouterr().err
+    found, others = images_below(photos, photos)
+    assert (len(found), others) == (ROWS, ["a/notes.txt", "b/notes.txt"])
+    code, _, err = prepare("--images", photos)
+    assert code == 0
+    assert err == (
+        f"warning: {photos}: 2 files are left out, whose names do not end like an image's (such as "
+        "a/notes.txt)\n"
+    )

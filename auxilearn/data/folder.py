@@ -30,13 +30,14 @@ def folder_columns(folder, **division):
         raise UserError(f"--images {folder}: no such folder")
     parts = _folders(root)
     given = "train" in parts and {name.lower() for name in parts} <= SET_NAMES.keys()
-    paths, sets = [], []
+    paths, sets, others = [], [], []
     for name in parts if given else [""]:
-        found = [
-            path for one in _folders(root / name) for path in images_below(root, root / name / one)
-        ]
-        paths += found
-        sets += [SET_NAMES.get(name.lower())] * len(found)
+        for one in _folders(root / name):
+            found, left_out = images_below(root, root / name / one)
+            paths += found
+            sets += [SET_NAMES.get(name.lower())] * len(found)
+            others += left_out
+    warn_of(root, others)
     names, labels = class_folders(paths, root, depth=1 if given else 0)
     task = Task("folder", len(names), names)
     sets = divide(task, labels, np.array(sets) if given else None, str(folder), **division)
@@ -67,9 +68,9 @@ def _folders(folder):
 
 
 def images_below(root, folder):
-    """The paths, relative to ``root``, of all images in and below ``folder``.
+    """(Images, other files) in and below ``folder``: their paths, relative to ``root``.
 
-    Says on stderr how many other files it leaves out. Raises UserError: there is no image.
+    Raises UserError: there is no image.
     """
     found, others, seen = [], [], set()
     for place, inner, names in os.walk(folder, followlinks=True):
@@ -85,10 +86,14 @@ def images_below(root, folder):
         raise UserError(
             f"{folder} holds no image ({', '.join(SUFFIXES)}); put some there, or remove it"
         )
+    return found, others
+
+
+def warn_of(folder, others):
+    """Say on stderr which files of a folder of images are left out."""
     if others:
         print(
             f"warning: {folder}: {len(others)} files are left out, whose names do not end like an "
             f"image's (such as {others[0]})",
             file=sys.stderr,
         )
-    return found

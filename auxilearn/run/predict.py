@@ -16,7 +16,7 @@ from auxilearn.data import table
 from auxilearn.data.columns import rows_of
 from auxilearn.data.contract import Split, Task
 from auxilearn.data.dataset import in_order, sample_set
-from auxilearn.data.folder import images_below
+from auxilearn.data.folder import images_below, warn_of
 from auxilearn.errors import UserError
 from auxilearn.files import write_aside
 from auxilearn.models import load_file, load_matching
@@ -110,7 +110,8 @@ def _folder(source, tasks):
         raise UserError(f"--predict {source}: no such folder")
     if not root.is_dir():
         raise UserError(f"--predict {source}: expected a folder of images, as the run was trained")
-    paths = images_below(root, root)
+    paths, others = images_below(root, root)
+    warn_of(root, others)
     return _unlabelled(tasks, paths, root, paths=paths, image_folder=root)
 
 
