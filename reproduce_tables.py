@@ -30,7 +30,7 @@ import data_preprocess
 import train_bilevel
 from auxilearn.data.columns import is_columns
 from auxilearn.data.corruption import KINDS as CORRUPTIONS
-from auxilearn.data.corruption import UNIFORM
+from auxilearn.data.corruption import UNIFORM, check_kind
 from auxilearn.data.split import load_split
 from auxilearn.errors import Parser, RunError, UserError, run_script
 from auxilearn.files import locked
@@ -247,11 +247,7 @@ def find_data(args):
             raise UserError(f"--data_root: {args.split_dir} holds rows, not images: leave it out")
         if args.paper:
             raise UserError("--paper goes with --dataset: the paper has no numbers of other data")
-        if args.corruption != UNIFORM and args.own.target.classes is None:
-            raise UserError(
-                f"--corruption {args.corruption} is of classes, but {args.own.target.name} is a "
-                "number: leave it out, and labels are permuted"
-            )
+        check_kind(args.corruption, args.own.target)
         name = re.sub(r"[^\w.-]", "_", args.split_dir.resolve().name)
         args.dataset = f"{name}-{args.own.fingerprint[:8]}"
     args.dataset = args.dataset or "cub"

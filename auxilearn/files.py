@@ -47,6 +47,23 @@ def replace_together(folder, contents, last):
             os.replace(Path(aside) / name, folder / name)
 
 
+@contextlib.contextmanager
+def writing_split(split_dir):
+    """Turn the OSError of a block that writes ``split_dir`` into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot write to {error.filename or split_dir}: {error.strerror}; "
+            "give a folder that can be written as --out_dir"
+        ) from None
+
+
+def to_json(value):
+    """Compact JSON, a line of bytes."""
+    return (json.dumps(value, separators=(",", ":")) + "\n").encode()
+
+
 def bytes_or_none(path):
     return path.read_bytes() if path.is_file() else None
 

@@ -20,7 +20,15 @@ import numpy as np
 from auxilearn.data.contract import Rows, RowsShape, Split, Task, scale_of
 from auxilearn.data.image_files import hash_images
 from auxilearn.errors import UserError
-from auxilearn.files import bytes_or_none, hash_file, locked, read_json, replace_together
+from auxilearn.files import (
+    bytes_or_none,
+    hash_file,
+    locked,
+    read_json,
+    replace_together,
+    to_json,
+    writing_split,
+)
 
 TASKS_FILE, IMAGES_FILE, INFO_FILE = "tasks.json", "images.json", "split_info.json"
 SET_FILES = {
@@ -104,9 +112,9 @@ def write_columns(split_dir, columns, **settings):
         contents[file] = _npy(np.asarray(columns.sets[name], np.int64))
     images = None
     if columns.paths is not None:
-        contents[IMAGES_FILE] = _json(columns.paths)
+        contents[IMAGES_FILE] = to_json(columns.paths)
         images = hash_images(columns.root, columns.paths)
-    contents[TASKS_FILE] = _json(described)
+    contents[TASKS_FILE] = to_json(described)
     info = {
         "data_root": str(columns.root),
         **settings,
@@ -122,8 +130,8 @@ def write_columns(split_dir, columns, **settings):
             **{name: len(columns.sets[name]) for name in SET_FILES},
         },
     }
-    contents[INFO_FILE] = _json(info)
-    try:
+    contents[INFO_FILE] = to_json(info)
+    with writing_split(split_dir):
         if all(bytes_or_none(split_dir / name) == data for name, data in contents.items()):
             return info, False
         split_dir.mkdir(parents=True, exist_ok=True)
@@ -132,11 +140,6 @@ def write_columns(split_dir, columns, **settings):
             replace_together(split_dir, contents, last=INFO_FILE)
             for name in old.keys() - contents.keys():
                 (split_dir / name).unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"cannot write to {error.filename or split_dir}: {error.strerror}; "
-            "give a folder that can be written as --out_dir"
-        ) from None
     return info, True
 
 
@@ -161,10 +164,6 @@ def _npy(values):
     buffer = io.BytesIO()
     np.save(buffer, values, allow_pickle=False)
     return buffer.getvalue()
-
-
-def _json(value):
-    return (json.dumps(value, separators=(",", ":")) + "\n").encode()
 
 
 def _info(split_dir):

@@ -27,12 +27,8 @@ def corrupted_targets(split, kind, rate, seed, inputs=None):
     rest = split.indices["rest_train"]
     rest = rest[split.has_target[rest]]
     generator = derived_generator(seed, "corruption")
+    check_kind(kind, split.target)
     if classes is None:
-        if kind != UNIFORM:
-            raise UserError(
-                f"--corruption {kind} is of classes, but {split.target.name} is a number: leave it "
-                "out, and labels are permuted"
-            )
         targets[rest] = permute(targets[rest], rate, generator)
     elif kind == UNIFORM:
         targets[rest] = corrupt(targets[rest], rate, classes, generator)
@@ -41,6 +37,15 @@ def corrupted_targets(split, kind, rate, seed, inputs=None):
     else:
         targets[rest] = by_instance(targets[rest], rate, classes, inputs().of(rest), seed)
     return targets
+
+
+def check_kind(kind, target):
+    """UserError: the ``Task`` ``target`` is a real number, and ``kind`` is about classes."""
+    if kind != UNIFORM and target.classes is None:
+        raise UserError(
+            f"--corruption {kind} is of classes, but {target.name} is a number: leave it out, and "
+            "labels are permuted"
+        )
 
 
 def corrupt(labels, rate, classes, generator):

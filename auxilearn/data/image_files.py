@@ -50,20 +50,6 @@ def hash_images(folder, paths, cure="put it back"):
     return digest.hexdigest()
 
 
-def typical_side(split):
-    """The median of the shorter sides, in pixels, of up to 32 training images of a ``Split``."""
-    train = split.indices["full_train"]
-    files = [split.image_path(i) for i in train[:: max(1, len(train) // 32)][:32]]
-    try:
-        sides = []
-        for file in files:
-            with Image.open(file, formats=IMAGE_FORMATS) as image:
-                sides.append(min(image.size))
-    except OSError as error:  # UnidentifiedImageError is one
-        raise UserError(f"{file}: {error.strerror or 'not an image that can be read'}") from None
-    return sorted(sides)[len(sides) // 2]
-
-
 def check_images(folder, paths, cure="replace them", progress=True):
     """Decode every image in full. Raises ``UserError`` naming those that cannot be read."""
     bad = []

@@ -91,6 +91,18 @@ def opened(path):
         raise UserError(f"{path}: not a readable image ({error})") from None
 
 
+def typical_side(split):
+    """The median of the shorter sides, in pixels, of up to 32 training images of a ``Split``.
+
+    Raises UserError naming a file that cannot be read.
+    """
+    train, sides = split.indices["full_train"], []
+    for position in train[:: max(1, len(train) // 32)][:32]:
+        with opened(split.image_path(position)) as image:
+            sides.append(min(image.size))
+    return sorted(sides)[len(sides) // 2]
+
+
 def load_resized(path, side):
     """The image at ``path`` in RGB, its shorter side ``side`` pixels: a uint8 array (h, w, 3).
 

@@ -32,7 +32,14 @@ from auxilearn.data.cub import (
     shown,
 )
 from auxilearn.errors import UserError
-from auxilearn.files import bytes_or_none, locked, read_json, replace_together
+from auxilearn.files import (
+    bytes_or_none,
+    locked,
+    read_json,
+    replace_together,
+    to_json,
+    writing_split,
+)
 
 DICTIONARY_FILE = "image_dictionary.json"
 SET_FILES = {
@@ -150,7 +157,7 @@ def write_split(split_dir, annotations, aux_shot=1, split_seed=5, dev_from="trai
     ids = make_split(annotations, aux_shot, split_seed, dev_from)
     values = {DICTIONARY_FILE: _image_dictionary(annotations)}
     values.update({file: ids[name] for name, file in SET_FILES.items()})
-    contents = {name: _to_json(value) for name, value in values.items()}
+    contents = {name: to_json(value) for name, value in values.items()}
     info = {
         "labels": annotations.labels.tolist(),
         "data_root": os.path.abspath(annotations.root),
@@ -173,19 +180,14 @@ def write_split(split_dir, annotations, aux_shot=1, split_seed=5, dev_from="trai
     if roles_file.is_file():
         info["attribute_roles_file"] = os.path.abspath(roles_file)
         info["attribute_roles"] = _read_roles(roles_file, annotations.attribute_names)
-    contents[INFO_FILE] = _to_json(info)
-    try:
+    contents[INFO_FILE] = to_json(info)
+    with writing_split(split_dir):
         if all(bytes_or_none(split_dir / name) == data for name, data in contents.items()):
             return Written(info, changed=False, kept=[])
         split_dir.mkdir(parents=True, exist_ok=True)
         with locked(split_dir / ".lock"):
             kept = _keep_edited(split_dir, contents)
             replace_together(split_dir, contents, last=INFO_FILE)
-    except OSError as error:
-        raise UserError(
-            f"cannot write to {error.filename or split_dir}: {error.strerror}; "
-            "give a folder that can be written as --out_dir"
-        ) from None
     return Written(info, changed=True, kept=kept)
 
 
@@ -211,10 +213,6 @@ def _image_dictionary(annotations):
         strict=True,
     )
     return {image_id: [path, label, bits] for image_id, path, label, bits in rows}
-
-
-def _to_json(value):
-    return (json.dumps(value, separators=(",", ":")) + "\n").encode()
 
 
 def _keep_edited(split_dir, contents):

@@ -15,7 +15,7 @@ import torch
 
 from auxilearn.backbones import feature_width, find_backbone
 from auxilearn.data.corruption import KINDS as CORRUPTIONS
-from auxilearn.data.image_files import typical_side
+from auxilearn.data.pixels import typical_side
 from auxilearn.errors import UserError
 from auxilearn.methods import METHODS
 

@@ -19,8 +19,8 @@ class State:
 
     ``best``: where validation was best so far: phase, epoch, step, valid_accuracy (or valid_rmse)
     and the hash of the checkpoint; {} before the first epoch's end. ``history``: of the schedule,
-    on the rank that writes, or None. ``margins``: of the training
-    samples, this rank's share; None if the target is a real number.
+    on the rank that writes, or None. ``margins``: of the training samples, this rank's share; None
+    if the target is a real number.
     """
 
     def __init__(self, run, record):
