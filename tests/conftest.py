@@ -217,6 +217,13 @@ def command(monkeypatch, capfd):
     return run
 
 
+@pytest.fixture
+def no_charts(monkeypatch):
+    """Charts of reports take seconds; most tests are not about them."""
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr("auxilearn.report.figures.CHARTS", ())
+
+
 def tiny_flags(**changes):
     """The settings of a tiny run as flags of train_bilevel.py."""
     settings = {**TINY, **changes}

@@ -98,12 +98,6 @@ def make(tmp_path_factory):
     return make
 
 
-@pytest.fixture
-def no_charts(monkeypatch):
-    pytest.importorskip("matplotlib")
-    monkeypatch.setattr("auxilearn.report.figures.CHARTS", ())
-
-
 def read_csv(path):
     with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))

@@ -303,13 +303,6 @@ def make_run(data):
     return make
 
 
-@pytest.fixture
-def no_charts(monkeypatch):
-    """Charts take seconds; most tests are not about them."""
-    pytest.importorskip("matplotlib")
-    monkeypatch.setattr("auxilearn.report.figures.CHARTS", ())
-
-
 def copied(run, tmp_path):
     """A run's folder to be changed, without a report."""
     skipped = shutil.ignore_patterns("report", "elsewhere")
