@@ -135,10 +135,10 @@ def test_wrong_tables_are_one_line(columns, tmp_path, trained, command):
     assert_one_error_line(err, "best.pt")
 
 
-def test_the_commands_of_readme_prepare_and_predict_own_data(tmp_path, monkeypatch, command):
-    """README's commands on own data word for word, but for the length of training."""
-    readme = (ROOT / "README.md").read_text().replace("\\\n", " ")
-    lines = [line.split("#")[0].split() for line in readme.splitlines()]
+def test_the_commands_of_the_page_prepare_and_predict_own_data(tmp_path, monkeypatch, command):
+    """preprocess_data/README.md's commands word for word, but for the length of training."""
+    page = (ROOT / "preprocess_data" / "README.md").read_text().replace("\\\n", " ")
+    lines = [line.split("#")[0].split() for line in page.splitlines()]
     lines = [line[1:] for line in lines if line[:1] == ["python"] and "own/" in " ".join(line)]
     lines = [["examples/write_data.py", "own"], *lines]
     assert [line[0] for line in lines] == [
