@@ -5,6 +5,7 @@ import runpy
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -91,6 +92,17 @@ def test_the_loop_in_readme_trains():
     torch.manual_seed(0)
     exec(loop, names)
     assert (names["scheduler"].task_prior - 1).abs().max() > 1e-4  # five upper steps moved it
+
+
+def test_the_model_on_the_page_of_the_library_trains():
+    (page,) = blocks("docs/library.md")
+    names = {}
+    torch.manual_seed(0)
+    exec(page, names)
+    weights = names["weights"]
+    assert weights.shape == (640, 3)
+    assert np.isnan(weights[:16, 1]).all() and np.isfinite(weights[16:]).all()
+    assert np.ptp(weights[16:, 0]) > 1e-3  # the schedule has left equal weights
 
 
 def test_the_method_on_the_page_is_the_example():
