@@ -47,7 +47,8 @@ def test_links_lead_somewhere(page):
 
 
 def test_flags_on_the_pages_exist(command):
-    known = {"--nproc_per_node", "--whether_aux"}  # torchrun's; released, accepted without --help
+    known = {"--nproc_per_node", "--sheet"}  # torchrun's; the miniature's
+    known |= {"--whether_aux"}  # released, accepted, not in --help
     for script in (data_preprocess, train_bilevel, reproduce_tables, inspect_schedule):
         known |= set(re.findall(r"--\w+", command(script.main, "--help")[1]))
     for page in OF_SCRIPTS:
