@@ -157,10 +157,14 @@ class SampleWeights(HyperNet):
         return (self.lam[seen.sample_id].sigmoid() * target).mean() + penalty.mean()
 
 
-def package(solver_of, optimizer=torch.optim.SGD):
-    """A solver of this package, of ``solver_of(lower step size, Bilevel)``, for both levels."""
+def package(solver_of, optimizer=torch.optim.SGD, full=False):
+    """A run of this package with the solver ``solver_of(lower step size, Bilevel)``.
+
+    ``optimizer``: of both levels; ``full``: batches are full.
+    """
 
     def run(problem, draw, lr, rate, steps):
+        draw = Draw(problem, size=max(draw.sizes)) if full else draw
         model, scheduler = LinearModel(problem.train[0].shape[1]), SampleWeights(draw.sizes[0])
         lower = optimizer(model.parameters(), lr)
         bilevel = Bilevel(model, scheduler, lower, optimizer(scheduler.parameters(), rate))
@@ -326,6 +330,9 @@ SOLVERS = {
     "package: identity": Solver(package(lambda *_: identity())),
     "package: Neumann, 10 terms": Solver(package(lambda lr, _: neumann(lr, TERMS, "alpha"))),
     "package: CG, 10 products": Solver(package(lambda *_: conjugate_gradient(0.0, TERMS))),
+    "package: CG, full batches": Solver(
+        package(lambda *_: conjugate_gradient(0.0, TERMS), full=True), rates=FULL
+    ),
     "package: preconditioned identity, Adam": Solver(
         package(_adam_identity, torch.optim.Adam), (0.001, 0.003, 0.01), (0.1, 0.3, 1.0, 3.0)
     ),
@@ -365,9 +372,12 @@ def at(problem, theta):
 
 
 def trace(run, problem, how, seed, counts, seconds=()):
-    """({count: ``Point``}, {second: ``Point``}): the first state at or beyond each checkpoint."""
+    """{checkpoint: the ``Point`` of the first state there or beyond}, milliseconds per upper step.
+
+    Checkpoints are ``counts`` of per-sample operations and ``seconds`` of processor time.
+    """
     left = {"count": list(counts), "second": list(seconds)}
-    found = {"count": {}, "second": {}}
+    found, taken = {}, 0
     spent = {"count": 0, "second": 0.0}
     iterations = run(problem, Draw(problem, seed=seed), *how)
     while any(left.values()):
@@ -375,16 +385,15 @@ def trace(run, problem, how, seed, counts, seconds=()):
         count, theta, lam = next(iterations)
         spent["second"] += time.process_time() - before
         spent["count"] += count
-        due = [(k, left[k].pop(0)) for k in left for _ in left[k][:] if left[k][0] <= spent[k]]
+        taken += 1
+        due = [left[k].pop(0) for k in left for _ in left[k][:] if left[k][0] <= spent[k]]
         if due:
             point = measure(problem, theta, lam)
-            for kind, checkpoint in due:
-                found[kind][checkpoint] = point
+            found |= dict.fromkeys(due, point)
             if not np.isfinite(point.value):
-                for kind, rest in left.items():
-                    found[kind].update(dict.fromkeys(rest, point))
+                found |= dict.fromkeys([*left["count"], *left["second"]], point)
                 break
-    return found["count"], found["second"]
+    return found, 1e3 * spent["second"] / taken
 
 
 def chosen(solver, seed, count):
@@ -409,11 +418,12 @@ def references(seeds):
     return found
 
 
-def table(title, columns, found, text):
-    """A Markdown table of the mean over seeds of what ``text`` prints."""
-    lines = [f"| {title} | {' | '.join(columns)} |", f"|---|{'--:|' * len(columns)}"]
+def table(title, checkpoints, found, text):
+    """A Markdown table of what ``text`` makes of the seeds' ``Point``s."""
+    lines = [f"| {title} | {' | '.join(checkpoints.values())} |"]
+    lines.append(f"|---|{'--:|' * len(checkpoints)}")
     for name, by_seed in found.items():
-        cells = [text([points[column] for points in by_seed]) for column in by_seed[0]]
+        cells = [text([points[at] for points in by_seed]) for at in checkpoints]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -426,23 +436,22 @@ def accuracies(points):
     return f"{100 * np.mean([p.accuracy for p in points]):.1f}"
 
 
-def draw_chart(path, by_count, by_second):
+def draw_chart(path, args, found):
     import matplotlib as mpl
 
     mpl.use("agg")
     from matplotlib import pyplot as plt
 
     figure, panels = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
-    labels = "per-sample operations", "seconds of one core"
-    for axes, found, label in zip(panels, (by_count, by_second), labels, strict=True):
-        for i, (name, by_seed) in enumerate(found.items()):
-            y = [np.mean([points[at].value for points in by_seed]) for at in by_seed[0]]
-            style = "-" if name.startswith("package") else "--"
-            axes.plot(list(by_seed[0]), y, style, color=f"C{i}", marker=".", label=name)
-        axes.set(xscale="log", xlabel=label)
-    panels[0].set_ylabel("development loss at the exact inner solution")
+    for i, (name, by_seed) in enumerate(found.items()):
+        line = "-" if name.startswith("package") else "--"
+        for axes, checkpoints in zip(panels, (args.counts, args.seconds), strict=True):
+            means = [np.mean([points[at].value for points in by_seed]) for at in checkpoints]
+            axes.plot(checkpoints, means, line, color=f"C{i % 5}", marker="os^"[i // 5], label=name)
+    panels[0].set(xscale="log", xlabel="operations", ylabel="development loss")
+    panels[1].set(xscale="log", xlabel="seconds")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right", fontsize=7)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=90)
 
 
 def main():
@@ -456,36 +465,34 @@ def main():
     parser.add_argument("--chart", type=Path, metavar="FILE", help="also a chart (matplotlib)")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    by_count, by_second, choices = {}, {}, []
+    found, choices = {}, []
     for name in args.solvers:
         solver = SOLVERS[name]
         how = chosen(solver, args.tuning_seed, args.tuning_count)
-        marked = [
-            f"{h:g}{'*' * (h in (c[0], c[-1]))}" for h, c in zip(how, solver[1:3], strict=False)
-        ]
-        choices.append(f"| {name} | {' | '.join(marked)} | {how[2]} |")
-        print(choices[-1], file=sys.stderr, flush=True)
-        found = [
+        traces = [
             trace(solver.run, digits(seed), how, seed, args.counts, args.seconds)
             for seed in args.seeds
         ]
-        by_count[name], by_second[name] = map(list, zip(*found, strict=True))
+        found[name], times = map(list, zip(*traces, strict=True))
+        edges = [{c[0], c[-1]} for c in solver[1:3]]
+        marked = [f"{h:g}{'*' * (h in edge)}" for h, edge in zip(how, edges, strict=False)]
+        cells = [name, *marked, str(how[2]), f"{np.median(times):.2f}"]
+        choices.append(f"| {' | '.join(cells)} |")
+        print(choices[-1], file=sys.stderr, flush=True)
     print(f"{len(args.seeds)} seeds, {processor()}, torch {torch.__version__}.\n")
     print("| fixed weights | development loss | test accuracy, % |\n|---|--:|--:|")
     for title, points in references(args.seeds).items():
         print(f"| {title} | {values(points)} | {accuracies(points)} |")
-    counts, seconds = [f"{c:,}" for c in args.counts], [f"{s:g} s" for s in args.seconds]
-    title = "development loss at the exact inner solution"
-    print(f"\n{table(f'{title}, by per-sample operations', counts, by_count, values)}")
-    print(f"\n{table(f'{title}, by time', seconds, by_second, values)}")
-    print(f"\n{table('test accuracy, %, by per-sample operations', counts, by_count, accuracies)}")
-    print(f"\n{table('test accuracy, %, by time', seconds, by_second, accuracies)}")
+    columns = {c: f"{c:,}" for c in args.counts} | {s: f"{s:g} s" for s in args.seconds}
+    print(f"\n{table('development loss', columns, found, values)}")
+    print(f"\n{table('test accuracy, %', columns, found, accuracies)}")
     print(
-        "\n| chosen (*: at the edge) | lower step size | upper | lower steps |\n|---|--:|--:|--:|"
+        "\n| chosen (*: at the edge) | lower step size | upper | lower steps | ms per upper step |"
     )
+    print("|---|--:|--:|--:|--:|")
     print("\n".join(choices))
     if args.chart:
-        draw_chart(args.chart, by_count, by_second)
+        draw_chart(args.chart, args, found)
 
 
 if __name__ == "__main__":
