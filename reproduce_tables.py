@@ -36,7 +36,8 @@ from auxilearn.errors import Parser, RunError, UserError, run_script
 from auxilearn.files import locked
 from auxilearn.methods import load_plugin
 from auxilearn.metrics import ACCURACY, metric_of
-from auxilearn.run.config import Config, resolve
+from auxilearn.run.config import Config, choose_device, resolve
+from auxilearn.run.record import processor
 from auxilearn.tables import local, sweep
 from auxilearn.tables.estimate import estimate
 from auxilearn.tables.protocol import DATASETS, SETTINGS, TABLES, in_place_of, rows, usual_rows
@@ -139,7 +140,13 @@ def parse_arguments(argv=None):
         help="data, runs and logs are kept in DIR/NAME, NAME being the data set (default: "
         "%(default)s)",
     )
-    add("--out_dir", type=Path, metavar="DIR", help="of tables (default: SWEEP_DIR/NAME/tables)")
+    add(
+        "--out_dir",
+        type=Path,
+        metavar="DIR",
+        help="of tables (default: SWEEP_DIR/NAME/tables). Finished runs in its TABLE_runs.csv, of "
+        "the same data and kind of processor, are not run again, even if their folders are gone",
+    )
     add(
         "--data_root",
         type=Path,
@@ -256,6 +263,7 @@ def find_data(args):
     usual = home if args.own else RESULTS
     file = args.hyperparameters or _shown(usual / "hyperparameters.json")
     args.hyperparameters = None if file == "none" else file
+    args.continued = args.out_dir is not None
     args.out_dir = args.out_dir or home / "tables"
 
 
@@ -331,14 +339,16 @@ def main(argv=None):
                 f"note: the hyper-parameters in {tuned.file} were chosen on other data or split",
                 file=sys.stderr,
             )
+        recorded = recorded_runs(args, split)
         if not args.collect_only:
             launch = launcher(args, places, jobs)
-            failed = sweep.run(jobs, launch, split.fingerprint, args.metric)
-        results = [sweep.result_of(run, split.fingerprint, args.metric) for run in runs]
+            failed = sweep.run(jobs, launch, split.fingerprint, args.metric, recorded)
+        found = split.fingerprint, args.metric, recorded
+        results = [sweep.result_of(run, *found) for run in runs]
         if args.what == "tune":
             choose(args, runs, results, split.fingerprint)
         else:
-            show(args, places, tuned, split, runs, results, figures)
+            show(args, places, tuned, split, runs, results, figures, recorded)
     if failed:
         job, reason = failed[0]
         raise RunError(
@@ -369,6 +379,18 @@ def runs_of(args, places, cells):
         for _, row, setting, chosen in [cell]
         for seed in args.seeds
     ]
+
+
+def recorded_runs(args, split):
+    """The ``sweep.recorded_runs`` of a given --out_dir: of this kind of processor, if any is run.
+
+    Beside the runs themselves, in the usual --out_dir, these alone count.
+    """
+    if args.what == "tune" or not args.continued:
+        return sweep.NO_RUNS
+    here = processor(choose_device(args.flags.settings.get("device")))
+    only = None if args.collect_only else here
+    return sweep.recorded_runs(args.out_dir, split.fingerprint, args.metric, only)
 
 
 def only_sweep(folder):
@@ -423,7 +445,7 @@ def duration(args, places, cells):
             yield f"{len(names)} runs; their hours are not known: {error}"
             return
         jobs = [run.job for run in runs_of(args, places, cells)]
-        left, said = sweep.unfinished(jobs, split.fingerprint)
+        left, said = sweep.unfinished(jobs, split.fingerprint, recorded_runs(args, split))
         yield said
         if not left:
             return
@@ -503,7 +525,7 @@ def choose(args, runs, results, fingerprint):
     print(f"written to {args.hyperparameters}")
 
 
-def show(args, places, tuned, split, runs, results, figures):
+def show(args, places, tuned, split, runs, results, figures, recorded):
     """Print every table, and write it with its chart. ``figures``: of the paper."""
     data = args.split_dir.resolve().name if args.own else own_data(args.dataset, split)
     other_noise = args.corruption != UNIFORM and any(run.chosen for run in runs)
@@ -514,7 +536,7 @@ def show(args, places, tuned, split, runs, results, figures):
     clean = found.get("table2")
     if "table4" in found and clean is None:
         runs = runs_of(args, places, cells_of(args, tuned, "table2", SETTINGS))
-        clean = [sweep.result_of(run, split.fingerprint, args.metric) for run in runs]
+        clean = [sweep.result_of(r, split.fingerprint, args.metric, recorded) for r in runs]
         clean = evaluate("table2", clean, args.seeds, args.metric)
     for table, numbers in found.items():
         how = [described(args.split_dir, split, table)] if args.own else []

@@ -18,11 +18,9 @@ comes first. Progress goes to stderr, Markdown tables to stdout.
 """
 
 import argparse
-import contextlib
 import dataclasses
 import functools
 import os
-import platform
 import shlex
 import statistics
 import sys
@@ -227,7 +225,7 @@ def print_head(workload):
     """The conditions of the measurement."""
     facts = environment()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
-    machine = f"{_processor()}, {len(os.sched_getaffinity(0))} cores, {memory:.0f} GiB"
+    machine = f"{facts['processor']}, {len(os.sched_getaffinity(0))} cores, {memory:.0f} GiB"
     if workload.device != "cpu":
         machine += f", {torch.cuda.get_device_name(workload.device)}"
     packages = ", ".join(f"{name} {version}" for name, version in facts["packages"].items())
@@ -260,14 +258,6 @@ def print_head(workload):
 def _variables(values):
     text = " ".join(f"{name}={value}" for name, value in sorted(values.items()))
     return f"`{text or 'no variables'}`"
-
-
-def _processor():
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def print_exactness(result):

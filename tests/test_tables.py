@@ -636,7 +636,7 @@ def test_every_cell_is_computed_once(places, command, monkeypatch):
     monkeypatch.setattr(
         reproduce_tables, "evaluate", lambda *a: evaluated.append(a[0]) or evaluate(*a)
     )
-    monkeypatch.setattr(statistics, "_compare", lambda *a: compared.append(a[2:]) or compare(*a))
+    monkeypatch.setattr(statistics, "_compare", lambda *a: compared.append(a[3:]) or compare(*a))
     wanted = ["all", *places, "--methods", "single", "joint", "joint_task", "--seeds", "1", "2"]
     code, _, err = command(reproduce_tables.main, *wanted, "--collect_only")
     assert code == 0, err
@@ -706,6 +706,77 @@ def test_what_a_table_says_of_its_runs(places, tmp_path, command):
     code, out, _ = command(reproduce_tables.main, *wanted)
     assert out.splitlines()[0] == "4 runs: 3 done, 1 to do" or "1 to do, 3 done" in out
     assert (gone / "summary.json").exists()
+
+
+def test_a_sweep_continues_from_a_table_on_the_same_processor(
+    places, tmp_path, command, monkeypatch
+):
+    """The folders of the runs are gone; the committed table is there."""
+    out_dir = tmp_path / "committed"
+    wanted = ["table2", *places, "--methods", "single", "common", "--seeds", "1"]
+    wanted += ["--out_dir", str(out_dir)]
+    code, first, err = command(reproduce_tables.main, *wanted)
+    assert code == 0, err
+    file = out_dir / "table2_runs.csv"
+    made = file.read_text()
+    kept = list(csv.DictReader(made.splitlines()))
+    of_run = Run(kept[0]["directory"])
+    environment = of_run.read("config.json")["environment"]
+    assert kept[0]["processor"] == environment["processor"] != ""
+    assert kept[0]["fingerprint"] == of_run.summary["fingerprint"]
+    assert float(kept[0]["seconds"]) == of_run.summary["seconds"]
+    assert f"2 runs on {kept[0]['environment']}." in first
+    assert f", {environment['processor']}, cpu, threads 1, " in kept[0]["environment"]
+
+    def again(*words):
+        shutil.rmtree(tmp_path / "sweeps/cub/bird_record", ignore_errors=True)
+        return command(reproduce_tables.main, *wanted, *words)
+
+    # Both runs are taken from the table, and the table is the same. A further seed is run.
+    code, out, err = again()
+    assert out.splitlines()[0] == "2 runs: 2 taken from *_runs.csv of --out_dir", err
+    assert file.read_text() == made
+    assert out.splitlines()[1:] == first.splitlines()[-len(out.splitlines()[1:]) :]
+    code, out, err = again("--seeds", "1", "2")
+    assert out.splitlines()[0] == "4 runs: 2 taken from *_runs.csv of --out_dir, 2 to do"
+    code, out, _ = command(reproduce_tables.main, *wanted, "--dry_run")
+    assert "# 2 runs: 2 taken from" in out
+    # A folder that is there counts before the table.
+    file.write_text(made.replace(kept[0]["test_accuracy"], "0.125"))
+    train_bilevel.train(parse(shlex.split(kept[0]["command"])[2:]))
+    code, out, _ = command(reproduce_tables.main, *wanted)
+    assert out.splitlines()[0] == "2 runs: 1 done, 1 taken from *_runs.csv of --out_dir"
+    assert file.read_text().splitlines()[1].split(",")[4] == kept[0]["test_accuracy"]
+    # Other settings, other data, another processor, a file of an earlier version: all are run.
+    for text, words in (
+        (made, ["--epochs", "2"]),
+        (made.replace(kept[0]["fingerprint"], "0123"), []),
+        (made.replace(kept[0]["processor"], "Other"), []),
+        ("\n".join(",".join(line.split(",")[:6]) for line in made.splitlines()), []),
+    ):
+        file.write_text(text)
+        code, out, err = again(*words)
+        assert out.splitlines()[0] == "2 runs: 2 to do", err
+    # Without a given --out_dir, the folders alone count.
+    words = wanted[: wanted.index("--out_dir")]
+    for _ in range(2):
+        shutil.rmtree(tmp_path / "sweeps/cub/bird_record")
+        assert command(reproduce_tables.main, *words)[1].startswith("2 runs: 2 to do\n")
+    # --collect_only runs nothing, so it shows runs of any processor.
+    file.write_text(made.replace(kept[0]["processor"], "Other"))
+    assert "2 runs on Python" in again("--collect_only")[1]
+    file.write_text(made.replace(kept[0]["test_accuracy"], "half"))
+    code, _, err = again()
+    assert code == 2
+    assert_one_error_line(err, file, "is not what a table writes (could not convert")
+
+
+def test_committed_tables_can_be_read():
+    """Also those of versions that recorded no processor."""
+    folders = {path.parent for path in (ROOT / "results").rglob("*_runs.csv")}
+    assert folders
+    for folder in folders:
+        sweep.recorded_runs(folder, "0123")
 
 
 @pytest.mark.parametrize(

@@ -209,6 +209,27 @@ def test_a_single_seed_has_neither_deviation_nor_test():
     assert "▲ ▼" not in text
 
 
+def test_pairs_are_of_one_kind_of_processor():
+    """Seed 3 of joint ran elsewhere: three pairs are left. Of naive none is."""
+    elsewhere = {("joint", 3), *(("naive", seed) for seed in SEEDS)}
+    runs = [
+        r._replace(processor="Xeon" if (r.row, r.seed) in elsewhere else "EPYC")
+        for r in table(VALUES)
+    ]
+    naive, joint = evaluate("table2", runs, SEEDS).tests
+    assert (joint.n, joint.apart) == (3, 1)
+    differences = [0.10, 0.09, 0.10]  # of seeds 1, 2 and 4
+    assert joint.difference == pytest.approx(sum(differences) / 3)
+    assert joint.p == joint.p_holm == pytest.approx(two_sided_p(differences), abs=1e-9)
+    assert (naive.p, naive.missing) == (None, "no seed has both runs of one kind of processor")
+    text = markdown("table2", "mini", runs)
+    assert line_of(text, "supervised")[3] == "3"
+    assert "from different processors: JTDS, supervised (1)." in text
+    assert "Not tested: N-JTDS, supervised (no seed has both" in text
+    assert line_of(text, ROWS["joint"].title)[1] == "**70.0 ± 0.8** ▲"  # means are of all seeds
+    assert "processors" not in markdown("table2", "mini", table(VALUES))
+
+
 def test_an_incomplete_cell_is_not_best_not_baseline_and_not_tested():
     values = VALUES | {
         "linear": (0.9, 0.9, 0.9, None),  # would be best and baseline

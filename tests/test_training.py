@@ -21,7 +21,7 @@ from auxilearn.methods import METHODS
 from auxilearn.models import IMAGENET_MEAN, IMAGENET_STD
 from auxilearn.run.build import build
 from auxilearn.run.config import Config, resolve
-from auxilearn.run.record import RunRecord, description
+from auxilearn.run.record import RunRecord, description, processor
 from auxilearn.run.state import State
 from auxilearn.stable import TargetTask
 from tests.conftest import ROOT, Run, assert_one_error_line, assert_same_run, prepare, tiny_flags
@@ -182,6 +182,7 @@ def test_config_json_determines_the_run(tiny_run):
     assert recorded["data"]["split_seed"] == 5
     assert recorded["data"]["trained_on"] == "rest_train"
     assert torch.__version__.startswith(recorded["environment"]["packages"]["torch"])
+    assert recorded["environment"]["processor"] == processor() != ""
     again = tiny_run(**{**settings, "exp_name": "second"})
     assert_same_run(run, again)
     assert tiny_run(method="task").read("config.json")["config"]["options"] == {

@@ -256,7 +256,7 @@ def description(run):
             "sets": {name: len(indices) for name, indices in split.indices.items()},
             "trained_on": run.trained_on,
         },
-        "environment": environment(),
+        "environment": environment(config.device),
     }
 
 
@@ -316,7 +316,7 @@ def _hash(content):
     return hashlib.sha256(content).hexdigest()[:16]
 
 
-def environment():
+def environment(device="cpu"):
     """Versions, git revision and machine: what a run depends on beside its configuration."""
     packages = ("torch", "torchvision", "numpy", "pillow", "tqdm")
     return {
@@ -325,8 +325,24 @@ def environment():
         "packages": {name: metadata.version(name) for name in packages},
         "git_revision": _git_revision(),
         "machine": platform.machine(),
+        "processor": processor(device),
         "threads": torch.get_num_threads(),
     }
+
+
+def processor(device="cpu"):
+    """The model of the processor that computes on ``device``."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    facts = {}
+    with contextlib.suppress(OSError):  # a file of Linux
+        for line in Path("/proc/cpuinfo").read_text().partition("\n\n")[0].splitlines():
+            name, _, value = line.partition(":")
+            facts[name.strip()] = value.strip()
+    if "model name" not in facts:
+        return platform.processor() or platform.machine()
+    # Virtual machines often shorten the name, as to "AMD EPYC": the numbers tell models apart.
+    return f"{facts['model name']} (family {facts.get('cpu family')}, model {facts.get('model')})"
 
 
 def _git_revision():

@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from auxilearn.errors import UserError
-from auxilearn.files import read_json, write_aside
+from auxilearn.files import write_aside
 from auxilearn.metrics import ACCURACY
-from auxilearn.run.record import CONFIG_FILE, SUMMARY_FILE
 from auxilearn.tables.protocol import (
     ABLATION,
     BASELINE,
@@ -137,25 +136,13 @@ def _paper_entry(fields):
 
 def notes_on(runs):
     """Sentences for below a table on the programs, machines and data of its runs."""
-    environments, fingerprints, seconds = {}, {}, 0.0
-    directories = sorted(set(runs.directory[runs.state == "done"]))
-    for directory in map(Path, directories):
-        recorded = read_json(directory / CONFIG_FILE)
-        seconds += read_json(directory / SUMMARY_FILE)["seconds"]
-        environment, packages = recorded["environment"], recorded["environment"]["packages"]
-        kind = (
-            f"Python {environment['python']}, torch {packages['torch']}, torchvision "
-            f"{packages['torchvision']}, {environment['machine']}, "
-            f"{recorded['config']['device']}, threads {environment['threads']}, revision "
-            f"{environment['git_revision']}"
-        )
-        environments[kind] = environments.get(kind, 0) + 1
-        fingerprints[recorded["data"]["fingerprint"][:12]] = None
-    sentences = [f"{n} run{'s' * (n > 1)} on {kind}." for kind, n in environments.items()]
-    if directories:
+    done = runs[runs.state == "done"].drop_duplicates("identity")
+    kinds = done.groupby("environment").size().items()
+    sentences = [f"{n} run{'s' * (n > 1)} on {kind}." for kind, n in kinds]
+    if len(done):
         sentences.append(
-            f"Training took {seconds / 3600:.2f} h in all, each run by its own clock. Data: "
-            f"fingerprint {', '.join(fingerprints)}."
+            f"Training took {done.seconds.sum() / 3600:.2f} h in all, each run by its own clock. "
+            f"Data: fingerprint {', '.join(done.fingerprint.str[:12].unique())}."
         )
     return sentences
 
@@ -246,7 +233,7 @@ def _caption(sheet):
 
 
 def _sections(found, form):
-    """(title, explanation, DataFrame of tests or None, a note on missing tests) of each family."""
+    """(title, explanation, DataFrame of tests or None, what is left out) of each family."""
     import pandas as pd
 
     for kind, other, tests in (
@@ -275,11 +262,20 @@ def _sections(found, form):
             for test in tests
             if test.missing
         )
+        apart = "; ".join(
+            f"{rows()[test.row].title}, {SETTINGS[test.setting].title} ({test.apart})"
+            for test in made
+            if test.apart
+        )
+        left_out = [f"Not tested: {missing}."] * bool(missing)
+        left_out += [
+            f"Seeds left out, because the two runs come from different processors: {apart}."
+        ] * bool(apart)
         yield (
             f"{GROUPS[kind]} against {other}",
             f"{explanation}.",
             pd.DataFrame(lines, columns=header) if made else None,
-            f"Not tested: {missing}." if missing else "",
+            " ".join(left_out),
         )
 
 

@@ -30,6 +30,7 @@ ROUNDING = 1e-12
 class Comparison(NamedTuple):
     """``row`` minus ``other`` in a setting, paired over ``n`` seeds.
 
+    ``apart``: how many seeds form no pair, as the two runs come from different processors.
     ``difference`` is the mean difference, ``low`` .. ``high`` its t confidence interval (None if
     the differences do not vary), ``p`` the paired two-sided t-test's (None for one seed) and
     ``p_holm`` corrected for the other tests of its family. ``missing`` says why there is no
@@ -47,6 +48,7 @@ class Comparison(NamedTuple):
     p: float | None = None
     p_holm: float | None = None
     sign: int = 1
+    apart: int = 0
 
     @property
     def verdict(self):
@@ -108,12 +110,13 @@ def evaluate(table, results, seeds, metric=ACCURACY):
     names = [row for row in known if row in set(runs.row)]
     settings = [s for s in TABLES[table].all_settings if s in set(runs.setting)]
     columns = pd.MultiIndex.from_product([names, settings], names=["row", "setting"])
-    values = (
+    values, processors = (
         runs[runs.state == "done"]
-        .pivot(index="seed", columns=["row", "setting"], values="test_accuracy")
+        .pivot(index="seed", columns=["row", "setting"], values=of_run)
         .reindex(index=seeds, columns=columns)
-        .astype(float)
+        for of_run in ("test_accuracy", "processor")
     )
+    values = values.astype(float)
     runs.columns = runs.columns.str.replace(ACCURACY.name, metric.name)
     cells = pd.DataFrame({"n": values.count(), "wanted": len(seeds)})
     cells["mean"], cells["sd"] = values.mean(), values.std()
@@ -130,7 +133,7 @@ def evaluate(table, results, seeds, metric=ACCURACY):
     pairs = [(row, s) for s in settings for row in names]
     tests = [(r, s, baseline.get(s)) for r, s in pairs if known[r].kind == SCHEDULE]
     ablations = [(r, s, known[r].full) for r, s in pairs if known[r].kind == ABLATION]
-    families = [_family(cells, values, metric, family) for family in (tests, ablations)]
+    families = [_family(cells, values, processors, metric, family) for family in (tests, ablations)]
     return Statistics(table, names, settings, seeds, metric, runs, values, cells, *families)
 
 
@@ -140,33 +143,43 @@ def _best(cells, keys, metric):
     return list(means.index[means >= means.max() - ROUNDING * abs(means.max())])
 
 
-def _family(cells, values, metric, pairs):
+def _family(cells, values, processors, metric, pairs):
     """``Comparison``s of (row, setting, other), with Holm's correction over all of them."""
-    found = [_compare(cells, values, *pair)._replace(sign=metric.sign) for pair in pairs]
+    found = [_compare(cells, values, processors, *pair) for pair in pairs]
+    found = [test._replace(sign=metric.sign) for test in found]
     corrected = iter(holm([test.p for test in found if test.p is not None]))
     return [test if test.p is None else test._replace(p_holm=next(corrected)) for test in found]
 
 
-def _compare(cells, values, row, setting, other):
+def _compare(cells, values, processors, row, setting, other):
     for name in (row, other):
         if (name, setting) not in cells.index or not cells.complete[name, setting]:
             why = f"{rows()[name].title} lacks runs" if name else "no baseline is complete"
             return Comparison(row, setting, other, why)
-    one, two = values[row, setting], values[other, setting]
+    alike = processors[row, setting] == processors[other, setting]
+    apart = int((~alike).sum())
+    if not alike.any():
+        return Comparison(row, setting, other, "no seed has both runs of one kind of processor")
+    found = _tested(values[row, setting][alike], values[other, setting][alike])
+    return Comparison(row, setting, other, None, *found, apart=apart)
+
+
+def _tested(one, two):
+    """n, difference, low, high and p of ``Comparison``, of two paired series."""
     differences, rounding = one - two, ROUNDING * max(one.max(), two.max())
     n, difference = len(differences), float(differences.mean())
     if n < 2:
-        return Comparison(row, setting, other, None, n, difference)
+        return n, difference
     if differences.max() - differences.min() <= rounding:
         # t is 0/0 or infinite. The sign-flip test is still defined: of the 2^n ways to flip the
         # differences' signs, all are as extreme as none, or two as extreme as a constant.
         p = 1.0 if abs(difference) <= rounding else 2.0 ** (1 - n)
-        return Comparison(row, setting, other, None, n, difference, p=p)
+        return n, difference, None, None, p
     from scipy import stats
 
     found = stats.ttest_rel(one, two)
     low, high = map(float, found.confidence_interval(CONFIDENCE))
-    return Comparison(row, setting, other, None, n, difference, low, high, float(found.pvalue))
+    return n, difference, low, high, float(found.pvalue)
 
 
 def holm(p_values):

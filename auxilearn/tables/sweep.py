@@ -6,6 +6,7 @@ continues with the rest.
 """
 
 import contextlib
+import csv
 import dataclasses
 import hashlib
 import json
@@ -15,6 +16,7 @@ import shutil
 import sys
 import time
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 from tqdm import tqdm
@@ -31,6 +33,8 @@ from auxilearn.tables.local import ROOT
 from auxilearn.tables.protocol import DATASETS, ROW_SETTINGS, SETTINGS, rows, tuned_as
 
 STOPPED = (130, 143, -2, -15)  # exit codes of a run that somebody asked to end
+RECORDED = "taken from *_runs.csv of --out_dir"  # the state of a run whose folder is not here
+NO_RUNS = MappingProxyType({})
 # Settings that the table itself sets; --run_flags may not override them.
 OWNED = (
     *("method", "whether_aux", "corrupted", "corrupted_rate", "corruption", "labeled_per_class"),
@@ -143,7 +147,8 @@ class Run(NamedTuple):
 class Result(NamedTuple):
     """A run and its outcome: a line of TABLE_runs.csv.
 
-    Of a real-valued target, the file's columns are test_rmse and valid_rmse.
+    Of a real-valued target, the file's columns are test_rmse and valid_rmse. A sweep continues from
+    such a file: ``recorded_runs``.
     """
 
     row: str
@@ -155,6 +160,11 @@ class Result(NamedTuple):
     identity: str
     directory: str
     command: str  # verbatim shell command
+    # Empty unless done, and in files of earlier versions.
+    processor: str = ""
+    fingerprint: str = ""  # of the data
+    environment: str = ""  # versions, device, threads, revision
+    seconds: float | None = None
 
 
 def script(name):
@@ -259,20 +269,66 @@ def state_of(job, fingerprint):
     return ("incomplete" if directory.exists() else "to do"), None
 
 
-def result_of(run, fingerprint, metric=ACCURACY):
-    """The ``Result`` of a ``Run``."""
+def result_of(run, fingerprint, metric=ACCURACY, recorded=NO_RUNS):
+    """The ``Result`` of a ``Run``: of its folder, or else of the ``recorded_runs``."""
     job = run.job
     state, summary = state_of(job, fingerprint)
+    if state != "done" and job.identity in recorded:
+        return recorded[job.identity]._replace(row=run.row, setting=run.setting)
     values = [summary[f"{of}_{metric.name}"] if summary else None for of in ("test", "valid")]
     how = job.identity, str(job.directory), job.command
-    return Result(run.row, run.setting, job.config.seed, state, *values, *how)
+    about = _about(job.directory, summary) if summary else ()
+    return Result(run.row, run.setting, job.config.seed, state, *values, *how, *about)
 
 
-def unfinished(jobs, fingerprint):
-    """(Those of ``jobs`` that are not done, each once; a line that counts all by their state)."""
+def _about(directory, summary):
+    """Processor, fingerprint of the data, environment and seconds of a finished run."""
+    run = read_json(directory / CONFIG_FILE)
+    found, packages = run["environment"], run["environment"]["packages"]
+    processor = found.get("processor", "")  # runs of earlier versions did not record it
+    environment = (
+        f"Python {found['python']}, torch {packages['torch']}, torchvision "
+        f"{packages['torchvision']}, {processor or found['machine']}, {run['config']['device']}, "
+        f"threads {found['threads']}, revision {found['git_revision']}"
+    )
+    return processor, run["data"]["fingerprint"], environment, summary["seconds"]
+
+
+def recorded_runs(folder, fingerprint, metric=ACCURACY, processor=None):
+    """{identity: ``Result``} of the finished runs in the files *_runs.csv of ``folder``.
+
+    Only of runs on the data with this ``fingerprint`` and, unless it is None, on this kind of
+    ``processor``. Files of earlier versions name neither, so they give no run.
+    """
+    found = {}
+    for path in sorted(Path(folder).glob("*_runs.csv")):
+        try:
+            with open(path, newline="", encoding="utf-8", errors="backslashreplace") as file:
+                for line in csv.DictReader(file):
+                    same = line.get("fingerprint") == fingerprint and line["state"] == "done"
+                    if same and processor in (None, line["processor"]):
+                        names = {n: n.replace(ACCURACY.name, metric.name) for n in Result._fields}
+                        result = Result(**{n: line[column] for n, column in names.items()})
+                        numbers = ("test_accuracy", "valid_accuracy", "seconds")
+                        numbers = {n: float(getattr(result, n)) for n in numbers}
+                        result = result._replace(seed=int(result.seed), **numbers)
+                        found[result.identity] = result
+        except (OSError, KeyError, ValueError, TypeError, csv.Error) as error:
+            raise UserError(
+                f"{path} is not what a table writes ({error}): put it back, or remove it"
+            ) from None
+    return found
+
+
+def unfinished(jobs, fingerprint, recorded=NO_RUNS):
+    """(Those of ``jobs`` that are to be run, each once; a line that counts all by their state)."""
     jobs = list({job.name: job for job in jobs}.values())
     states = [state_of(job, fingerprint)[0] for job in jobs]
-    left = [job for job, state in zip(jobs, states, strict=True) if state != "done"]
+    states = [
+        RECORDED if state != "done" and job.identity in recorded else state
+        for job, state in zip(jobs, states, strict=True)
+    ]
+    left = [j for j, state in zip(jobs, states, strict=True) if state not in ("done", RECORDED)]
     counts = {state: states.count(state) for state in dict.fromkeys(states)}
     return left, f"{len(jobs)} runs: {', '.join(f'{n} {state}' for state, n in counts.items())}"
 
@@ -282,13 +338,15 @@ def unfinished(jobs, fingerprint):
 # --------------------------------------------------------------------------------------------------
 
 
-def run(jobs, launch, fingerprint, metric=ACCURACY):
+def run(jobs, launch, fingerprint, metric=ACCURACY, recorded=NO_RUNS):
     """Run the unfinished ``jobs``. Returns a list of (job, reason) of those without a result.
+
+    Those of the ``recorded_runs`` are not run.
 
     ``launch``: callable (list of jobs) -> iterator of (job, Outcome) as they end. A failed job does
     not stop the others; the next call tries it again. Raises what ``launch`` raises.
     """
-    left, said = unfinished(jobs, fingerprint)
+    left, said = unfinished(jobs, fingerprint, recorded)
     print(said)
     failed, start, logged = [], time.monotonic(), {}
     with tqdm(total=len(left), unit="run", dynamic_ncols=True, disable=None) as bar:
