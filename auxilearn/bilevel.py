@@ -174,7 +174,8 @@ class Bilevel:
                 "the upper optimiser holds no parameter of the scheduler that requires a gradient: "
                 "build it on scheduler.parameters()"
             )
-        gradient, solution, dev_loss = self._hypergradient(train_batches, dev_batches)
+        balance = self.scheduler.balance
+        gradient, solution, dev_loss = self._hypergradient(train_batches, dev_batches, balance)
         solution, (dev_loss, size) = solution.read(dev_loss, norm(gradient))
         if not math.isfinite(size):
             self._refuse_poisoned([*train_batches, *dev_batches])
@@ -199,8 +200,11 @@ class Bilevel:
         solution, (dev_loss,) = solution.read(dev_loss)
         return gradient, solution, dev_loss
 
-    def _hypergradient(self, train_batches, dev_batches):
-        """``hypergradient``, whose numbers are scalars that stay on the device."""
+    def _hypergradient(self, train_batches, dev_batches, balance=None):
+        """``hypergradient``, whose numbers are scalars that stay on the device.
+
+        ``balance``: a ``Balance`` that learns from the step.
+        """
         check_batches("train_batches", train_batches)
         check_batches("dev_batches", dev_batches)
         derivatives = Derivatives(
@@ -217,6 +221,10 @@ class Bilevel:
             solver = self.solver or neumann(alpha=self.lower.param_groups[0]["lr"], terms=3)
             operators = self._operators(derivatives)
             gradient, solution = hypergradient(v, operators.hvp, operators.mixed, solver)
+            if balance is not None:
+                seen = derivatives.target_and_rest(solution.vector, solution.scale)
+        if balance is not None:  # its buffers have been put back
+            balance.observe(*seen)
         return gradient, solution, dev_loss
 
     def lower_parameters(self) -> list[Tensor]:

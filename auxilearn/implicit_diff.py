@@ -32,6 +32,7 @@ class Solution:
     products: how many Hessian-vector products were spent.
     growth: of a series' last term over the one before it, with the sign of their inner product; or
         None.
+    scale: D of ``preconditioned``, a list like p; None: 1.
 
     A solver leaves residual and growth on the device, as scalar tensors, so that the processor does
     not wait for it; ``read`` makes floats of them.
@@ -41,6 +42,7 @@ class Solution:
     residual: float | Tensor
     products: int
     growth: float | Tensor | None = None
+    scale: Vector | None = None
 
     def read(self, *others: Tensor) -> tuple["Solution", list[float]]:
         """(This solution with floats, the floats of ``others``), by one read from the device."""
@@ -162,7 +164,8 @@ def preconditioned(solver: Solver, scale: Callable[[], Vector]) -> Solver:
         )
 
     def solve(hvp, v):
-        roots = [d.sqrt() for d in scale()]
+        scales = scale()
+        roots = [d.sqrt() for d in scales]
         if [r.shape for r in roots] != [t.shape for t in v]:
             raise ValueError(
                 "scale() must give a tensor for each parameter that the lower optimiser steps, in "
@@ -173,7 +176,7 @@ def preconditioned(solver: Solver, scale: Callable[[], Vector]) -> Solver:
             return [t / r for t, r in zip(vector, roots, strict=True)]
 
         solution = solver(lambda u: divided(hvp(divided(u))), divided(v))
-        solution.vector = divided(solution.vector)
+        solution.vector, solution.scale = divided(solution.vector), scales
         return solution
 
     return solve

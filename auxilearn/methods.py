@@ -46,7 +46,7 @@ class Problem(NamedTuple):
     feature_dim: int  # d
     samples: int  # in the training set
     classes: tuple[int | None, ...]  # of every task, K entries; None: a real number
-    few_labels: bool = False  # whether most samples lack the target label (semi-supervised)
+    labelled: float = 1.0  # the target's labels over the mean number of an auxiliary task's
     lower_lr: float = 1e-3  # learning rate of the task model
     aux_weight: float = 1.0  # factor on the losses of all auxiliary tasks
 
@@ -243,20 +243,20 @@ def _joint(problem, factors):
     options={
         "factors": _FACTORS,
         "target_share": Option(
-            "auto",
-            "the target's share of all weight: learned; fixed = 1 / K; free = the scale is not "
-            "held either; auto = fixed with --labeled_per_class, else learned",
-            ("auto", *TARGET_SHARES),
+            "learned",
+            "the target's share of all weight: learned, or equal = 1 / K",
+            TARGET_SHARES,
         ),
     },
     defaults=RECIPE,
     tune=({"aux_weight": 1.0, "dev_epochs": 30}, {"aux_weight": "near", "dev_epochs": 30}),
 )
 def _joint_stable(problem, factors, target_share):
-    if target_share == "auto":
-        target_share = "fixed" if problem.few_labels else "learned"
     return StableJoint(
-        0, problem.tasks, problem.feature_dim, factors=factors, target_share=target_share
+        *(0, problem.tasks, problem.feature_dim),
+        factors=factors,
+        target_share=target_share,
+        labelled=problem.labelled,
     )
 
 

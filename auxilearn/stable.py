@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from auxilearn.balance import Balance
 from auxilearn.bilevel import Bilevel
 from auxilearn.hypernet import (
     FACTORS,
@@ -24,7 +25,7 @@ from auxilearn.hypernet import (
 from auxilearn.implicit_diff import identity, preconditioned
 from auxilearn.optim import adam_scale, upper_adam
 
-TARGET_SHARES = ("learned", "fixed", "free")
+TARGET_SHARES = ("learned", "start", "equal")
 
 # The recipe as settings of ``run.config.Config``.
 RECIPE: dict[str, Any] = {
@@ -45,33 +46,37 @@ UPPER_DECAY = 1e-5
 class StableJoint(JointSchedule):
     r"""JTDS's three factors without the direction in which its weights run away.
 
-        W_ik = r_ik / mean_i r_ik * s_k / mean_k s_k
+        W_ik = r_ik / mean_i r_ik * s_k
                                     task factor
         r_ik = 2 sigmoid(a_k . G_i) * 2 sigmoid(u_k z_ik)
                feature factor         loss factor
-        s_k  = sigmoid(t_k) / mean of the auxiliary tasks' sigmoid(t_l)      k an auxiliary task
-        s_k  = (1 + q) / (1 + q exp(-t_k)),  q = sqrt(K - 1)                 k the target
+        s_k  = K w_T                                                        k the target
+        s_k  = K w_A sigmoid(t_k) / sum of the auxiliary tasks' sigmoid(t_l)     k an auxiliary task
 
     with z the standardised losses, as in ``MonoJoint``, and G the features of the batch, centred,
     each sample's scaled to length 1 / sqrt(d). What differs from ``MonoJoint``, and why:
 
     - A lower optimiser like Adam does not feel the scale of the loss, so nothing holds the scale of
       a schedule. Here every task's weights are divided by their mean over the batch (over the
-      samples that have a loss), and the task factors by their mean over the tasks: no parameter can
-      change the mean over the tasks, 1. To give one task more is to give another less.
-    - Bounded factors. The target counts less than 1 + sqrt(K - 1) times the mean auxiliary task:
-      about half-way, on a logarithmic scale, from equal weights to half of all weight. No sample
-      counts more than 4 / mean r times as much as its task's mean sample.
-    - All parameters are 0 at first, where W = 1 exactly: equal weights, until the development set
-      says otherwise. With inputs of that size, a step of Adam at rate r moves the logits of the
-      feature and task factors by about r at most, those of the loss factor by about r |z|.
+      samples that have a loss), and the mean of the task factors is 1. To give one task more is to
+      give another less.
+    - The weight of the target, w_T, against that of all auxiliary tasks, w_A = 1 - w_T, is solved
+      for in every upper step (``balance``), from the first one on. At the start every label counts
+      alike, so w_T is 1/2 where all samples have all labels.
+    - Bounded factors. No sample counts more than 4 / mean r times as much as its task's mean sample.
+    - All parameters are 0 at first: no sample and no auxiliary task counts more than another, until
+      the development set says otherwise. With inputs of that size, a step of Adam at rate r moves
+      the logits of the feature and task factors by about r at most, those of the loss factor by
+      about r |z|.
 
-    K (d + 2) parameters: feature_sel.weight a (K, d), loss_w u (K,), task_prior t (K,).
+    K (d + 2) parameters: feature_sel.weight a (K, d), loss_w u (K,), task_prior t (K,), whose entry
+    of the target has no effect.
 
-    Args: ``input_dim`` is K, ``feature_dim`` is d; ``factors``: those that are learned.
-    ``target_share`` of all weight: "learned", the above; "fixed", s_k = 1 for the target, for one
-    with few labels, of which a single step always wants more (and with two tasks, no task factor is
-    left); "free", for ablations: W_ik = r_ik 2 sigmoid(t_k), nothing is held.
+    Args: ``input_dim`` is K, ``feature_dim`` is d; ``factors``: those that are learned (without
+    "task", the target's weight stays where it starts). ``target_share`` of all weight: "learned",
+    the above; for ablations "start", held where it starts, and "equal", held at 1 / K.
+    ``labelled``: the number of the target's labels over the mean number of an auxiliary task's,
+    below 1 where most samples lack the target's label: w_T : w_A at the start.
     """
 
     def __init__(
@@ -82,6 +87,7 @@ class StableJoint(JointSchedule):
         *,
         factors: Sequence[str] = FACTORS,
         target_share: str = "learned",
+        labelled: float = 1.0,
     ):
         super().__init__(main_task, input_dim)
         self.learned = checked_factors(factors)
@@ -95,6 +101,9 @@ class StableJoint(JointSchedule):
             self.loss_w = nn.Parameter(torch.zeros(input_dim))
         if "task" in self.learned:
             self.task_prior = nn.Parameter(torch.zeros(input_dim))
+        self.odds = 1 / max(1, input_dim - 1) if target_share == "equal" else labelled
+        if target_share == "learned" and "task" in self.learned and input_dim > 1:
+            self.balance = Balance(labelled)
 
     def factors(
         self, features: Tensor, losses: Tensor, mask: Tensor | None = None
@@ -112,30 +121,22 @@ class StableJoint(JointSchedule):
         return 2 * torch.sigmoid(feature), 2 * torch.sigmoid(loss), self._task_factor(task)
 
     def _task_factor(self, t):
-        """s_k / mean_k s_k, (K,), of the task priors t (K,)."""
-        if self.target_share == "free":
-            return 2 * torch.sigmoid(t)
-        others = self.input_dim - 1
-        if not others:
+        """s_k, (K,), of the task priors t (K,)."""
+        tasks = self.input_dim
+        if tasks == 1:
             return 1 + 0 * t
-        target = torch.arange(self.input_dim, device=t.device) == self.main_task
+        target = torch.arange(tasks, device=t.device) == self.main_task
         score = F.logsigmoid(t).masked_fill(target, -torch.inf)
-        s = torch.exp(score - score.max().detach())  # up to a number, none of them underflows
-        s = s * (others / s.sum())
-        if self.target_share == "fixed":
-            return s.masked_fill(target, 1.0)
-        q = others**0.5
-        of_target = (1 + q) / (1 + q * torch.exp(-t.clamp(min=-40)))
-        s = torch.where(target, of_target, s)
-        return s / s.mean()
+        shares = torch.softmax(score, dim=0)  # up to a number, none of them underflows
+        odds = self.odds if self.balance is None else self.balance.odds
+        of_target, of_others = odds / (1 + odds), 1 / (1 + odds)
+        return tasks * torch.where(target, of_target, of_others * shares)
 
     def schedule(self, features, losses, mask=None):
         feature, loss, task = self.factors(features, losses, mask)
         weights = feature * loss
-        if self.target_share != "free":
-            means = masked_column_means(weights, mask)
-            weights = weights / torch.where(means > 0, means, 1.0)
-        return weights * task
+        means = masked_column_means(weights, mask)
+        return weights / torch.where(means > 0, means, 1.0) * task
 
 
 class TargetTask(HyperNet):
@@ -160,6 +161,7 @@ def fit_stable(
     validate: Callable[[], float] | None = None,
     main_task: int = 0,
     aux_weight: float = 1.0,
+    labelled: float = 1.0,
 ) -> StableJoint:
     """Train ``model`` by the recipe of the stable form. Returns the scheduler it learned.
 
@@ -176,6 +178,7 @@ def fit_stable(
         train, dev: batches, such as a DataLoader or a list; iterated anew in every pass. ``train``
             should hold the development samples as well.
         tasks, feature_dim: K and d of ``TaskLosses``.
+        labelled: as of ``StableJoint``, for data on which most samples lack the target's label.
         validate: returns a number to be maximised, called after every pass. Fine-tuning starts from
             the best pass, and the model ends as it was after the best one. Without it the last
             pass counts.
@@ -190,7 +193,8 @@ def fit_stable(
             )
         if next(iter(batches), None) is None:
             raise ValueError(f"{name} must hold at least one batch")
-    scheduler = StableJoint(main_task, tasks, feature_dim).to(next(model.parameters()))
+    scheduler = StableJoint(main_task, tasks, feature_dim, labelled=labelled)
+    scheduler.to(next(model.parameters()))
     solver = identity()
     if isinstance(lower, (torch.optim.Adam, torch.optim.AdamW)):
         solver = preconditioned(solver, lambda: adam_scale(lower, bilevel.lower_parameters()))

@@ -221,7 +221,7 @@ def evaluate_run(run, *, split_dir=None, data_root=None, device=None, num_worker
         config = replace(config, cache_dir=f"{split_dir}/cache")
     # The folder is what config.json says: it is read, and nothing is written to it.
     samples = training_set_of(config, split, build=False)
-    model, scheduler, state = _load(checkpoint, config, split, len(samples))
+    model, scheduler, state = _load(checkpoint, config, split, samples)
     images = None
     if not split.rows:
         images = open_images(split, config.image_size, config.cache_dir, workers, build=False)

@@ -196,7 +196,7 @@ def build(config, split, ranks=None):
     train_set = training_set_of(config, split)
     plan = Plan.of(config, len(train_set), len(split.indices["dev"]))
     model = build_model(config, split)
-    scheduler = build_scheduler(config, split, len(train_set))
+    scheduler = build_scheduler(config, split, train_set)
     # A backbone of a plugin may have frozen parameters; the rest is what the levels differentiate.
     theta = [p for p in model.parameters() if p.requires_grad]
     phi = list(scheduler.parameters())
@@ -281,19 +281,27 @@ def set_precision(precision):
     torch.set_float32_matmul_precision("highest")
 
 
-def build_scheduler(config, split, samples):
-    """The scheduler of a resolved ``Config`` for so many training samples, on its device."""
+def build_scheduler(config, split, train_set):
+    """The scheduler of a resolved ``Config`` for a training ``SampleSet``, on its device."""
     torch.manual_seed(derived_seed(config.seed, "scheduler"))
     problem = Problem(
         tasks=config.task_num,
         feature_dim=config.feature_dim,
-        samples=samples,
+        samples=len(train_set),
+        labelled=label_ratio(train_set.mask),
         classes=tuple(class_counts(config, split)),
-        few_labels=config.labeled_per_class > 0,
         lower_lr=config.main_lr,
         aux_weight=config.aux_weight,
     )
     return METHODS[config.method].build(problem, **config.options).to(config.device)
+
+
+def label_ratio(mask):
+    """The target's labels over the mean number of an auxiliary task's; ``mask`` (n, K) or None."""
+    if mask is None or mask.shape[1] == 1:
+        return 1.0
+    target, *others = mask.sum(dim=0).tolist()
+    return target * len(others) / max(1, sum(others))
 
 
 def class_counts(config, split):

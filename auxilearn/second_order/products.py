@@ -28,6 +28,7 @@ from auxilearn.hypernet import (
     scheduled_loss,
     times_aux_weight,
 )
+from auxilearn.implicit_diff import dot
 from auxilearn.randomness import generator_states, put_back, random_state_kept
 from auxilearn.second_order.batch_norm import fast_batch_norm
 from auxilearn.second_order.convolution import FastConvolution
@@ -87,6 +88,36 @@ class Derivatives(ModelFunction):
 
         loss, *v = self.average(self.mean_over(dev_batches, loss_and_gradient), dev_batches)
         return loss, v
+
+    def target_and_rest(self, p, scale):
+        """What ``Balance.observe`` learns from: c / |v| and N of the first training batch.
+
+        Args: the solver's p, and D = ``scale`` (None: 1). Losses are without ``aux_weight``.
+        """
+        target = self.scheduler.main_task
+        scale = scale or [torch.ones_like(t) for t in p]
+
+        def of_batch(batch):
+            with self.evaluated(batch) as outputs:
+                losses, mask = outputs.losses, outputs.mask
+                with frozen(self.phi):
+                    loss = loss_of_schedule(self.scheduler, losses, outputs)
+                (weights,) = gradients(loss, [losses], retain_graph=True)
+                if mask is not None:  # 0 there, but the loss may be NaN
+                    losses = losses.masked_fill(~mask, 0.0)
+                parts = (weights * losses).sum(dim=0)
+                of_target = gradients(parts[target], self.theta, retain_graph=True)
+                of_both = gradients(parts.sum(), self.theta)
+            of_rest = torch._foreach_sub(of_both, of_target)
+            steps = [torch._foreach_div(g, scale) for g in (of_target, of_rest)]
+            slopes = torch.stack([dot(of_target, p), dot(of_rest, p)])
+            gram = torch.stack([dot(g, step) for g in (of_target, of_rest) for step in steps])
+            return slopes, gram.view(2, 2)
+
+        size = dot(p, torch._foreach_mul(p, scale)).sqrt()
+        first = self.train_batches[:1]
+        slopes, gram = self.average(self.mean_over(first, of_batch), first)
+        return slopes / size, gram
 
     def training_mean(self, function):
         """Mean of ``function`` over the training batches of all processes."""

@@ -39,9 +39,14 @@ for _factors in ("task", "feature", "loss", "feature loss", "feature task", "los
     )
 # Each undoes one change that docs/stability.md describes; the first undoes the schedule.
 for _name, _title, _settings in (
-    ("equal", "schedule held at equal weights", {"warmup_epochs": 1000000}),
-    ("free_scale", "scale left free", {"options": {"target_share": "free"}}),
-    ("fixed_share", "the target's share fixed", {"options": {"target_share": "fixed"}}),
+    (
+        "equal",
+        "schedule held at equal weights",
+        {"warmup_epochs": 1000000, "options": {"target_share": "equal"}},
+    ),
+    ("equal_share", "target's share 1 / K", {"options": {"target_share": "equal"}}),
+    ("start_share", "target's share held at its start", {"options": {"target_share": "start"}}),
+    ("tasks_only", "weights of tasks alone", {"options": {"factors": ("task",)}}),
     ("gradient", "response of gradient descent", {"precondition": "none"}),
     ("neumann", "Neumann series of three terms", {"solver": "neumann"}),
     (

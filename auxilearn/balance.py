@@ -1,0 +1,78 @@
+"""How much the target task counts against the auxiliary tasks together, in closed form.
+
+The scheduled loss is w_T L_T + w_A L_A, with L_T the target's loss and L_A the mean of the auxiliary
+tasks' losses, both as the rest of the schedule weighs them. On a batch the lower step moves theta by
+-eta D^-1 g, g = w_T g_T + w_A g_A, with D = 1 for gradient descent and about the root of the second
+moment for Adam. To second order in eta, with D for the curvature as well, up to a number l, it
+changes the development loss by
+
+    -eta w . c + (l / 2) eta^2 w' N w      c_a = <g_a, p>, p = D^-1 v    v the development gradient
+                                           N_ab = E <g_a, D^-1 g_b>      E the mean over batches
+
+At the best eta this is -(w . c)^2 / (2 l w' N w), which is least along
+
+    w = N^-1 c
+
+So the direction that helps most counts most, and a direction whose gradients differ from batch to
+batch, for want of labels or for wrong ones, counts less: E is of squares. The scale of w, which Adam
+does not feel, drops out; there is no learning rate and no bound. A slope below zero takes a task out;
+since c and N are of unit weights, it comes back when its slope does.
+"""
+
+import torch
+from torch import Tensor, nn
+
+START = 10  # upper steps after which the start counts as much as what was seen
+LATE = 2  # running means weigh upper step n by about n^2: training changes, and starts off
+FASTEST = 0.12  # change of the logarithm of the odds in an upper step: an estimate may be far off
+LIMIT = 50.0  # of the odds, either way
+
+
+class Balance(nn.Module):
+    """The odds w_T : w_A, learned from every upper step.
+
+    Args: ``start``: the odds at first. The estimate of n upper steps counts n / (n + 10), the start
+    the rest.
+    """
+
+    odds: Tensor
+
+    def __init__(self, start: float = 1.0):
+        super().__init__()
+        self.start = min(max(start, 1 / LIMIT), LIMIT)
+        self.register_buffer("odds", torch.tensor(self.start))
+        self.register_buffer("slopes", torch.zeros(2))  # c, a running mean
+        self.register_buffer("gram", torch.zeros(2, 2))  # N, a running mean
+        self.register_buffer("steps", torch.zeros(()))
+
+    @torch.no_grad()
+    def observe(self, slopes: Tensor, gram: Tensor) -> None:
+        """Learn from an upper step. Nothing is read from the device; what is not finite is ignored.
+
+        Args: ``slopes`` (2,) and ``gram`` (2, 2): c / |v| and N of ``w_T L_T`` and ``w_A L_A`` at
+        the present weights, with |v|^2 = <v, D^-1 v>.
+        """
+        at = torch.stack([self.odds, torch.ones_like(self.odds)]) / (1 + self.odds)
+        slopes, gram = slopes / at, gram / torch.outer(at, at)
+        start = gram.new_tensor([self.start, 1.0])
+        square = start @ gram @ start  # of the step at the start's weights
+        slopes, gram = slopes / square.sqrt(), gram / square
+        sound = torch.isfinite(slopes.sum() + gram.sum())
+        late = (LATE + 1) / (self.steps + 1 + LATE)
+        for mean, seen in ((self.slopes, slopes), (self.gram, gram)):
+            mean.copy_(torch.where(sound, mean + late * (seen - mean), mean))
+        self.steps.add_(sound)
+        change = (self._solved() / self.odds).log().clamp(-FASTEST, FASTEST)
+        self.odds.mul_(change.exp())
+
+    def _solved(self):
+        """The odds of N^-1 c, drawn towards the start."""
+        c, n = self.slopes, self.gram
+        at_start = n @ n.new_tensor([self.start, 1.0])  # the c of which the start is the best
+        at_start = at_start * (c.abs().sum() / at_start.abs().sum())
+        share = self.steps / (self.steps + START)
+        c = share * c + (1 - share) * at_start
+        target = (n[1, 1] * c[0] - n[0, 1] * c[1]).clamp(min=0)
+        rest = (n[0, 0] * c[1] - n[0, 1] * c[0]).clamp(min=0)
+        solved = (target / rest).clamp(1 / LIMIT, LIMIT)
+        return torch.where(torch.isnan(solved), self.odds, solved)  # both 0
