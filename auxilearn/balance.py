@@ -15,8 +15,8 @@ At the best eta this is -(w . c)^2 / (2 l w' N w), which is least along
 
 So the direction that helps most counts most, and a direction whose gradients differ from batch to
 batch, for want of labels or for wrong ones, counts less: E is of squares. The scale of w, which Adam
-does not feel, drops out; there is no learning rate and no bound. A slope below zero takes a task out;
-since c and N are of unit weights, it comes back when its slope does.
+does not feel, drops out, and there is no learning rate. A half whose slope is below zero goes; since
+c and N are of unit weights, it comes back when its slope does.
 """
 
 import torch
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 START = 10  # upper steps after which the start counts as much as what was seen
 LATE = 2  # running means weigh upper step n by about n^2: training changes, and starts off
-FASTEST = 0.12  # change of the logarithm of the odds in an upper step: an estimate may be far off
+FASTEST = 0.12  # change of the odds' logarithm in an upper step, since an estimate may be far off
 LIMIT = 50.0  # of the odds, either way
 
 

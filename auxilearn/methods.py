@@ -236,7 +236,8 @@ def _joint(problem, factors):
     "joint_stable",
     title="JTDS, stable form",
     about="the same three factors, bounded and at a fixed scale, learned by the response of the "
-    "real Adam; trained on the development set as well, then fine-tuned on it",
+    "real Adam; the target's share in closed form; trained on the development set as well, then "
+    "fine-tuned on it",
     paper="this project, docs/stability.md",
     learned=UPPER,
     fine_tuned=True,
@@ -247,16 +248,18 @@ def _joint(problem, factors):
             "the target's share of all weight: learned, or equal = 1 / K",
             TARGET_SHARES,
         ),
+        "tempered": Option(True, "weigh samples only as far as the target's share is below 1"),
     },
     defaults=RECIPE,
     tune=({"aux_weight": 1.0, "dev_epochs": 30}, {"aux_weight": "near", "dev_epochs": 30}),
 )
-def _joint_stable(problem, factors, target_share):
+def _joint_stable(problem, factors, target_share, tempered):
     return StableJoint(
         *(0, problem.tasks, problem.feature_dim),
         factors=factors,
         target_share=target_share,
         labelled=problem.labelled,
+        tempered=tempered,
     )
 
 

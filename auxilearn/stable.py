@@ -31,7 +31,6 @@ TARGET_SHARES = ("learned", "start", "equal")
 RECIPE: dict[str, Any] = {
     "upper_optimizer": "adam",  # with betas .9 and .99, see ``optim.upper_adam``
     "upper_lr": 0.03,
-    "warmup_epochs": 5,
     "hyperstep": 5,
     "solver": "identity",
     "precondition": "adam",
@@ -48,8 +47,8 @@ class StableJoint(JointSchedule):
 
         W_ik = r_ik / mean_i r_ik * s_k
                                     task factor
-        r_ik = 2 sigmoid(a_k . G_i) * 2 sigmoid(u_k z_ik)
-               feature factor         loss factor
+        r_ik = 2 sigmoid(w_A a_k . G_i) * 2 sigmoid(w_A u_k z_ik)
+               feature factor             loss factor
         s_k  = K w_T                                                        k the target
         s_k  = K w_A sigmoid(t_k) / sum of the auxiliary tasks' sigmoid(t_l)     k an auxiliary task
 
@@ -63,6 +62,9 @@ class StableJoint(JointSchedule):
     - The weight of the target, w_T, against that of all auxiliary tasks, w_A = 1 - w_T, is solved
       for in every upper step (``balance``), from the first one on. At the start every label counts
       alike, so w_T is 1/2 where all samples have all labels.
+    - Samples are weighed only as far as the target is not trusted: their logits hold w_A. While the
+      target is underfitted, w_T is near 1, and to prefer samples that are like the development
+      set's, or easy, slows it down; where its labels are few or wrong, w_A is near 1.
     - Bounded factors. No sample counts more than 4 / mean r times as much as its task's mean sample.
     - All parameters are 0 at first: no sample and no auxiliary task counts more than another, until
       the development set says otherwise. With inputs of that size, a step of Adam at rate r moves
@@ -76,7 +78,8 @@ class StableJoint(JointSchedule):
     "task", the target's weight stays where it starts). ``target_share`` of all weight: "learned",
     the above; for ablations "start", held where it starts, and "equal", held at 1 / K.
     ``labelled``: the number of the target's labels over the mean number of an auxiliary task's,
-    below 1 where most samples lack the target's label: w_T : w_A at the start.
+    below 1 where most samples lack the target's label: w_T : w_A at the start. ``tempered=False``,
+    for ablations, leaves w_A out of r_ik.
     """
 
     def __init__(
@@ -88,12 +91,14 @@ class StableJoint(JointSchedule):
         factors: Sequence[str] = FACTORS,
         target_share: str = "learned",
         labelled: float = 1.0,
+        tempered: bool = True,
     ):
         super().__init__(main_task, input_dim)
         self.learned = checked_factors(factors)
         if target_share not in TARGET_SHARES:
             raise ValueError(f"target_share must be one of {TARGET_SHARES}, not {target_share!r}")
         self.target_share = target_share
+        self.tempered = tempered
         if "feature" in self.learned:
             self.feature_sel = nn.Linear(feature_dim, input_dim, bias=False)
             nn.init.zeros_(self.feature_sel.weight)
@@ -116,9 +121,16 @@ class StableJoint(JointSchedule):
             feature = self.feature_sel(F.normalize(centred, dim=1)) / features.shape[1] ** 0.5
         if "loss" in self.learned:
             loss = self.loss_w * standardise(losses.detach(), mask)
+        if self.tempered:
+            of_others = 1 / (1 + self._odds())
+            feature, loss = feature * of_others, loss * of_others
         if "task" in self.learned:
             task = self.task_prior
         return 2 * torch.sigmoid(feature), 2 * torch.sigmoid(loss), self._task_factor(task)
+
+    def _odds(self):
+        """w_T / w_A."""
+        return self.odds if self.balance is None else self.balance.odds
 
     def _task_factor(self, t):
         """s_k, (K,), of the task priors t (K,)."""
@@ -128,7 +140,7 @@ class StableJoint(JointSchedule):
         target = torch.arange(tasks, device=t.device) == self.main_task
         score = F.logsigmoid(t).masked_fill(target, -torch.inf)
         shares = torch.softmax(score, dim=0)  # up to a number, none of them underflows
-        odds = self.odds if self.balance is None else self.balance.odds
+        odds = self._odds()
         of_target, of_others = odds / (1 + odds), 1 / (1 + odds)
         return tasks * torch.where(target, of_target, of_others * shares)
 
@@ -165,10 +177,9 @@ def fit_stable(
 ) -> StableJoint:
     """Train ``model`` by the recipe of the stable form. Returns the scheduler it learned.
 
-    The schedule is held at equal weights for the first 5 passes (half of ``epochs`` at most). Then
-    every 5 lower steps are followed by an upper step of Adam (learning rate 0.03, betas .9 and .99)
+    Every 5 lower steps are followed by an upper step of Adam (learning rate 0.03, betas .9 and .99)
     on the response of the lower optimiser's own step, from four training batches and one
-    development batch. In the end the target task alone is trained on the development set, at a
+    development batch; it also solves for the target's weight anew. In the end the target task alone is trained on the development set, at a
     fifth of the learning rate.
 
     Args:
@@ -202,14 +213,13 @@ def fit_stable(
     bilevel = Bilevel(model, scheduler, lower, upper, solver=solver, aux_weight=aux_weight)
     best = _Best(model, validate)
     every, batches = RECIPE["hyperstep"], RECIPE["n_meta_train_loss_accum"]
-    warmup = min(RECIPE["warmup_epochs"], epochs // 2)
     upper_batches, dev_batches = _endless(train), _endless(dev)
     step = 0
-    for epoch in range(epochs):
+    for _ in range(epochs):
         for batch in train:
             bilevel.lower_step(batch)
             step += 1
-            if epoch >= warmup and step % every == 0:
+            if step % every == 0:
                 bilevel.upper_step(
                     list(itertools.islice(upper_batches, batches)), [next(dev_batches)]
                 )

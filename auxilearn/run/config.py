@@ -201,7 +201,7 @@ class Config:
     upper_decay: float = _setting(1e-5, "weight decay", aliases=("auxw_decay",), low=0)
     warmup_epochs: int | None = _setting(
         None,
-        "epochs before the first upper step; the default is half of --epochs at most",
+        "epochs before the first upper step",
         by_method=0,
         low=0,
     )
@@ -334,8 +334,6 @@ def with_method_defaults(config):
             f"--method {config.method}: its defaults may not say {', '.join(sorted(odd))}; these "
             f"are left to methods: {', '.join(open_ones)}"
         )
-    if "warmup_epochs" in own:  # a short run is to have upper steps as well
-        own["warmup_epochs"] = min(own["warmup_epochs"], config.epochs // 2)
     if config.main_optimizer == "sgd":
         own["precondition"] = "none"
     left = {

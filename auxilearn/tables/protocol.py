@@ -54,7 +54,7 @@ for _name, _title, _settings in (
         "SGD on the upper level, at 0.01, clipped at 10",  # Adam's rate means something else
         {"upper_optimizer": "sgd", "max_grad_norm": 10.0, "upper_lr": 0.01},
     ),
-    ("no_warmup", "no warm-up", {"warmup_epochs": 0}),
+    ("untempered", "weights of samples at full strength", {"options": {"tempered": False}}),
     ("one_batch", "one training batch per upper step", {"n_meta_train_loss_accum": 1}),
     ("held_out", "development set held out", {"hold_out_dev": True}),
     ("no_fine_tuning", "no fine-tuning", {"dev_epochs": 0}),
