@@ -1,10 +1,10 @@
 """How much the target task counts against the auxiliary tasks together, in closed form.
 
-The scheduled loss is w_T L_T + w_A L_A, with L_T the target's loss and L_A the mean of the auxiliary
-tasks' losses, both as the rest of the schedule weighs them. On a batch the lower step moves theta by
--eta D^-1 g, g = w_T g_T + w_A g_A, with D = 1 for gradient descent and about the root of the second
-moment for Adam. To second order in eta, with D for the curvature as well, up to a number l, it
-changes the development loss by
+The scheduled loss is w_T L_T + w_A L_A: L_T is the target's loss and L_A the mean of the auxiliary
+tasks' losses, both as the rest of the schedule weighs them. On a batch the lower step moves theta
+by -eta D^-1 g, with g = w_T g_T + w_A g_A; D is 1 for gradient descent, and about the root of the
+second moment for Adam. To second order in eta, with D in place of the curvature, up to a number l,
+the development loss changes by
 
     -eta w . c + (l / 2) eta^2 w' N w      c_a = <g_a, p>, p = D^-1 v    v the development gradient
                                            N_ab = E <g_a, D^-1 g_b>      E the mean over batches
@@ -13,10 +13,11 @@ At the best eta this is -(w . c)^2 / (2 l w' N w), which is least along
 
     w = N^-1 c
 
-So the direction that helps most counts most, and a direction whose gradients differ from batch to
-batch, for want of labels or for wrong ones, counts less: E is of squares. The scale of w, which Adam
-does not feel, drops out, and there is no learning rate. A half whose slope is below zero goes; since
-c and N are of unit weights, it comes back when its slope does.
+So the half whose gradient helps the development set most counts most. A half whose gradients differ
+from batch to batch, for want of labels or because labels are wrong, counts less, because N is a
+mean of squares. The scale of w, which Adam does not feel, drops out, and there is no learning rate.
+A half whose slope is below zero fades; c and N belong to unit weights, so it returns when its slope
+does.
 """
 
 import torch

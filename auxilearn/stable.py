@@ -65,7 +65,8 @@ class StableJoint(JointSchedule):
     - Samples are weighed only as far as the target is not trusted: their logits hold w_A. While the
       target is underfitted, w_T is near 1, and to prefer samples that are like the development
       set's, or easy, slows it down; where its labels are few or wrong, w_A is near 1.
-    - Bounded factors. No sample counts more than 4 / mean r times as much as its task's mean sample.
+    - Bounded factors. No sample counts more than 4 / mean r times as much as its task's mean
+      sample.
     - All parameters are 0 at first: no sample and no auxiliary task counts more than another, until
       the development set says otherwise. With inputs of that size, a step of Adam at rate r moves
       the logits of the feature and task factors by about r at most, those of the loss factor by
@@ -106,8 +107,13 @@ class StableJoint(JointSchedule):
             self.loss_w = nn.Parameter(torch.zeros(input_dim))
         if "task" in self.learned:
             self.task_prior = nn.Parameter(torch.zeros(input_dim))
-        self.odds = 1 / max(1, input_dim - 1) if target_share == "equal" else labelled
-        if target_share == "learned" and "task" in self.learned and input_dim > 1:
+        others = input_dim - 1
+        self.odds = labelled  # w_T / w_A
+        if target_share == "equal" and others:
+            self.odds = 1 / others
+        if not others:
+            self.odds = 0.0  # the target alone: samples are weighed in full
+        elif target_share == "learned" and "task" in self.learned:
             self.balance = Balance(labelled)
 
     def factors(
@@ -179,8 +185,8 @@ def fit_stable(
 
     Every 5 lower steps are followed by an upper step of Adam (learning rate 0.03, betas .9 and .99)
     on the response of the lower optimiser's own step, from four training batches and one
-    development batch; it also solves for the target's weight anew. In the end the target task alone is trained on the development set, at a
-    fifth of the learning rate.
+    development batch; it also solves for the target's weight anew. In the end the target task alone
+    is trained on the development set, at a fifth of the learning rate.
 
     Args:
         model: ``model(batch)`` returns ``TaskLosses``; in train mode, which ``validate`` may leave.
