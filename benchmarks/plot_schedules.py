@@ -1,6 +1,6 @@
 """How schedules evolve in training: a figure of several runs, side by side.
 
-  python benchmarks/plot_schedules.py --out docs/stability.png "JTDS=bird_record/noisy/released" \
+  python benchmarks/plot_schedules.py --out schedules.png "JTDS=bird_record/noisy/released" \
       "stable form=bird_record/noisy/stable"
 
 Four panels over the lower steps: the target's mean weight; the median target weight of wrong labels
