@@ -63,7 +63,7 @@ class Balance(nn.Module):
             mean.copy_(torch.where(sound, mean + late * (seen - mean), mean))
         self.steps.add_(sound)
         change = (self._solved() / self.odds).log().clamp(-FASTEST, FASTEST)
-        self.odds.mul_(change.exp())
+        self.odds.mul_(torch.where(sound, change.exp(), 1.0))
 
     def _solved(self):
         """The odds of N^-1 c, drawn towards the start."""
