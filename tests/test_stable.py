@@ -312,15 +312,16 @@ def test_the_hypergradient_of_a_run_against_double_backward(tiny_config):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9 * other.abs().max().item())
 
 
-def test_under_adam_the_preconditioned_hypergradient_predicts_best():
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_under_adam_the_preconditioned_hypergradient_predicts_best(seed):
     """What docs/stability.md recommends, on a problem of seconds: real steps of the real Adam."""
     args = argparse.Namespace(
-        optimizer="adam", lr=2e-3, width=8, batch=50, corrupted_rate=0.4, after=[1, 10, 50],
+        optimizer="adam", lr=2e-3, width=8, batch=50, corrupted_rate=0.4, after=[10, 50],
         directions=24, horizons=[4], no_exact=True,
     )  # fmt: skip
-    found = accuracy.correlations(args, "joint_stable", steps=60, seed=0)
+    found = accuracy.correlations(args, "joint_stable", steps=60, seed=seed)
     plain, better = found["identity"], found["identity, preconditioned"]
-    assert better[1] > 0.9
+    assert better[0] > 0.9
     assert all(b > p for b, p in zip(better, plain, strict=True))
 
 
