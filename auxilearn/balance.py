@@ -1,10 +1,10 @@
 """How much the target task counts against the auxiliary tasks together, in closed form.
 
-The scheduled loss is w_T L_T + w_A L_A, with L_T the target's loss and L_A the mean of the auxiliary
-tasks' losses, both as the rest of the schedule weighs them. On a batch the lower step moves theta by
--eta D^-1 g, g = w_T g_T + w_A g_A, with D = 1 for gradient descent and about the root of the second
-moment for Adam. To second order in eta, with D for the curvature as well, up to a number l, it
-changes the development loss by
+The scheduled loss is w_T L_T + w_A L_A, with L_T the target's loss and L_A the mean of the
+auxiliary tasks' losses, both as the rest of the schedule weighs them. On a batch the lower step
+moves theta by -eta D^-1 g, g = w_T g_T + w_A g_A, with D = 1 for gradient descent and about the
+root of the second moment for Adam. To second order in eta, with D for the curvature as well, up to
+a number l, it changes the development loss by
 
     -eta w . c + (l / 2) eta^2 w' N w      c_a = <g_a, p>, p = D^-1 v    v the development gradient
                                            N_ab = E <g_a, D^-1 g_b>      E the mean over batches
@@ -14,9 +14,9 @@ At the best eta this is -(w . c)^2 / (2 l w' N w), which is least along
     w = N^-1 c
 
 So the direction that helps most counts most, and a direction whose gradients differ from batch to
-batch, for want of labels or for wrong ones, counts less: E is of squares. The scale of w, which Adam
-does not feel, drops out; there is no learning rate and no bound. A slope below zero takes a task out;
-since c and N are of unit weights, it comes back when its slope does.
+batch, for want of labels or for wrong ones, counts less: E is of squares. The scale of w, which
+Adam does not feel, drops out; there is no learning rate and no bound. A slope below zero takes a
+task out; since c and N are of unit weights, it comes back when its slope does.
 """
 
 import torch

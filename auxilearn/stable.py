@@ -63,7 +63,8 @@ class StableJoint(JointSchedule):
     - The weight of the target, w_T, against that of all auxiliary tasks, w_A = 1 - w_T, is solved
       for in every upper step (``balance``), from the first one on. At the start every label counts
       alike, so w_T is 1/2 where all samples have all labels.
-    - Bounded factors. No sample counts more than 4 / mean r times as much as its task's mean sample.
+    - Bounded factors. No sample counts more than 4 / mean r times as much as its task's mean
+      sample.
     - All parameters are 0 at first: no sample and no auxiliary task counts more than another, until
       the development set says otherwise. With inputs of that size, a step of Adam at rate r moves
       the logits of the feature and task factors by about r at most, those of the loss factor by
@@ -165,7 +166,7 @@ def fit_stable(
 ) -> StableJoint:
     """Train ``model`` by the recipe of the stable form. Returns the scheduler it learned.
 
-    The schedule is held at equal weights for the first 5 passes (half of ``epochs`` at most). Then
+    The schedule is held at its start for the first 5 passes (half of ``epochs`` at most). Then
     every 5 lower steps are followed by an upper step of Adam (learning rate 0.03, betas .9 and .99)
     on the response of the lower optimiser's own step, from four training batches and one
     development batch. In the end the target task alone is trained on the development set, at a

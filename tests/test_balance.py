@@ -1,4 +1,4 @@
-"""The target's weight in closed form: its terms, its odds, and how upper steps teach it; float64."""
+"""The target's weight in closed form: its terms, its odds, how upper steps teach it; float64."""
 
 import copy
 import math
