@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import json
 import math
 
 import numpy as np
@@ -391,6 +392,11 @@ def test_a_killed_run_goes_on_after_its_warm_up(tiny_config, tmp_path, monkeypat
     train_bilevel.train(tiny_config(**stopped))
     folder = tmp_path / "record" / "full"
     assert_same_run(Run(folder / "fresh"), Run(folder / "stopped"))
+    histories = [(folder / name / "schedule.jsonl").read_text() for name in ("fresh", "stopped")]
+    assert histories[0] == histories[1]
+    rows = map(json.loads, histories[0].splitlines())
+    weights = [row["mean_weight"][0] for row in rows if row["kind"] == "schedule"]
+    assert len(set(weights)) > 2  # the target's, which its odds alone move
 
 
 def test_fine_tuning_starts_with_the_schedule_of_the_best_checkpoint(tiny_config):
@@ -437,7 +443,7 @@ def fit_by_hand(model, train, dev, *, lr, epochs, fine_tuning_epochs, values, au
     )
     warmup = min(RECIPE["warmup_epochs"], epochs // 2)
     step = upper_steps = 0
-    odds = reference.Odds(1.0, **reference_constants())
+    odds = reference.Odds(LABELLED, **reference_constants())
     best, passes = (-math.inf, None), iter(values or ())
 
     def consider(best):
@@ -524,6 +530,7 @@ def test_fit_stable_is_the_recipe_step_for_step(epochs, values):
         fine_tuning_epochs=3,
         validate=validate if values else None,
         aux_weight=0.4,
+        labelled=LABELLED,
     )
     expected, odds, steps = fit_by_hand(
         hand,
@@ -539,7 +546,7 @@ def test_fit_stable_is_the_recipe_step_for_step(epochs, values):
     assert next(left, None) is None  # after every pass of both kinds
     found = {name: parameter.detach() for name, parameter in learned.named_parameters()}
     torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-10)
-    assert small.odds(learned) == pytest.approx(odds, rel=1e-8) and odds != 1.0
+    assert small.odds(learned) == pytest.approx(odds, rel=1e-8) and odds != LABELLED
     torch.testing.assert_close(model.state_dict(), hand.state_dict(), rtol=1e-8, atol=1e-10)
     assert all(p.abs().max() > 0.01 for p in expected.values())
     assert model.training
