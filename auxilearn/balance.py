@@ -55,21 +55,24 @@ class Balance(nn.Module):
         """
         at = torch.stack([self.odds, torch.ones_like(self.odds)]) / (1 + self.odds)
         slopes, gram = slopes / at, gram / torch.outer(at, at)
-        start = gram.new_tensor([self.start, 1.0])
-        square = start @ gram @ start  # of the step at the start's weights
-        slopes, gram = slopes / square.sqrt(), gram / square
+        square = self.start * self._at_start(gram)[0] + self._at_start(gram)[1]
+        slopes, gram = slopes / square.sqrt(), gram / square  # the unit: the step at the start
         sound = torch.isfinite(slopes.sum() + gram.sum())
         late = (LATE + 1) / (self.steps + 1 + LATE)
         for mean, seen in ((self.slopes, slopes), (self.gram, gram)):
             mean.copy_(torch.where(sound, mean + late * (seen - mean), mean))
         self.steps.add_(sound)
         change = (self._solved() / self.odds).log().clamp(-FASTEST, FASTEST)
-        self.odds.mul_(change.exp())
+        self.odds.mul_(torch.where(sound, change.exp(), 1.0))
+
+    def _at_start(self, gram):
+        """N w at w = (start, 1)."""
+        return self.start * gram[:, 0] + gram[:, 1]
 
     def _solved(self):
         """The odds of N^-1 c, drawn towards the start."""
         c, n = self.slopes, self.gram
-        at_start = n @ n.new_tensor([self.start, 1.0])  # the c of which the start is the best
+        at_start = self._at_start(n)  # the c of which the start is the best
         at_start = at_start * (c.abs().sum() / at_start.abs().sum())
         share = self.steps / (self.steps + START)
         c = share * c + (1 - share) * at_start

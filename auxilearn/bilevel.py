@@ -175,12 +175,16 @@ class Bilevel:
                 "build it on scheduler.parameters()"
             )
         balance = self.scheduler.balance
-        gradient, solution, dev_loss = self._hypergradient(train_batches, dev_batches, balance)
+        gradient, solution, dev_loss, seen = self._hypergradient(
+            train_batches, dev_batches, balance is not None
+        )
         solution, (dev_loss, size) = solution.read(dev_loss, norm(gradient))
         if not math.isfinite(size):
             self._refuse_poisoned([*train_batches, *dev_batches])
             return UpperStep(dev_loss, None, solution)
         apply_hypergradient(self.upper, self._phi(), gradient, self.max_norm)
+        if balance is not None:
+            balance.observe(*seen)
         self.scheduler.clamp()
         return UpperStep(dev_loss, size, solution)
 
@@ -196,14 +200,14 @@ class Bilevel:
         something else than a list of batches. Errors of ``scheduled_loss``.
         """
         self._check_mode()
-        gradient, solution, dev_loss = self._hypergradient(train_batches, dev_batches)
+        gradient, solution, dev_loss, _ = self._hypergradient(train_batches, dev_batches)
         solution, (dev_loss,) = solution.read(dev_loss)
         return gradient, solution, dev_loss
 
-    def _hypergradient(self, train_batches, dev_batches, balance=None):
+    def _hypergradient(self, train_batches, dev_batches, balanced=False):
         """``hypergradient``, whose numbers are scalars that stay on the device.
 
-        ``balance``: a ``Balance`` that learns from the step.
+        And, if ``balanced``, what a ``Balance`` observes; else None.
         """
         check_batches("train_batches", train_batches)
         check_batches("dev_batches", dev_batches)
@@ -221,11 +225,10 @@ class Bilevel:
             solver = self.solver or neumann(alpha=self.lower.param_groups[0]["lr"], terms=3)
             operators = self._operators(derivatives)
             gradient, solution = hypergradient(v, operators.hvp, operators.mixed, solver)
-            if balance is not None:
+            seen = None
+            if balanced:
                 seen = derivatives.target_and_rest(solution.vector, solution.scale)
-        if balance is not None:  # its buffers have been put back
-            balance.observe(*seen)
-        return gradient, solution, dev_loss
+        return gradient, solution, dev_loss, seen
 
     def lower_parameters(self) -> list[Tensor]:
         """Theta: what ``lower`` holds and trains, in the model's order, then what it does not name.

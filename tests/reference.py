@@ -251,3 +251,43 @@ def mono_joint_weights(phi, features, z):
 def weight_normalised(g, v):
     """g * v / |v|, row by row."""
     return g.reshape(-1, 1) * v / (v**2).sum(dim=1, keepdim=True).sqrt()
+
+
+# ------------------------------------------------------------------ the target's odds
+
+
+class Odds:
+    """w_T : w_A of the stable form from all upper steps so far, in NumPy.
+
+    The mean over steps weighs the i-th by i (i + 1) ... (i + late - 1), which is about i^late.
+    """
+
+    def __init__(self, start, *, prior, late, fastest, limit):
+        self.start = self.odds = min(max(start, 1 / limit), limit)
+        self.prior, self.late, self.fastest, self.limit = prior, late, fastest, limit
+        self.seen = []  # (c, N) of unit weights, in the unit of the step at the start's weights
+
+    def observe(self, slopes, gram):
+        """Returns the new odds."""
+        weight = np.array([self.odds, 1.0]) / (self.odds + 1)
+        c, n = np.asarray(slopes) / weight, np.asarray(gram) / np.outer(weight, weight)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            size = np.sqrt(np.array([self.start, 1]) @ n @ np.array([self.start, 1]))
+            c, n = c / size, n / size**2
+        if not (np.isfinite(c).all() and np.isfinite(n).all()):
+            return self.odds
+        self.seen.append((c, n))
+        steps = len(self.seen)
+        weights = [math.prod(range(i, i + self.late)) for i in range(1, steps + 1)]
+        c = sum(w * one for w, (one, _) in zip(weights, self.seen, strict=True)) / sum(weights)
+        n = sum(w * one for w, (_, one) in zip(weights, self.seen, strict=True)) / sum(weights)
+        of_start = n @ np.array([self.start, 1.0])
+        of_start *= np.abs(c).sum() / np.abs(of_start).sum()
+        c = (steps * c + self.prior * of_start) / (steps + self.prior)
+        target, rest = np.maximum(np.linalg.solve(n, c), 0)
+        if target or rest:
+            solved = self.limit if not rest else target / rest
+            solved = min(max(solved, 1 / self.limit), self.limit)
+            change = math.log(solved / self.odds)
+            self.odds *= math.exp(min(max(change, -self.fastest), self.fastest))
+        return self.odds

@@ -7,6 +7,7 @@ package under test. Everything is to be used in float64.
 import math
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -59,6 +60,8 @@ def batch(size=8, masked=False):
 
 def drawn(scheduler, std=0.5):
     """The scheduler with all parameters drawn anew, non-negative where ``clamp`` says so."""
+    if scheduler.balance is not None:
+        scheduler.balance.odds.copy_(torch.randn(()).exp())
     for parameter in scheduler.parameters():
         nn.init.normal_(parameter, std=std)
     if isinstance(scheduler, (MonoLinearHyperNet, MonoNonlinearHyperNet)):
@@ -78,6 +81,11 @@ SCHEDULERS = {
 }
 SCHEDULES = ("joint", "joint_stable", "naive")
 UPPER = (*SCHEDULES, "linear", "task")  # those that an upper level learns
+
+
+def odds(scheduler):
+    """w_T : w_A of a scheduler that has them, else 1."""
+    return 1.0 if scheduler.balance is None else scheduler.balance.odds.item()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -108,7 +116,7 @@ def factors(aux_weight):
     return torch.tensor([1.0] + [aux_weight] * (K - 1))
 
 
-def schedule_by_hand(name, phi, outputs):
+def schedule_by_hand(name, phi, outputs, odds=1.0):
     """W (B, K) of the named parameters ``phi``, from what it sees as constants: RAW losses."""
     losses, features = outputs.losses.detach(), outputs.features.detach()
     if name == "naive":
@@ -123,17 +131,17 @@ def schedule_by_hand(name, phi, outputs):
     directions = centred / centred.norm(dim=1, keepdim=True) / math.sqrt(D)
     feature = 2 * torch.sigmoid(directions @ phi["feature_sel.weight"].T)
     r = feature * 2 * torch.sigmoid(phi["loss_w"] * z)
-    t, q = phi["task_prior"], math.sqrt(K - 1)
-    others = torch.sigmoid(t[1:])
-    s = torch.cat([(1 + q) / (1 + q * torch.exp(-t[:1])), others / others.mean()])
-    return r / column_means(r, outputs.mask) * s / s.mean()
+    others = torch.sigmoid(phi["task_prior"][1:])
+    s = torch.cat([torch.tensor([odds]), others / others.sum()]) * K / (1 + odds)
+    return r / column_means(r, outputs.mask) * s
 
 
-def by_hand(name, phi, outputs, aux_weight=1.0):
+def by_hand(name, phi, outputs, aux_weight=1.0, odds=1.0):
     """The scheduled loss of ``TaskLosses`` by the formulas; ``phi``: {name: parameter}."""
     scaled = outputs.losses * factors(aux_weight)
     if name in SCHEDULES:
-        return column_means(schedule_by_hand(name, phi, outputs) * scaled, outputs.mask).sum()
+        weights = schedule_by_hand(name, phi, outputs, odds)
+        return column_means(weights * scaled, outputs.mask).sum()
     return combined_by_hand(name, phi, scaled, outputs.mask)
 
 
@@ -155,16 +163,38 @@ def combined_by_hand(name, phi, scaled, mask):
     return (hidden @ phi["net.6.weight"].T).mean() + means[0]
 
 
-def weights_by_hand(name, phi, outputs, aux_weight=1.0):
+def weights_by_hand(name, phi, outputs, aux_weight=1.0, odds=1.0):
     """(B, K): W of a schedule; of a combiner N_k dS/d(a_k L_ik); 0 outside the mask."""
     mask = outputs.mask
     if name in SCHEDULES:
-        weights = schedule_by_hand(name, phi, outputs).detach()
+        weights = schedule_by_hand(name, phi, outputs, odds).detach()
     else:
         scaled = (outputs.losses.detach() * factors(aux_weight)).requires_grad_()
         (slope,) = torch.autograd.grad(combined_by_hand(name, phi, scaled, mask), scaled)
         weights = slope * (len(scaled) if mask is None else mask.sum(dim=0))
     return weights if mask is None else torch.where(mask, weights, 0.0)
+
+
+def target_and_rest(phi, outputs, odds, theta, v, scale):
+    """c / |v| (2,) and N (2, 2) of the two halves of the stable form's loss, of the target (task 0)
+    and of the rest; without a factor on the auxiliary losses. NumPy arrays.
+
+    Args: ``v``, the development gradient, and ``scale``, D: lists like ``theta``.
+    """
+    weights = schedule_by_hand("joint_stable", phi, outputs, odds).detach()
+    means = column_means(weights * outputs.losses, outputs.mask)
+    halves = [
+        torch.autograd.grad(
+            half, theta, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+        for half in (means[0], means[1:].sum())
+    ]
+
+    def product(a, b):
+        return sum((x * y / d).sum().item() for x, y, d in zip(a, b, scale, strict=True))
+
+    gram = np.array([[product(a, b) for b in halves] for a in halves])
+    return np.array([product(a, v) for a in halves]) / product(v, v) ** 0.5, gram
 
 
 def double_backward(losses, dev_losses, theta, phi, alpha, terms):

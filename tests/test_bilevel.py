@@ -21,6 +21,7 @@ from auxilearn.models import Batch, TaskModel
 from auxilearn.second_order.products import Derivatives, DoubleBackwardOperators, FastOperators
 from auxilearn.solvers import conjugate_gradient, exact
 from auxilearn.stable import StableJoint
+from tests import small
 
 SAMPLES, TASKS, WIDTH = 12, 4, 6
 
@@ -68,11 +69,8 @@ def batch(size=SAMPLES):
 
 
 def stable():
-    """The stable form away from its start, where all weights are equal."""
-    scheduler = StableJoint(0, TASKS, WIDTH)
-    for parameter in scheduler.parameters():
-        nn.init.normal_(parameter, std=0.5)
-    return scheduler
+    """The stable form away from its start, where samples and auxiliary tasks count alike."""
+    return small.drawn(StableJoint(0, TASKS, WIDTH))
 
 
 SCHEDULERS = {

@@ -170,7 +170,7 @@ def test_what_is_left_open_is_taken_from_the_method(tiny_split):
     assert [getattr(stable, name) for name in names] == expected
     factors = ("feature", "loss", "task")
     assert released.options == {"factors": factors}
-    assert stable.options == {"factors": factors, "target_share": "auto"}
+    assert stable.options == {"factors": factors, "target_share": "learned"}
     asked = ["--solver", "neumann", "--precondition", "none", "--max_grad_norm", "3"]
     asked = resolved(tiny_split, *flags, "--method", "joint_stable", *asked, "--aux_lr", "0.2")
     assert (asked.solver, asked.precondition, asked.max_grad_norm) == ("neumann", "none", 3.0)
@@ -287,9 +287,9 @@ def test_options_of_the_methods():
 
     assert options("joint", "--option", "factors=loss,task") == {"factors": ("loss", "task")}
     assert options("gcs", "--option", "version=weighted") == {"version": "weighted"}
-    two = ("--option", "factors=loss", "--option", "target_share=free")
-    together = ("--option", "factors=loss", "target_share=free")
-    expected = {"factors": ("loss",), "target_share": "free"}
+    two = ("--option", "factors=loss", "--option", "target_share=equal")
+    together = ("--option", "factors=loss", "target_share=equal")
+    expected = {"factors": ("loss",), "target_share": "equal"}
     assert options("joint_stable", *two) == options("joint_stable", *together) == expected
 
 
@@ -300,7 +300,7 @@ def test_options_of_the_methods():
         ("--method joint --option factors=loss,x", "factors=loss,x: choose from feature, loss"),
         ("--method joint --option factors=", "factors=: choose from feature, loss, task"),
         ("--method gcs --option version", "version: choose from unweighted, weighted"),
-        ("--method joint --option target_share=free", "options of --method joint are: factors"),
+        ("--method joint --option target_share=equal", "options of --method joint are: factors"),
         ("--method common --option x=1", "the options of --method common are: none"),
         ("--method task --aux_hidden_dim 10,x", "expected int"),
         ("--plugin PLUGIN --method mine --option temperature=hot", "temperature=hot: expected flo"),

@@ -15,13 +15,15 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
+from auxilearn.balance import FASTEST, LATE, LIMIT, START
 from auxilearn.baselines.combiners import MonoLinearHyperNet
 from auxilearn.bilevel import Bilevel
 from auxilearn.hypernet import MonoJoint, Naive_hyper, TaskLosses
-from auxilearn.implicit_diff import neumann, preconditioned
+from auxilearn.implicit_diff import identity, neumann, preconditioned
 from auxilearn.run.processes import Ranks, leaving
 from auxilearn.solvers import conjugate_gradient
 from auxilearn.stable import StableJoint
+from tests import reference
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLES, TASKS = 10, 3
@@ -83,6 +85,24 @@ def one_step(method, solver, ranks):
     return gradient, torch.cat([h.flatten() for h in hypergrads]), dev_loss, norm
 
 
+def balanced(ranks):
+    """The state of the stable form's balance after each of two upper steps."""
+    model, scheduler, dev, train = problem("joint_stable")
+    train, dev = (shard(b, ranks.rank, ranks.size) for b in (train, dev))
+
+    def average(tensors, batches):
+        return ranks.average(tensors, sum(len(b[2]) for b in batches))
+
+    lower = torch.optim.SGD(model.parameters(), 0.1)
+    upper = torch.optim.SGD(scheduler.parameters(), 0.1)
+    bilevel = Bilevel(model, scheduler, lower, upper, solver=identity(), average=average)
+    states = []
+    for _ in range(2):
+        bilevel.upper_step([train], [dev])
+        states.append({n: v.clone() for n, v in scheduler.balance.state_dict().items()})
+    return states
+
+
 CASES = [("naive", "neumann"), ("linear", "cg"), ("joint", "neumann"), ("joint_stable", "neumann")]
 
 
@@ -91,6 +111,7 @@ def worker(rank, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     with leaving():
         results = {case: one_step(*case, Ranks(rank, 2)) for case in CASES}
+        results["balance"] = balanced(Ranks(rank, 2))
         torch.save(results, f"{folder}/{rank}.pt")
     os._exit(0)  # PyTorch's threads may abort the interpreter as it ends, see ``leaving``
 
@@ -106,7 +127,8 @@ def two_processes(tmp_path_factory):
             assert torch.equal(ours, theirs)  # every rank takes the same step
         gradient, *_, norm = first[case]
         assert norm == pytest.approx(gradient.norm().item(), rel=1e-12)
-    return {case: first[case][:3] for case in CASES}
+    found = {case: first[case][:3] for case in CASES}
+    return found | {"balance": (first["balance"], second["balance"])}
 
 
 @pytest.fixture(autouse=True)
@@ -137,7 +159,7 @@ def test_standardised_losses_are_each_ranks_own(two_processes):
 
 
 def test_the_stable_form_starts_as_one_and_learns_from_each_ranks_batch(two_processes):
-    """All its weights are 1 at first, so what sees samples one by one is that of the whole batch:
+    """All samples count alike at first, so what sees samples one by one is that of the whole batch:
     the lower gradient and the task prior's hypergradient. Loss and feature factor see the shard."""
     gradient, hypergradient, _ = two_processes["joint_stable", "neumann"]
     alone = one_step("joint_stable", "neumann", Ranks())
@@ -146,6 +168,38 @@ def test_the_stable_form_starts_as_one_and_learns_from_each_ranks_batch(two_proc
     of_loss_w, of_task_prior, of_features = map(error, *pieces)
     assert of_task_prior < 1e-10
     assert min(of_loss_w, of_features) > 1e-6
+
+
+def test_both_ranks_have_the_odds_of_both_ranks_terms(two_processes):
+    """The first step by hand: at the start a sample's weight is its task's, so that the halves of a
+    rank's loss are plain means over its shard; c and N are means over ranks, by their samples."""
+    ours, theirs = two_processes["balance"]
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.keys() == other.keys()
+        assert all(torch.equal(value, other[name]) for name, value in one.items())
+    model, _, dev, train = problem("joint_stable")
+    theta = list(model.parameters())
+
+    def flat_gradient(loss):
+        return reference.flat(torch.autograd.grad(loss, theta, retain_graph=True)).detach()
+
+    v = flat_gradient(model(dev).losses[:, 0].mean())
+    slopes, gram = 0, 0
+    for rank in (0, 1):
+        part = shard(train, rank, 2)
+        means = model(part).losses.mean(dim=0)
+        halves = flat_gradient(means[0]), flat_gradient(means[1:].sum() / (TASKS - 1))
+        halves = TASKS / 2 * torch.stack(halves)  # K w_T and K w_A at the start
+        share = len(part[2]) / len(train[2])
+        slopes = slopes + share * halves @ v / v.norm()
+        gram = gram + share * halves @ halves.T
+    odds = reference.Odds(1.0, prior=START, late=LATE, fastest=FASTEST, limit=LIMIT)
+    odds.observe(slopes.numpy(), gram.numpy())
+    assert ours[0]["odds"].item() == pytest.approx(odds.odds, rel=1e-10)
+    ((c, n),) = odds.seen
+    np.testing.assert_allclose(ours[0]["slopes"], c, rtol=1e-10)
+    np.testing.assert_allclose(ours[0]["gram"], n, rtol=1e-10)
+    assert ours[1]["steps"] == 2
 
 
 # --------------------------------------------------------------------------------------------------

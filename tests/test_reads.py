@@ -14,6 +14,7 @@ from auxilearn import Bilevel, conjugate_gradient, identity, neumann
 from auxilearn.hypernet import MonoJoint
 from auxilearn.methods import METHODS
 from auxilearn.run.config import LOG_EVERY
+from auxilearn.stable import StableJoint
 from tests import small
 from tests.test_training import built, fit
 
@@ -143,9 +144,11 @@ def test_reads_of_a_run(method, kind, tiny_config, tmp_path, monkeypatch):
     [(identity(), 1), (neumann(0.01, 5), 1), (conjugate_gradient(5.0, 4), 5)],
     ids=["identity", "neumann", "cg"],
 )
-def test_reads_of_a_solver(solver, most, monkeypatch):
-    """One for the numbers of the step; conjugate gradients one more for every product."""
-    model, scheduler = small.Net().double(), MonoJoint(0, small.K, small.D).double()
+@pytest.mark.parametrize("schedule", [MonoJoint, StableJoint])
+def test_reads_of_a_solver(schedule, solver, most, monkeypatch):
+    """One for the numbers of the step; conjugate gradients one more for every product. To solve for
+    the target's weight reads nothing."""
+    model, scheduler = small.Net().double(), schedule(0, small.K, small.D).double()
     lower = torch.optim.Adam(model.parameters(), fused=True)
     upper = torch.optim.SGD(scheduler.parameters(), lr=0.1)
     bilevel = Bilevel(model, scheduler, lower, upper, solver=solver, max_norm=1.0)
@@ -159,4 +162,6 @@ def test_reads_of_a_solver(solver, most, monkeypatch):
         with reads_counted(monkeypatch) as reads:
             result = bilevel.upper_step(batches, batches)
         assert reads.count == most + first_d
+    if schedule is StableJoint:
+        assert scheduler.balance.steps == 2
     assert isinstance(result.dev_loss, float) and isinstance(result.solution.residual, float)

@@ -184,14 +184,12 @@ def test_options_and_problem_reach_the_schedulers():
     task = METHODS["task"].build(PROBLEM, hidden_sizes=(4, 2))
     assert [tuple(p.shape) for p in task.parameters() if p.dim() == 2] == [(4, 3), (2, 4), (1, 2)]
     assert METHODS["gcs"].build(PROBLEM, version="weighted").weighted
-    for few, share, expected in [
-        (False, "auto", "learned"),
-        (True, "auto", "fixed"),
-        (True, "free", "free"),
-    ]:
-        problem = PROBLEM._replace(few_labels=few)
+    problem = PROBLEM._replace(labelled=0.25)
+    for share, odds in [("learned", 0.25), ("start", 0.25), ("equal", 0.5)]:
         stable = METHODS["joint_stable"].build(problem, factors=FACTORS, target_share=share)
-        assert isinstance(stable, StableJoint) and stable.target_share == expected
+        assert isinstance(stable, StableJoint) and stable.target_share == share
+        assert (stable.balance is not None) == (share == "learned")
+        assert float(stable.balance.odds if stable.balance else stable.odds) == odds
 
 
 # --------------------------------------------------------------------------------------------------

@@ -118,7 +118,7 @@ def recomputed(run):
     rate = config.effective_corrupted_rate
     samples = training_set(split, "rest_train", tasks, config.seed, rate, config.labeled_per_class)
     model = build_model(config, split, pretrained=False).eval()
-    scheduler = build_scheduler(config, split, len(samples))
+    scheduler = build_scheduler(config, split, samples)
     state = torch.load(run / "best.pt", weights_only=True)
     model.load_state_dict(state["model"])
     scheduler.load_state_dict(state["scheduler"])

@@ -906,6 +906,39 @@ def test_a_fine_tuned_run_is_seen_as_its_schedule_left_it(data, tmp_path):
         assert words in statements(find(changed))[0].text
 
 
+@pytest.mark.parametrize("few", [0, 2])
+def test_the_target_s_task_factor_is_what_its_odds_give(make_run, few):
+    """K odds / (1 + odds); the mean of all task factors is 1. The brief tells its mean weight."""
+    run = read_run(make_run(method="joint_stable", labeled_per_class=few, hyperstep=1))
+    evaluation = evaluate_run(run, device="cpu")
+    names = "fine_tuning_start.pt", "best.pt"
+    path = next(path for name in names if (path := run.directory / name).exists())
+    state = torch.load(path, weights_only=True)["scheduler"]
+    assert state["balance.steps"] > 0
+    odds = state["balance.odds"].item()
+    found = find(run, evaluation)
+    factors = found.tasks.task_factor
+    assert factors[0] == pytest.approx(7 * odds / (1 + odds), rel=1e-5)
+    assert factors.mean() == pytest.approx(1.0, rel=1e-5)
+    assert found.tasks.mean_weight[0] == pytest.approx(factors[0], rel=1e-4)
+    said = next(s.text for s in statements(found) if s.topic == "Tasks")
+    assert f"The target task has {factors[0]:.2f}, " in said
+    # As long as auxiliary tasks are alike, that is all it says of them, wherever the target is.
+    low, high = factors[1:].min(), factors[1:].max()
+    assert ("auxiliary tasks are within 10 % of each other" in said) == (high < 1.1 * low)
+
+
+def test_weights_that_are_equal_but_for_rounding_rank_nothing(make_run):
+    run = read_run(make_run(**JOINT))
+    shape = np.array([3.5, 0.6, 0.6, 0.6, 0.6, 0.6, 0.6])
+    equal = {"mean_weight": (shape * (1 + 1e-9 * np.arange(7))).tolist()}
+    ranked = {"mean_weight": (shape + 0.01 * np.arange(7)).tolist()}
+    of_three, of_four = ([equal] * 9 + [ranked] * n for n in (3, 4))
+    assert find(dataclasses.replace(run, schedule=of_three)).settledness is None
+    found = find(dataclasses.replace(run, schedule=of_four)).settledness
+    assert found == (pytest.approx(1.0), pytest.approx(1.0))
+
+
 def test_equal_tasks_have_no_spread_to_explain():
     factors = {"feature": np.full((5, 4), 1.3), "loss": np.full((5, 4), 0.7), "task": np.ones(4)}
     table = SimpleNamespace(factors=factors)

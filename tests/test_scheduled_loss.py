@@ -38,7 +38,7 @@ def test_value_and_gradients_are_the_formulas(name, aux_weight, masked):
     scheduler, outputs = drawn(SCHEDULERS[name]()), outputs_of(masked)
     phi = dict(scheduler.named_parameters())
     found = scheduled_loss(scheduler, outputs, aux_weight)
-    expected = small.by_hand(name, phi, outputs, aux_weight)
+    expected = small.by_hand(name, phi, outputs, aux_weight, small.odds(scheduler))
     close(found, expected)
     inputs = [outputs.losses, *phi.values()]
     close(

@@ -70,8 +70,9 @@ def test_five_lower_steps_are_those_written_out(name, masked, aux_weight, optimi
         found = bilevel.lower_step(data)
 
         outputs = model(data)
-        loss = small.by_hand(name, phi, outputs, aux_weight)
-        weights = small.weights_by_hand(name, phi, outputs, aux_weight)
+        odds = small.odds(scheduler)
+        loss = small.by_hand(name, phi, outputs, aux_weight, odds)
+        weights = small.weights_by_hand(name, phi, outputs, aux_weight, odds)
         lower.zero_grad()
         loss.backward()
         stepped = [p for group in lower.param_groups for p in group["params"]]
@@ -348,8 +349,8 @@ def test_it_goes_on_to_the_same_bits(kind):
 def hypergradient_by_hand(name, model, scheduler, train, dev, alpha, aux_weight):
     """A flat vector; the model's statistics are put back."""
     before = copy.deepcopy(model.state_dict())
-    phi = dict(scheduler.named_parameters())
-    losses = [small.by_hand(name, phi, model(one), aux_weight) for one in train]
+    phi, odds = dict(scheduler.named_parameters()), small.odds(scheduler)
+    losses = [small.by_hand(name, phi, model(one), aux_weight, odds) for one in train]
     dev_losses = [small.column_means(o.losses, o.mask)[0] for o in map(model, dev)]
     theta = list(model.parameters())
     found = small.double_backward(losses, dev_losses, theta, list(phi.values()), alpha, terms=3)

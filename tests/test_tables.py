@@ -180,9 +180,10 @@ def test_ablations_of_the_stable_form_take_one_remedy_back_each(job_of):
             different |= {k: v for k, v in options.items() if v != whole["options"][k]}
             changed[name.removeprefix("stable_")] = different
     assert changed == {
-        "equal": {"warmup_epochs": 1000000},
-        "free_scale": {"target_share": "free"},
-        "fixed_share": {"target_share": "fixed"},
+        "equal": {"warmup_epochs": 1000000, "target_share": "equal"},
+        "equal_share": {"target_share": "equal"},
+        "start_share": {"target_share": "start"},
+        "tasks_only": {"factors": ("task",)},
         "gradient": {"precondition": "none"},
         "neumann": {"solver": "neumann"},
         "sgd": {"upper_optimizer": "sgd", "max_grad_norm": 10, "upper_lr": 0.01},
@@ -218,11 +219,11 @@ def test_what_is_nearer_to_the_run_wins(job_of):
 
 
 def test_options_go_to_the_methods_that_have_them(job_of):
-    flags = ["--option", "target_share=fixed", "hidden_sizes=3,4", "--w_decay", "0.1"]
-    assert job_of("joint_stable", flags=flags).config.options == {"target_share": "fixed"}
+    flags = ["--option", "target_share=start", "hidden_sizes=3,4", "--w_decay", "0.1"]
+    assert job_of("joint_stable", flags=flags).config.options == {"target_share": "start"}
     assert job_of("task", flags=flags).config.options == {"hidden_sizes": (3, 4)}
     assert job_of("common", flags=flags).config.options == {}
-    assert job_of("stable_free_scale", flags=flags).config.options == {"target_share": "free"}
+    assert job_of("stable_equal_share", flags=flags).config.options == {"target_share": "equal"}
     assert job_of("common", flags=flags).config.w_decay == 0.1
     chosen = {"hidden_sizes": [5, 6], "main_lr": 0.5}  # as JSON holds a tuple
     assert job_of("task", chosen=chosen).config.options == {"hidden_sizes": (5, 6)}
@@ -237,12 +238,12 @@ def test_options_go_to_the_methods_that_have_them(job_of):
 def test_a_default_that_is_given_names_the_same_run(job_of):
     """Nor does a setting to come, whose default is what was done before."""
     plain = job_of("joint_stable").identity
-    flags = ["--precondition", "adam", "--precision", "tf32", "--option", "target_share=auto"]
+    flags = ["--precondition", "adam", "--precision", "tf32", "--option", "target_share=learned"]
     assert job_of("joint_stable", flags=flags).identity == plain
     assert job_of("joint_stable", flags=["--precondition", "none"]).identity != plain
-    other = job_of("joint_stable", flags=["--option", "target_share=free"])
+    other = job_of("joint_stable", flags=["--option", "target_share=equal"])
     assert other.identity != plain
-    assert other.identity == job_of("stable_free_scale").identity  # rows alike share their runs
+    assert other.identity == job_of("stable_equal_share").identity  # rows alike share their runs
 
 
 def test_the_identity_depends_on_what_determines_the_run_alone(job_of):

@@ -381,10 +381,10 @@ def test_the_paper_column(tmp_path):
 
 
 def test_an_ablation_is_tested_against_its_own_whole_method():
-    values = dict.fromkeys(("joint", "joint_stable", "stable_free_scale"), VALUES["common"])
+    values = dict.fromkeys(("joint", "joint_stable", "stable_equal_share"), VALUES["common"])
     found = evaluate("table2", table(VALUES | values | {ABLATIONS[0]: VALUES["common"]}), SEEDS)
     pairs = {(test.row, test.other) for test in found.ablations}
-    assert pairs == {(ABLATIONS[0], "joint"), ("stable_free_scale", "joint_stable")}
+    assert pairs == {(ABLATIONS[0], "joint"), ("stable_equal_share", "joint_stable")}
 
 
 def test_the_same_results_give_the_same_cells(tmp_path):

@@ -147,7 +147,7 @@ def _tasks(findings):
     share = f", {tasks.share_of_loss[0]:.0%} of the scheduled loss" if "low" in tasks else ""
     text += f" The target task has {weights[0]:.2f}{share}."
     if _alike(findings):
-        text += " All are within 10 % of each other: the schedule has hardly left its start."
+        text += " The auxiliary tasks are within 10 % of each other, too close to be ranked."
         return Statement("caution", "Tasks", text)
     if findings.settledness is None:
         return Statement("note", "Tasks", text)

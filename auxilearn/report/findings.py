@@ -154,9 +154,9 @@ class Findings:
     def settledness(self):
         """Rank correlations of the auxiliary tasks' mean weights at the end with (those at the
         start, those at half time); None where too little is known."""
-        # The weights of joint_stable are equal at first, and rank nothing.
+        # The weights of joint_stable are equal at first, but for rounding, and rank nothing.
         rows = [np.array(row["mean_weight"][1:], float) for row in self.run.schedule]
-        rows = [weights for weights in rows if len(np.unique(weights[~np.isnan(weights)])) > 1]
+        rows = [weights for weights in rows if _differ(weights[~np.isnan(weights)])]
         if len(rows) < 4 or len(rows[0]) < 3:
             return None
         return correlation(rows[0], rows[-1]), correlation(rows[len(rows) // 2], rows[-1])
@@ -389,4 +389,4 @@ def _have_margins(labels):
 
 
 def _differ(weight):
-    return np.ptp(weight) > 1e-6 * weight.abs().max()
+    return len(weight) > 0 and np.ptp(weight) > 1e-6 * np.abs(weight).max()
