@@ -129,8 +129,9 @@ def schedule_by_hand(name, phi, outputs, odds=1.0):
         return reference.log1p_exp(features @ a.T + b) * label * task
     centred = features - features.mean(dim=0)
     directions = centred / centred.norm(dim=1, keepdim=True) / math.sqrt(D)
-    feature = 2 * torch.sigmoid(directions @ phi["feature_sel.weight"].T)
-    r = feature * 2 * torch.sigmoid(phi["loss_w"] * z)
+    rest = 1 / (1 + odds)  # w_A
+    feature = 2 * torch.sigmoid(rest * directions @ phi["feature_sel.weight"].T)
+    r = feature * 2 * torch.sigmoid(rest * phi["loss_w"] * z)
     others = torch.sigmoid(phi["task_prior"][1:])
     s = torch.cat([torch.tensor([odds]), others / others.sum()]) * K / (1 + odds)
     return r / column_means(r, outputs.mask) * s

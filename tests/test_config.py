@@ -166,23 +166,16 @@ def test_what_is_left_open_is_taken_from_the_method(tiny_split):
     names += ["upper_lr", "hyperstep", "n_meta_train_loss_accum", "hold_out_dev"]
     expected = ["sgd", "neumann", "none", 0, 10, 1e-3, 20, 1, True]
     assert [getattr(released, name) for name in names] == expected
-    expected = ["adam", "identity", "adam", 5, 0, 0.03, 5, 4, False]
+    expected = ["adam", "identity", "adam", 0, 0, 0.03, 5, 4, False]
     assert [getattr(stable, name) for name in names] == expected
     factors = ("feature", "loss", "task")
     assert released.options == {"factors": factors}
-    assert stable.options == {"factors": factors, "target_share": "learned"}
+    assert stable.options == {"factors": factors, "target_share": "learned", "tempered": True}
     asked = ["--solver", "neumann", "--precondition", "none", "--max_grad_norm", "3"]
     asked = resolved(tiny_split, *flags, "--method", "joint_stable", *asked, "--aux_lr", "0.2")
     assert (asked.solver, asked.precondition, asked.max_grad_norm) == ("neumann", "none", 3.0)
     assert (asked.upper_lr, asked.hyperstep) == (0.2, stable.hyperstep)
     assert resolve(released, load_split(tiny_split)) == released
-
-
-@pytest.mark.parametrize(("epochs", "warmup"), [(1, 0), (9, 4), (10, 5), (100, 5)])
-def test_a_short_run_has_a_short_warm_up(tiny_split, epochs, warmup):
-    flags = ["--epochs", str(epochs), "--method", "joint_stable"]
-    assert resolved(tiny_split, *flags).warmup_epochs == warmup
-    assert resolved(tiny_split, *flags, "--warmup_epochs", "7").warmup_epochs == 7
 
 
 def test_below_sgd_the_hypergradient_is_plain_gradient_descent_s(tiny_split):

@@ -186,7 +186,9 @@ def test_options_and_problem_reach_the_schedulers():
     assert METHODS["gcs"].build(PROBLEM, version="weighted").weighted
     problem = PROBLEM._replace(labelled=0.25)
     for share, odds in [("learned", 0.25), ("start", 0.25), ("equal", 0.5)]:
-        stable = METHODS["joint_stable"].build(problem, factors=FACTORS, target_share=share)
+        options = {"factors": FACTORS, "target_share": share, "tempered": share == "learned"}
+        stable = METHODS["joint_stable"].build(problem, **options)
+        assert stable.tempered == options["tempered"]
         assert isinstance(stable, StableJoint) and stable.target_share == share
         assert (stable.balance is not None) == (share == "learned")
         assert float(stable.balance.odds if stable.balance else stable.odds) == odds

@@ -63,6 +63,7 @@ def schedule_loops(net, features, losses, mask):
         parameter.detach().numpy()
         for parameter in (net.feature_sel.weight, net.loss_w, net.task_prior)
     )
+    rest = 1 / (1 + odds_of(net)) if net.tempered else 1.0
     features = features.numpy()
     z = reference.standardise_loops(losses.numpy(), mask)
     centre = [math.fsum(features[:, j]) / B for j in range(D)]
@@ -73,16 +74,22 @@ def schedule_loops(net, features, losses, mask):
             centred = [features[i, j] - centre[j] for j in range(D)]
             length = math.sqrt(math.fsum(c * c for c in centred)) * math.sqrt(D)
             score = math.fsum(a[k, j] * centred[j] / length for j in range(D))
-            weights[i, k] = reference.sigmoid(score) * reference.sigmoid(u[k] * z[i, k])
+            weights[i, k] = reference.sigmoid(rest * score)
+            weights[i, k] *= reference.sigmoid(rest * u[k] * z[i, k])
         if inside:
             weights[:, k] /= math.fsum(weights[i, k] for i in inside) / len(inside)
         weights[:, k] *= task_factors(net)[k]
     return weights
 
 
+def odds_of(net):
+    """w_T / w_A."""
+    return {"learned": small.odds(net), "start": LABELLED, "equal": 1 / (K - 1)}[net.target_share]
+
+
 def task_factors(net):
     """s_k by its definition; the target is task 0."""
-    odds = {"learned": small.odds(net), "start": LABELLED, "equal": 1 / (K - 1)}[net.target_share]
+    odds = odds_of(net)
     s = [reference.sigmoid(x) for x in net.task_prior.tolist()]
     return [K * odds / (1 + odds)] + [K / (1 + odds) * x / math.fsum(s[1:]) for x in s[1:]]
 
@@ -93,8 +100,10 @@ held = pytest.mark.parametrize("target_share", TARGET_SHARES)
 
 @held
 @pytest.mark.parametrize("masked", [False, True])
-def test_formula(masked, target_share):
-    net, (features, losses) = scheduler(target_share=target_share, labelled=LABELLED), batch()
+@pytest.mark.parametrize("tempered", [False, True])
+def test_formula(masked, target_share, tempered):
+    net = scheduler(target_share=target_share, labelled=LABELLED, tempered=tempered)
+    features, losses = batch()
     mask = some_mask() if masked else None
     expected = schedule_loops(net, features, losses, None if mask is None else mask.numpy())
     found = net.schedule(features, losses, mask).detach().numpy()
@@ -441,7 +450,6 @@ def fit_by_hand(model, train, dev, *, lr, epochs, fine_tuning_epochs, values, au
     upper = torch.optim.AdamW(
         phi.values(), lr=RECIPE["upper_lr"], betas=betas, weight_decay=UPPER_DECAY
     )
-    warmup = min(RECIPE["warmup_epochs"], epochs // 2)
     step = upper_steps = 0
     odds = reference.Odds(LABELLED, **reference_constants())
     best, passes = (-math.inf, None), iter(values or ())
@@ -457,12 +465,12 @@ def fit_by_hand(model, train, dev, *, lr, epochs, fine_tuning_epochs, values, au
         for parameter, gradient in zip(theta, gradients, strict=True):
             parameter.grad = gradient
 
-    for epoch in range(epochs):
+    for _ in range(epochs):
         for one in train:
             lower_step(small.by_hand("joint_stable", phi, model(one), aux_weight, odds.odds))
             lower.step()
             step += 1
-            if step % every or epoch < warmup:
+            if step % every:
                 continue
             statistics = copy.deepcopy(model.state_dict())
             first = accumulated * upper_steps
@@ -504,8 +512,7 @@ def fit_by_hand(model, train, dev, *, lr, epochs, fine_tuning_epochs, values, au
         (6, None),
         (6, [0.1, 0.2, 0.3, 0.5, 0.4, 0.3, 0.4, 0.6, 0.6]),  # best in fine-tuning, the earlier
         (6, [0.1, 0.2, 0.3, 0.7, 0.4, 0.3, 0.4, 0.6, 0.7]),  # best in training
-        (2 * RECIPE["warmup_epochs"] + 2, None),  # the whole warm-up
-        (1, None),  # no warm-up
+        (1, None),
     ],
 )
 def test_fit_stable_is_the_recipe_step_for_step(epochs, values):
@@ -571,7 +578,7 @@ def test_fit_stable_under_sgd_responds_as_gradient_descent_does(monkeypatch):
         dev,
         tasks=small.K,
         feature_dim=small.D,
-        epochs=2 * max(RECIPE["warmup_epochs"], RECIPE["hyperstep"]),
+        epochs=2 * RECIPE["hyperstep"],
         fine_tuning_epochs=0,
     )
     then, _, found, max_norm = taken[0]

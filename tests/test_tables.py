@@ -167,7 +167,7 @@ def test_every_method_is_a_row_of_its_kind():
 
 
 def test_ablations_of_the_stable_form_take_one_remedy_back_each(job_of):
-    flags = ["--epochs", "20", "--dev_epochs", "10", "--warmup_epochs", "5"]
+    flags = ["--epochs", "20", "--dev_epochs", "10"]
     whole = vars(with_method_defaults(job_of("joint_stable", flags=flags).config))
     changed = {}
     for name, row in rows().items():
@@ -187,7 +187,7 @@ def test_ablations_of_the_stable_form_take_one_remedy_back_each(job_of):
         "gradient": {"precondition": "none"},
         "neumann": {"solver": "neumann"},
         "sgd": {"upper_optimizer": "sgd", "max_grad_norm": 10, "upper_lr": 0.01},
-        "no_warmup": {"warmup_epochs": 0},
+        "untempered": {"tempered": False},
         "one_batch": {"n_meta_train_loss_accum": 1},
         "held_out": {"hold_out_dev": True},
         "no_fine_tuning": {"dev_epochs": 0},

@@ -99,12 +99,10 @@ class Derivatives(ModelFunction):
 
         def of_batch(batch):
             with self.evaluated(batch) as outputs:
-                losses, mask = outputs.losses, outputs.mask
+                losses = outputs.losses
                 with frozen(self.phi):
                     loss = loss_of_schedule(self.scheduler, losses, outputs)
                 (weights,) = gradients(loss, [losses], retain_graph=True)
-                if mask is not None:  # 0 there, but the loss may be NaN
-                    losses = losses.masked_fill(~mask, 0.0)
                 parts = (weights * losses).sum(dim=0)
                 of_target = gradients(parts[target], self.theta, retain_graph=True)
                 of_both = gradients(parts.sum(), self.theta)
