@@ -131,7 +131,7 @@ def main():
         for key, runs in wanted.items()
     }
     head = ["epochs", "rate", "setting", "best equal weights", metric.words]
-    head += [word for method in args.methods for word in (method, "regret")]
+    head += [word for method in args.methods for word in (method, f"regret of {method}")]
     print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}")
     every = []
     for cell in dict.fromkeys(key[0] for key in wanted):

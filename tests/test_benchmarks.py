@@ -354,7 +354,7 @@ def test_regret_of_a_data_set(tiny_split, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr("sys.argv", argv)
     regret.main()
     lines = capfd.readouterr().out.splitlines()
-    assert lines[0].split(" | ")[-2:] == ["joint", "regret |"]
+    assert lines[0].split(" | ")[-2:] == ["joint", "regret of joint |"]
     cells = lines[2].strip("| ").split(" | ")
     assert cells[:3] == ["1", "1", "supervised"]
     assert float(cells[6]) == pytest.approx(float(cells[4]) - float(cells[5]), abs=0.11)
