@@ -55,7 +55,8 @@ class Balance(nn.Module):
         """
         at = torch.stack([self.odds, torch.ones_like(self.odds)]) / (1 + self.odds)
         slopes, gram = slopes / at, gram / torch.outer(at, at)
-        square = self.start * self._at_start(gram)[0] + self._at_start(gram)[1]
+        of_target, of_rest = self._at_start(gram)
+        square = self.start * of_target + of_rest
         slopes, gram = slopes / square.sqrt(), gram / square  # the unit: the step at the start
         sound = torch.isfinite(slopes.sum() + gram.sum())
         late = (LATE + 1) / (self.steps + 1 + LATE)

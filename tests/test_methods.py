@@ -20,6 +20,7 @@ from auxilearn.run.build import build
 from auxilearn.run.config import resolve
 from auxilearn.run.record import open_record
 from auxilearn.second_order.evaluation import ModelFunction
+from tests.small import ReverseOnly
 
 
 @pytest.fixture(autouse=True)
@@ -176,21 +177,6 @@ def test_a_batch_without_target_labels():
         assert take(scheduler, model, batch).tolist() == [1.0] + [expected] * (len(COUNTS) - 1)
 
 
-class NoForwardMode(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, inputs):
-        return inputs * 2
-
-    @staticmethod
-    def backward(ctx, slope):
-        return slope * 2
-
-
-class Doubling(nn.Module):
-    def forward(self, inputs):
-        return NoForwardMode.apply(inputs)
-
-
 @pytest.mark.parametrize("weighted", [False, True])
 def test_where_all_that_is_shared_is_frozen_every_cosine_is_zero(weighted):
     model, batch = cosine_problem()
@@ -203,7 +189,7 @@ def test_where_all_that_is_shared_is_frozen_every_cosine_is_zero(weighted):
 def test_without_forward_mode_it_takes_a_pass_per_task_and_warns_once(recwarn):
     model, batch = cosine_problem()
     scheduler = GradientCosine(0, len(COUNTS))
-    model.backbone = nn.Sequential(*model.backbone, Doubling())
+    model.backbone = nn.Sequential(*model.backbone, ReverseOnly())
     signs = task_gradients(model, batch) @ task_gradients(model, batch)[0] >= 0
     for _ in range(2):
         assert take(scheduler, model, batch).tolist() == signs.double().tolist()

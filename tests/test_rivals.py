@@ -28,6 +28,7 @@ from auxilearn.errors import UserError
 from auxilearn.methods import METHODS, Problem
 from auxilearn.run.processes import Ranks, leaving
 from tests.conftest import assert_one_error_line, same_bits
+from tests.small import ReverseOnly
 
 pytestmark = pytest.mark.usefixtures("float64")
 K, INPUT, D, CLASSES = 4, 5, 6, (3, 2, None, 2)  # task 2 is a real number
@@ -374,27 +375,12 @@ def test_a_frozen_body_is_a_constant(name):
     torch.testing.assert_close(result.weights[:, 0], expected, rtol=1e-8, atol=1e-9)
 
 
-class NoForwardMode(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, inputs):
-        return inputs * 1
-
-    @staticmethod
-    def backward(ctx, slope):
-        return slope * 1
-
-
-class Backward(nn.Module):
-    def forward(self, inputs):
-        return NoForwardMode.apply(inputs)
-
-
 @pytest.mark.parametrize("name", [name for name in RIVALS if name != "dwa"])
 @pytest.mark.filterwarnings("ignore:.*two backward passes take its place")
 def test_a_model_without_forward_mode_takes_the_same_steps(name):
     one, batch, dev = Net(dropout=0.0), a_batch(masked=True), [a_batch(5)]
     other = copy.deepcopy(one)
-    other.norm = nn.Sequential(Backward(), other.norm)
+    other.norm = nn.Sequential(ReverseOnly(), other.norm)
     first = bilevel_of(name, one)
     second = bilevel_of(name, other)
     second.scheduler.load_state_dict(first.scheduler.state_dict())
