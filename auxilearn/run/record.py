@@ -346,8 +346,20 @@ def processor(device="cpu"):
 
 
 def _git_revision():
-    """The revision of this code, with -dirty if it was changed since; None outside git."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+    """The revision of this code, with -dirty if it was changed since; None outside git.
+
+    ``results/`` is no code: a sweep that writes there does not make its own runs dirty.
+    """
+    revision = _git("rev-parse", "HEAD")
+    if revision is None:
+        return None
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", ":(top)", ":(top,exclude)results")
+    return revision + "-dirty" if changed else revision
+
+
+def _git(*arguments):
+    """What git prints in the folder of this file; None if it fails."""
+    command = ["git", *arguments]
     try:
         result = subprocess.run(
             command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10
