@@ -353,7 +353,9 @@ def _git_revision():
     revision = _git("rev-parse", "HEAD")
     if revision is None:
         return None
-    changed = _git("status", "--porcelain", "--untracked-files=no", "--", ":(top)", ":(top,exclude)results")
+    changed = _git(
+        "status", "--porcelain", "--untracked-files=no", "--", ":(top)", ":(top,exclude)results"
+    )
     return revision + "-dirty" if changed else revision
 
 
