@@ -49,16 +49,18 @@ class StableJoint(JointSchedule):
                                     task factor
         r_ik = 2 sigmoid(w_A a_k . G_i) * 2 sigmoid(w_A u_k z_ik)
                feature factor             loss factor
-        s_k  = K w_T                                                        k the target
-        s_k  = K w_A sigmoid(t_k) / sum of the auxiliary tasks' sigmoid(t_l)     k an auxiliary task
+        s_k  = c w_T                                                        k the target
+        s_k  = c w_A sigmoid(t_k) / sum of the auxiliary tasks' sigmoid(t_l)     k an auxiliary task
+        c    = sqrt(K / (w_T^2 + w_A^2 / (K - 1)))
 
     with z the standardised losses, as in ``MonoJoint``, and G the features of the batch, centred,
     each sample's scaled to length 1 / sqrt(d). What differs from ``MonoJoint``, and why:
 
     - A lower optimiser like Adam does not feel the scale of the loss, so nothing holds the scale of
       a schedule. Here every task's weights are divided by their mean over the batch (over the
-      samples that have a loss), and the mean of the task factors is 1. To give one task more is to
-      give another less.
+      samples that have a loss), and to give one auxiliary task more is to give another less. Other
+      optimisers do feel it: c keeps the length that the gradient has under equal weights, were the
+      tasks' gradients equally long and at right angles.
     - The weight of the target, w_T, against that of all auxiliary tasks, w_A = 1 - w_T, is solved
       for in every upper step (``balance``), from the first one on. At the start every label counts
       alike, so w_T is 1/2 where all samples have all labels.
@@ -148,7 +150,8 @@ class StableJoint(JointSchedule):
         shares = torch.softmax(score, dim=0)  # up to a number, none of them underflows
         odds = self._odds()
         of_target, of_others = odds / (1 + odds), 1 / (1 + odds)
-        return tasks * torch.where(target, of_target, of_others * shares)
+        length = (of_target**2 + of_others**2 / (tasks - 1)) ** 0.5
+        return tasks**0.5 / length * torch.where(target, of_target, of_others * shares)
 
     def schedule(self, features, losses, mask=None):
         feature, loss, task = self.factors(features, losses, mask)

@@ -133,6 +133,14 @@ def factors(aux_weight):
     return torch.tensor([1.0] + [aux_weight] * (K - 1))
 
 
+def halves(odds, tasks):
+    """Weights of the target and of all others together: their ratio is ``odds``, and with the
+    others alike the squares of all tasks' weights sum to the number of tasks."""
+    others = tasks - 1
+    each = math.sqrt(tasks / ((odds * others) ** 2 + others))
+    return odds * others * each, others * each
+
+
 def schedule_by_hand(name, phi, outputs, odds=1.0):
     """W (B, K) of the named parameters ``phi``, from what it sees as constants: RAW losses."""
     losses, features = outputs.losses.detach(), outputs.features.detach()
@@ -150,7 +158,8 @@ def schedule_by_hand(name, phi, outputs, odds=1.0):
     feature = 2 * torch.sigmoid(rest * directions @ phi["feature_sel.weight"].T)
     r = feature * 2 * torch.sigmoid(rest * phi["loss_w"] * z)
     others = torch.sigmoid(phi["task_prior"][1:])
-    s = torch.cat([torch.tensor([odds]), others / others.sum()]) * K / (1 + odds)
+    target, rest = halves(odds, K)
+    s = torch.cat([torch.tensor([target]), rest * others / others.sum()])
     return r / column_means(r, outputs.mask) * s
 
 

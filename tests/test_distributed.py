@@ -23,7 +23,7 @@ from auxilearn.implicit_diff import identity, neumann, preconditioned
 from auxilearn.run.processes import Ranks, leaving
 from auxilearn.solvers import conjugate_gradient
 from auxilearn.stable import StableJoint
-from tests import reference
+from tests import reference, small
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLES, TASKS = 10, 3
@@ -189,7 +189,7 @@ def test_both_ranks_have_the_odds_of_both_ranks_terms(two_processes):
         part = shard(train, rank, 2)
         means = model(part).losses.mean(dim=0)
         halves = flat_gradient(means[0]), flat_gradient(means[1:].sum() / (TASKS - 1))
-        halves = TASKS / 2 * torch.stack(halves)  # K w_T and K w_A at the start
+        halves = small.halves(1.0, TASKS)[0] * torch.stack(halves)  # as heavy at the start
         share = len(part[2]) / len(train[2])
         slopes = slopes + share * halves @ v / v.norm()
         gram = gram + share * halves @ halves.T

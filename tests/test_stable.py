@@ -89,9 +89,9 @@ def odds_of(net):
 
 def task_factors(net):
     """s_k by its definition; the target is task 0."""
-    odds = odds_of(net)
     s = [reference.sigmoid(x) for x in net.task_prior.tolist()]
-    return [K * odds / (1 + odds)] + [K / (1 + odds) * x / math.fsum(s[1:]) for x in s[1:]]
+    target, others = small.halves(odds_of(net), K)
+    return [target] + [others * x / math.fsum(s[1:]) for x in s[1:]]
 
 
 LABELLED = 0.3
@@ -131,8 +131,8 @@ def test_at_the_start_the_target_counts_by_its_labels(masked, target_share):
     features, losses = batch()
     mask = some_mask() if masked else None
     means = masked_column_means(losses, mask)
-    target = 1 / K if target_share == "equal" else LABELLED / (1 + LABELLED)
-    expected = K * (target * means[0] + (1 - target) * means[1:].mean())
+    target, others = small.halves(1 / (K - 1) if target_share == "equal" else LABELLED, K)
+    expected = target * means[0] + others * means[1:].mean()
     found = scheduled_loss(net, TaskLosses(losses, features, mask=mask))
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
     assert sum(p.numel() for p in net.parameters()) == K * (D + 2)
@@ -147,22 +147,35 @@ def test_equal_shares_are_the_equal_weights_of_the_baseline():
 
 def test_where_all_have_all_labels_the_target_starts_with_half_of_the_weight():
     net, (features, losses) = StableJoint(2, K, D), batch()
-    shares = net.schedule(features, losses).mean(dim=0) / K
+    weights = net.schedule(features, losses).mean(dim=0)
     expected = [1 / 2 if k == 2 else 1 / 2 / (K - 1) for k in range(K)]
-    torch.testing.assert_close(shares, torch.tensor(expected), rtol=1e-12, atol=0)
+    torch.testing.assert_close(weights / weights.sum(), torch.tensor(expected), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("odds", [1 / 50, 1 / (K - 1), 1.0, 50.0])
+def test_the_gradient_stays_as_long_as_under_equal_weights(odds):
+    """Were the tasks' gradients equally long and at right angles, as those of K logits' sum are."""
+    net = StableJoint(0, K, D, target_share="start", labelled=odds)
+    theta = torch.zeros(K, requires_grad=True)
+    losses = theta.expand(B, K) + torch.rand(B, 1)
+    scheduled_loss(net, TaskLosses(losses, torch.randn(B, D))).backward()
+    assert theta.grad.norm().item() == pytest.approx(math.sqrt(K), rel=1e-12)
+    assert theta.grad[0] / theta.grad[1:].sum() == pytest.approx(odds, rel=1e-12)
 
 
 @held
 @pytest.mark.parametrize("size", [1.0, 30.0])
-def test_no_parameter_moves_the_mean_weight(size, target_share):
-    """Nor the target's: the directions along which JTDS's weights drift are not there any more."""
-    net, (features, losses) = scheduler(size, target_share=target_share), batch()
+def test_no_parameter_moves_the_weight_of_a_half(size, target_share):
+    """The directions along which JTDS's weights drift are not there any more."""
+    net = scheduler(size, target_share=target_share, labelled=LABELLED)
+    features, losses = batch()
     weights = net.schedule(features, losses)
     assert torch.isfinite(weights).all()
     tasks = weights.mean(dim=0)
-    assert tasks.mean().item() == pytest.approx(1.0, abs=1e-12)
-    for mean in (tasks.mean(), tasks[0]):
-        slopes = torch.autograd.grad(mean, list(net.parameters()), retain_graph=True)
+    halves = tasks[0], tasks[1:].sum()
+    assert [half.item() for half in halves] == pytest.approx(small.halves(odds_of(net), K))
+    for half in halves:
+        slopes = torch.autograd.grad(half, list(net.parameters()), retain_graph=True)
         assert max(slope.abs().max().item() for slope in slopes) < 1e-12
 
 
