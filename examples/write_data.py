@@ -3,8 +3,8 @@
   python examples/write_data.py DIR
 
 writes DIR/photos/*.png with DIR/photos.csv (1,797 scanned digits: the digit, the number of its
-loops, how much ink it has, known for two of three) and DIR/cancer.csv (569 tumours: a diagnosis and
-30 measurements).
+loops, how much ink it has, known for two of three) and DIR/cancer.csv (569 tumours: a diagnosis, 30
+measurements, and the set of each: every third row is for training, for validation, for the test).
 """
 
 import csv
@@ -38,8 +38,9 @@ def main():
         rows.append((name, digit, LOOPS[digit], ink))
     write_table(folder / "photos.csv", ("file", "digit", "loops", "ink"), rows)
     cancer = load_breast_cancer()
-    names = ("diagnosis", *(name.replace(" ", "_") for name in cancer.feature_names))
-    rows = zip(cancer.target_names[cancer.target], *cancer.data.T, strict=True)
+    names = ("set", "diagnosis", *(name.replace(" ", "_") for name in cancer.feature_names))
+    sets = np.resize(("train", "valid", "test"), len(cancer.target))
+    rows = zip(sets, cancer.target_names[cancer.target], *cancer.data.T, strict=True)
     write_table(folder / "cancer.csv", names, rows)
 
 
