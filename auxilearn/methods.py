@@ -54,12 +54,15 @@ class Problem(NamedTuple):
 class Option(NamedTuple):
     """A method's own setting, of its default's type (None: text).
 
-    A default that is a tuple or a list takes several values, comma-separated.
+    A default that is a tuple or a list takes several values, comma-separated. ``low`` and ``above``
+    are bounds of each; ``above`` is exclusive.
     """
 
     default: Any
     help: str = ""
     choices: tuple | None = None
+    low: float | None = None
+    above: float | None = None
 
     def parse(self, text: str):
         """The value that ``text`` says. ValueError: it says none."""
@@ -68,10 +71,18 @@ class Option(NamedTuple):
             value = tuple(self._one(word, kind) for word in text.split(","))
         else:
             value = self._one(text, str if self.default is None else type(self.default))
-        for one in value if isinstance(value, tuple) else (value,):
+        self.check(value)
+        return value
+
+    def check(self, value) -> None:
+        """Raises ValueError: a value is none of the choices, or outside the bounds."""
+        for one in value if isinstance(value, (tuple, list)) else (value,):
             if self.choices and one not in self.choices:
                 raise ValueError(f"choose from {', '.join(map(str, self.choices))}")
-        return value
+            if self.low is not None and one < self.low:
+                raise ValueError(f"expected at least {self.low}")
+            if self.above is not None and one <= self.above:
+                raise ValueError(f"expected a number above {self.above}")
 
     @staticmethod
     def _one(text, kind):
@@ -117,6 +128,13 @@ class Method:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, Option] = field(default_factory=dict)
     tune: Sequence[Mapping[str, Any]] = ()
+
+    def option(self, name) -> Option:
+        """The option of that name. Raises UserError: there is none."""
+        if name not in self.options:
+            known = ", ".join(self.options) or "none"
+            raise UserError(f"--option {name}: the options of --method {self.name} are: {known}")
+        return self.options[name]
 
     @property
     def bilevel(self) -> bool:
@@ -283,11 +301,11 @@ def _naive(problem):
     paper="Navon et al., ICLR 2021",
     learned=UPPER,
     baseline=True,
-    options={"hidden_sizes": Option((10, 10, 10, 10), "sizes of the network's hidden layers")},
+    options={
+        "hidden_sizes": Option((10, 10, 10, 10), "sizes of the network's hidden layers", low=1)
+    },
 )
 def _task(problem, hidden_sizes):
-    if min(hidden_sizes) < 1:
-        raise UserError("--option hidden_sizes: a layer has at least one unit")
     return MonoNonlinearHyperNet(0, problem.tasks, list(hidden_sizes), weight_normalization=False)
 
 
@@ -375,11 +393,9 @@ def _pcgrad_target(problem):
     about="a weight per task and epoch: more where the loss falls slowly",
     paper="Liu et al., CVPR 2019",
     baseline=True,
-    options={"temperature": Option(2.0, "T: the higher, the more alike the weights")},
+    options={"temperature": Option(2.0, "T: the higher, the more alike the weights", above=0)},
 )
 def _dwa(problem, temperature):
-    if temperature <= 0:
-        raise UserError("--option temperature: expected a number above 0")
     return DynamicWeightAverage(0, problem.tasks, problem.samples, temperature)
 
 
@@ -391,16 +407,13 @@ def _dwa(problem, temperature):
     baseline=True,
     needs_dev=True,
     options={
-        "initial": Option(0.1, "weights of auxiliary tasks at the start"),
-        "rate": Option(1e-4, "learning rate of the weights"),
+        "initial": Option(0.1, "weights of auxiliary tasks at the start", low=0),
+        "rate": Option(1e-4, "learning rate of the weights", above=0),
     },
     # The paper's runs take many more steps.
     tune=({"rate": 1e-4}, {"rate": 3e-3}),
 )
 def _autolambda(problem, initial, rate):
-    _check_rate(rate)
-    if initial < 0:
-        raise UserError("--option initial: expected a number of at least 0")
     return AutoLambda(
         0, problem.tasks, problem.lower_lr, problem.aux_weight, initial=initial, rate=rate
     )
@@ -426,17 +439,12 @@ def _l2rw(problem):
     baseline=True,
     needs_dev=True,
     options={
-        "hidden": Option(100, "units of the network's hidden layer"),
-        "rate": Option(1e-3, "learning rate of the network"),
-        "decay": Option(1e-4, "weight decay of the network"),
+        "hidden": Option(100, "units of the network's hidden layer", low=1),
+        "rate": Option(1e-3, "learning rate of the network", above=0),
+        "decay": Option(1e-4, "weight decay of the network", low=0),
     },
 )
 def _mwn(problem, hidden, rate, decay):
-    _check_rate(rate)
-    if hidden < 1:
-        raise UserError("--option hidden: a layer has at least one unit")
-    if decay < 0:
-        raise UserError("--option decay: expected a number of at least 0")
     return MetaWeightNet(
         *(0, problem.tasks, problem.lower_lr, problem.aux_weight),
         hidden=hidden,
@@ -455,11 +463,6 @@ def _mwn(problem, hidden, rate, decay):
 )
 def _slgrad(problem):
     return SampleLevelGradients(0, problem.tasks)
-
-
-def _check_rate(rate):
-    if rate <= 0:
-        raise UserError("--option rate: expected a number above 0")
 
 
 register(

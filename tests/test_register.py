@@ -1,5 +1,7 @@
 """Methods of one's own: ``register``, the options of a method, and files given with --plugin."""
 
+import re
+
 import pytest
 import torch
 
@@ -7,7 +9,8 @@ from auxilearn import methods
 from auxilearn.errors import UserError
 from auxilearn.hypernet import FACTORS, Identity, MonoJoint, Naive_hyper
 from auxilearn.methods import METHODS, Option, Problem, load_plugin, register
-from auxilearn.run.config import Config, with_method_defaults
+from auxilearn.run.command_line import parse_options
+from auxilearn.run.config import Config, check, with_method_defaults
 from auxilearn.stable import RECIPE, StableJoint
 
 PROBLEM = Problem(tasks=3, feature_dim=5, samples=20, classes=(7, 2, 2))
@@ -306,6 +309,25 @@ def test_defaults_are_of_settings_that_are_left_to_methods():
         with_method_defaults(Config(method="odd"))
 
 
-def test_a_layer_of_no_units_is_refused():
-    with pytest.raises(UserError, match="--option hidden_sizes: a layer has at least one unit"):
-        METHODS["task"].build(PROBLEM, hidden_sizes=(10, 0))
+@pytest.mark.parametrize(
+    ("method", "name", "good", "bad", "expected"),
+    [
+        ("task", "hidden_sizes", (10, 1), (10, 0), "at least 1"),
+        ("dwa", "temperature", 0.1, 0.0, "a number above 0"),
+        ("autolambda", "initial", 0.0, -0.1, "at least 0"),
+        ("autolambda", "rate", 1e-9, 0.0, "a number above 0"),
+        ("mwn", "hidden", 1, 0, "at least 1"),
+        ("mwn", "rate", 1e-9, -1.0, "a number above 0"),
+        ("mwn", "decay", 0.0, -1e-9, "at least 0"),
+    ],
+)
+def test_an_option_outside_its_bounds_is_refused(method, name, good, bad, expected):
+    """By a flag and in a ``Config``; the bound itself is fine where it belongs."""
+    check(Config(method=method, options={name: good}))
+    with pytest.raises(UserError, match=re.escape(f"--option {name}: expected {expected}, not ")):
+        check(Config(method=method, options={name: bad}))
+    text = ",".join(map(str, bad)) if isinstance(bad, tuple) else str(bad)
+    with pytest.raises(UserError, match=re.escape(f"--option {name}={text}: expected {expected}")):
+        parse_options(METHODS[method], [f"{name}={text}"])
+    with pytest.raises(UserError, match="--option colour: the options of --method common are: n"):
+        check(Config(method="common", options={"colour": 1}))

@@ -69,12 +69,8 @@ def parse_options(method, words):
     values = {}
     for word in words:
         name, _, text = word.partition("=")
-        option = method.options.get(name)
-        if option is None:
-            known = ", ".join(method.options) or "none"
-            raise UserError(f"--option {word}: the options of --method {method.name} are: {known}")
         try:
-            values[name] = option.parse(text)
+            values[name] = method.option(name).parse(text)
         except ValueError as error:
             raise UserError(f"--option {word}: {error}") from None
     return values

@@ -351,6 +351,11 @@ def check(config):
         value = getattr(config, name)
         if value is not None and name != "options":
             _check_value(field, value)
+    for name, value in config.options.items():
+        try:
+            METHODS[config.method].option(name).check(value)
+        except ValueError as error:
+            raise UserError(f"--option {name}: {error}, not {value}") from None
     backbone = config.backbone and find_backbone(config.backbone)
     if config.corrupted and config.labeled_per_class:
         raise UserError(
