@@ -166,7 +166,7 @@ def test_every_method_is_a_row_of_its_kind():
     assert {kinds[name] for name in ("common", "common_dev", "gcs", "task")} == {BASELINE}
 
 
-def test_ablations_of_the_stable_form_take_one_remedy_back_each(job_of):
+def test_ablations_of_the_stable_form_change_one_thing_each(job_of):
     flags = ["--epochs", "20", "--dev_epochs", "10"]
     whole = vars(with_method_defaults(job_of("joint_stable", flags=flags).config))
     changed = {}
@@ -191,6 +191,10 @@ def test_ablations_of_the_stable_form_take_one_remedy_back_each(job_of):
         "one_batch": {"n_meta_train_loss_accum": 1},
         "held_out": {"hold_out_dev": True},
         "no_fine_tuning": {"dev_epochs": 0},
+        "slow_upper": {"upper_lr": 0.01},
+        "fast_upper": {"upper_lr": 0.1},
+        "often": {"hyperstep": 2},
+        "rarely": {"hyperstep": 20},
     }
     assert {name for name, row in rows().items() if row.full != "joint_stable"} == set(usual_rows())
 
