@@ -167,7 +167,7 @@ def test_every_method_is_a_row_of_its_kind():
 
 
 def test_ablations_of_the_stable_form_change_one_thing_each(job_of):
-    flags = ["--epochs", "20", "--dev_epochs", "10"]
+    flags = ["--epochs", "20", "--dev_epochs", "10", "--hyperstep", "5"]
     whole = vars(with_method_defaults(job_of("joint_stable", flags=flags).config))
     changed = {}
     for name, row in rows().items():
