@@ -224,7 +224,7 @@ class Config:
     hold_out_dev: bool | None = _setting(
         None,
         "keep the development images out of the lower level; 0: train on them as well, as methods "
-        "without an upper level do",
+        "that do not learn from them do",
         by_method=True,
     )
     solver: str | None = _setting(
