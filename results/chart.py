@@ -20,9 +20,9 @@ from auxilearn.tables.protocol import BASELINE, rows  # noqa: E402
 SETTINGS = {
     "supervised": "clean",
     "semi": "5 labels\nper class",
-    "corrupted_0.4": "40 %\nwrong",
-    "corrupted_0.6": "60 %\nwrong",
-    "pair_0.4": "40 % wrong\n(pairs)",
+    "corrupted_0.4": "40 %\nredrawn",
+    "corrupted_0.6": "60 %\nredrawn",
+    "pair_0.4": "40 % to the\nnext class",
 }
 MARKED = {
     "single": ("#1c2127", "x", "target task alone"),
@@ -61,7 +61,9 @@ def main(*arguments):
             axes.set_title(folder.name.replace("_", ", "), loc="left", fontsize=10)
         panels[0].set_ylabel("test accuracy, %")
         handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), fontsize=9)
+        figure.legend(
+            handles, labels, loc="outside upper center", ncols=2 * len(folders), fontsize=9
+        )
         figure.savefig(path, metadata={"Date": None})
 
 
