@@ -24,8 +24,7 @@ from auxilearn.baselines.l2rw import LearningToReweight
 from auxilearn.baselines.mwn import MetaWeightNet
 from auxilearn.baselines.pcgrad_target import TargetProjection
 from auxilearn.baselines.slgrad import SampleLevelGradients
-from auxilearn.errors import UserError
-from auxilearn.methods import METHODS, Problem
+from auxilearn.methods import METHODS
 from auxilearn.run.processes import Ranks, leaving
 from tests.conftest import assert_one_error_line, same_bits
 from tests.small import ReverseOnly
@@ -505,25 +504,6 @@ def test_every_rival_trains_a_run(name, tiny_run, command):
     code, _, error = command(inspect_schedule.main, run.directory)
     assert code == 2
     assert_one_error_line(error, f"--method {name}", "has no schedule to show")
-
-
-PROBLEM = Problem(tasks=K, feature_dim=D, samples=20, classes=(3, 2, None, 2))
-
-
-def options(name):
-    return {n: option.default for n, option in METHODS[name].options.items()}
-
-
-@pytest.mark.parametrize(
-    ("name", "option", "value"),
-    [
-        *(("mwn", "hidden", 0), ("mwn", "rate", 0.0), ("mwn", "decay", -1.0)),
-        *(("autolambda", "rate", -1.0), ("autolambda", "initial", -0.1), ("dwa", "temperature", 0)),
-    ],
-)
-def test_options_that_are_refused(name, option, value):
-    with pytest.raises(UserError, match=f"--option {option}"):
-        METHODS[name].build(PROBLEM, **{**options(name), option: value})
 
 
 @pytest.mark.parametrize("text", ["nan", "inf", "-inf"])
