@@ -263,7 +263,7 @@ def _joint(problem, factors):
         "factors": _FACTORS,
         "target_share": Option(
             "learned",
-            "the target's share of all weight: learned, or equal = 1 / K",
+            "the target's share of all weight: learned; start: held where it starts; equal: 1 / K",
             TARGET_SHARES,
         ),
         "tempered": Option(True, "weigh samples only as far as the target's share is below 1"),

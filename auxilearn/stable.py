@@ -111,10 +111,10 @@ class StableJoint(JointSchedule):
             self.task_prior = nn.Parameter(torch.zeros(input_dim))
         others = input_dim - 1
         self.odds = labelled  # w_T / w_A
-        if target_share == "equal" and others:
-            self.odds = 1 / others
         if not others:
             self.odds = 0.0  # the target alone: samples are weighed in full
+        elif target_share == "equal":
+            self.odds = 1 / others
         elif target_share == "learned" and "task" in self.learned:
             self.balance = Balance(labelled)
 

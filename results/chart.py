@@ -1,8 +1,8 @@
 """The chart of results/: the accuracy of every method, by data set and labels.
 
-python results/chart.py results/digits_narrow results/digits results/tumours results/accuracy.svg
+python results/chart.py results/digits_narrow results/tumours results/accuracy.svg
 
-A folder holds the TABLE_runs.csv of tables 2 to 4. Grey: baselines.
+A folder holds the TABLE.csv of tables 2 to 4. Grey: baselines.
 """
 
 import sys
@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from auxilearn.report.style import STYLE  # noqa: E402
+from auxilearn.report.style import COLOURS, STYLE  # noqa: E402
 from auxilearn.tables.protocol import BASELINE, rows  # noqa: E402
 
 SETTINGS = {
@@ -25,27 +25,28 @@ SETTINGS = {
     "pair_0.4": "40 % to the\nnext class",
 }
 MARKED = {
-    "single": ("#1c2127", "x", "target task alone"),
-    "joint": ("#c2570a", "D", "JTDS"),
-    "joint_stable": ("#0067a6", "o", "JTDS, stable form"),
+    "single": ("ink", "x", "target task alone"),
+    "joint": ("orange", "D", "JTDS"),
+    "joint_stable": ("blue", "o", "JTDS, stable form"),
 }
 
 
 def accuracies(folder):
     """Mean test accuracies in per cent: a row per method, a column per setting."""
-    runs = pd.concat(pd.read_csv(path) for path in sorted(folder.glob("table?*_runs.csv")))
-    means = 100 * runs.groupby(["row", "setting"]).test_accuracy.mean().unstack()
-    return means.reindex(columns=SETTINGS)
+    paths = [*folder.glob("table?.csv"), *folder.glob("table?_pair.csv")]
+    cells = pd.concat(map(pd.read_csv, paths))
+    return cells.pivot(index="row", columns="setting", values="mean").reindex(columns=SETTINGS)
 
 
 def draw(axes, means):
     places = range(len(SETTINGS))
     baselines = [row for row in means.index if rows()[row].kind == BASELINE]
-    for row in baselines:
-        axes.plot(places, means.loc[row], "_", color="#8a949e", ms=13, mew=1.6)
-    axes.plot([], [], "_", color="#8a949e", ms=13, mew=1.6, label=f"{len(baselines)} baselines")
-    for row, (color, marker, label) in MARKED.items():
-        axes.plot(places, means.loc[row], marker, color=color, ms=6.5, mew=1.6, label=label)
+    dash = {"color": "#8a949e", "ms": 13, "mew": 1.6}
+    axes.plot(places, means.loc[baselines].T, "_", **dash)
+    axes.plot([], [], "_", **dash, label=f"{len(baselines)} baselines")
+    for row, (colour, marker, label) in MARKED.items():
+        values = means.loc[row]
+        axes.plot(places, values, marker, color=COLOURS[colour], ms=6.5, mew=1.6, label=label)
     axes.set_xticks(places, SETTINGS.values(), fontsize=8)
     axes.set_xlim(-0.5, len(SETTINGS) - 0.5)
     axes.grid(axis="x", visible=False)
