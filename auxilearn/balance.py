@@ -23,7 +23,7 @@ does.
 import torch
 from torch import Tensor, nn
 
-START = 10  # upper steps after which the start counts as much as what was seen
+START = 10  # upper steps, with all labels, after which what was seen counts as much as the start
 LATE = 2  # running means weigh upper step n by about n^2: training changes, and starts off
 FASTEST = 0.12  # change of the odds' logarithm in an upper step, since an estimate may be far off
 LIMIT = 50.0  # of the odds, either way
@@ -33,7 +33,8 @@ class Balance(nn.Module):
     """The odds w_T : w_A, learned from every upper step.
 
     Args: ``start``: the odds at first. The estimate of n upper steps counts n / (n + 10), the start
-    the rest.
+    the rest. Below 1, where few samples have the target's label, an upper step counts as ``start``
+    of one: it has seen that part of the labels.
     """
 
     odds: Tensor
@@ -75,7 +76,8 @@ class Balance(nn.Module):
         c, n = self.slopes, self.gram
         at_start = self._at_start(n)  # the c of which the start is the best
         at_start = at_start * (c.abs().sum() / at_start.abs().sum())
-        share = self.steps / (self.steps + START)
+        seen = self.steps * min(self.start, 1.0)
+        share = seen / (seen + START)
         c = share * c + (1 - share) * at_start
         target = (n[1, 1] * c[0] - n[0, 1] * c[1]).clamp(min=0)
         rest = (n[0, 0] * c[1] - n[0, 1] * c[0]).clamp(min=0)

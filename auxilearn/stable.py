@@ -47,8 +47,8 @@ class StableJoint(JointSchedule):
 
         W_ik = r_ik / mean_i r_ik * s_k
                                     task factor
-        r_ik = 2 sigmoid(w_A a_k . G_i) * 2 sigmoid(w_A u_k z_ik)
-               feature factor             loss factor
+        r_ik = 2 sigmoid(h a_k . G_i) * 2 sigmoid(h u_k z_ik)     h = w_A * min(labelled, 1)
+               feature factor           loss factor
         s_k  = c w_T                                                        k the target
         s_k  = c w_A sigmoid(t_k) / sum of the auxiliary tasks' sigmoid(t_l)     k an auxiliary task
         c    = sqrt(K / (w_T^2 + w_A^2 / (K - 1)))
@@ -66,7 +66,8 @@ class StableJoint(JointSchedule):
       alike, so w_T is 1/2 where all samples have all labels.
     - Samples are weighed only as far as the target is not trusted: their logits hold w_A. While the
       target is underfitted, w_T is near 1, and to prefer samples that are like the development
-      set's, or easy, slows it down; where its labels are few or wrong, w_A is near 1.
+      set's, or easy, slows it down; where its labels are wrong, w_A is large. Where they are few,
+      w_A is too, but there is little to tell samples apart by: the logits hold their share as well.
     - Bounded factors. No sample counts more than 4 / mean r times as much as its task's mean
       sample.
     - All parameters are 0 at first: no sample and no auxiliary task counts more than another, until
@@ -82,7 +83,7 @@ class StableJoint(JointSchedule):
     the above; for ablations "start", held where it starts, and "equal", held at 1 / K.
     ``labelled``: the number of the target's labels over the mean number of an auxiliary task's,
     below 1 where most samples lack the target's label: w_T : w_A at the start. ``tempered=False``,
-    for ablations, leaves w_A out of r_ik.
+    for ablations, makes h 1.
     """
 
     def __init__(
@@ -102,6 +103,7 @@ class StableJoint(JointSchedule):
             raise ValueError(f"target_share must be one of {TARGET_SHARES}, not {target_share!r}")
         self.target_share = target_share
         self.tempered = tempered
+        self.labelled = min(labelled, 1.0)
         if "feature" in self.learned:
             self.feature_sel = nn.Linear(feature_dim, input_dim, bias=False)
             nn.init.zeros_(self.feature_sel.weight)
@@ -130,8 +132,8 @@ class StableJoint(JointSchedule):
         if "loss" in self.learned:
             loss = self.loss_w * standardise(losses.detach(), mask)
         if self.tempered:
-            of_others = 1 / (1 + self._odds())
-            feature, loss = feature * of_others, loss * of_others
+            heat = self.labelled / (1 + self._odds())
+            feature, loss = feature * heat, loss * heat
         if "task" in self.learned:
             task = self.task_prior
         return 2 * torch.sigmoid(feature), 2 * torch.sigmoid(loss), self._task_factor(task)

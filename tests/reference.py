@@ -283,7 +283,8 @@ class Odds:
         n = sum(w * one for w, (_, one) in zip(weights, self.seen, strict=True)) / sum(weights)
         of_start = n @ np.array([self.start, 1.0])
         of_start *= np.abs(c).sum() / np.abs(of_start).sum()
-        c = (steps * c + self.prior * of_start) / (steps + self.prior)
+        worth = steps * min(self.start, 1)  # in upper steps with all labels
+        c = (worth * c + self.prior * of_start) / (worth + self.prior)
         target, rest = np.maximum(np.linalg.solve(n, c), 0)
         if target or rest:
             solved = self.limit if not rest else target / rest

@@ -141,7 +141,7 @@ def halves(odds, tasks):
     return odds * others * each, others * each
 
 
-def schedule_by_hand(name, phi, outputs, odds=1.0):
+def schedule_by_hand(name, phi, outputs, odds=1.0, labelled=1.0):
     """W (B, K) of the named parameters ``phi``, from what it sees as constants: RAW losses."""
     losses, features = outputs.losses.detach(), outputs.features.detach()
     if name == "naive":
@@ -154,20 +154,20 @@ def schedule_by_hand(name, phi, outputs, odds=1.0):
         return reference.log1p_exp(features @ a.T + b) * label * task
     centred = features - features.mean(dim=0)
     directions = centred / centred.norm(dim=1, keepdim=True) / math.sqrt(D)
-    rest = 1 / (1 + odds)  # w_A
-    feature = 2 * torch.sigmoid(rest * directions @ phi["feature_sel.weight"].T)
-    r = feature * 2 * torch.sigmoid(rest * phi["loss_w"] * z)
+    heat = labelled / (1 + odds)  # labelled times w_A
+    feature = 2 * torch.sigmoid(heat * directions @ phi["feature_sel.weight"].T)
+    r = feature * 2 * torch.sigmoid(heat * phi["loss_w"] * z)
     others = torch.sigmoid(phi["task_prior"][1:])
     target, rest = halves(odds, K)
     s = torch.cat([torch.tensor([target]), rest * others / others.sum()])
     return r / column_means(r, outputs.mask) * s
 
 
-def by_hand(name, phi, outputs, aux_weight=1.0, odds=1.0):
+def by_hand(name, phi, outputs, aux_weight=1.0, odds=1.0, labelled=1.0):
     """The scheduled loss of ``TaskLosses`` by the formulas; ``phi``: {name: parameter}."""
     scaled = outputs.losses * factors(aux_weight)
     if name in SCHEDULES:
-        weights = schedule_by_hand(name, phi, outputs, odds)
+        weights = schedule_by_hand(name, phi, outputs, odds, labelled)
         return column_means(weights * scaled, outputs.mask).sum()
     return combined_by_hand(name, phi, scaled, outputs.mask)
 
@@ -202,13 +202,13 @@ def weights_by_hand(name, phi, outputs, aux_weight=1.0, odds=1.0):
     return weights if mask is None else torch.where(mask, weights, 0.0)
 
 
-def target_and_rest(phi, outputs, odds, theta, v, scale):
+def target_and_rest(phi, outputs, odds, theta, v, scale, labelled=1.0):
     """c / |v| (2,) and N (2, 2) of the two halves of the stable form's loss, of the target (task 0)
     and of the rest; without a factor on the auxiliary losses. NumPy arrays.
 
     Args: ``v``, the development gradient, and ``scale``, D: lists like ``theta``.
     """
-    weights = schedule_by_hand("joint_stable", phi, outputs, odds).detach()
+    weights = schedule_by_hand("joint_stable", phi, outputs, odds, labelled).detach()
     means = column_means(weights * outputs.losses, outputs.mask)
     halves = [
         torch.autograd.grad(

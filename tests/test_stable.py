@@ -63,7 +63,7 @@ def schedule_loops(net, features, losses, mask):
         parameter.detach().numpy()
         for parameter in (net.feature_sel.weight, net.loss_w, net.task_prior)
     )
-    rest = 1 / (1 + odds_of(net)) if net.tempered else 1.0
+    rest = net.labelled / (1 + odds_of(net)) if net.tempered else 1.0
     features = features.numpy()
     z = reference.standardise_loops(losses.numpy(), mask)
     centre = [math.fsum(features[:, j]) / B for j in range(D)]
@@ -103,6 +103,7 @@ held = pytest.mark.parametrize("target_share", TARGET_SHARES)
 @pytest.mark.parametrize("tempered", [False, True])
 def test_formula(masked, target_share, tempered):
     net = scheduler(target_share=target_share, labelled=LABELLED, tempered=tempered)
+    assert net.labelled == LABELLED and scheduler(labelled=7.0).labelled == 1
     features, losses = batch()
     mask = some_mask() if masked else None
     expected = schedule_loops(net, features, losses, None if mask is None else mask.numpy())
@@ -467,6 +468,9 @@ def fit_by_hand(model, train, dev, *, lr, epochs, fine_tuning_epochs, values, au
     odds = reference.Odds(LABELLED, **reference_constants())
     best, passes = (-math.inf, None), iter(values or ())
 
+    def scheduled(seen):
+        return small.by_hand("joint_stable", phi, seen, aux_weight, odds.odds, LABELLED)
+
     def consider(best):
         if values is None:
             return best
@@ -480,7 +484,7 @@ def fit_by_hand(model, train, dev, *, lr, epochs, fine_tuning_epochs, values, au
 
     for _ in range(epochs):
         for one in train:
-            lower_step(small.by_hand("joint_stable", phi, model(one), aux_weight, odds.odds))
+            lower_step(scheduled(model(one)))
             lower.step()
             step += 1
             if step % every:
@@ -489,7 +493,7 @@ def fit_by_hand(model, train, dev, *, lr, epochs, fine_tuning_epochs, values, au
             first = accumulated * upper_steps
             taken = [train[(first + j) % len(train)] for j in range(accumulated)]
             seen = [model(t) for t in taken]
-            losses = [small.by_hand("joint_stable", phi, s, aux_weight, odds.odds) for s in seen]
+            losses = [scheduled(s) for s in seen]
             dev_loss = model(dev[upper_steps % len(dev)]).losses[:, 0].mean()
             upper_steps += 1
             g = torch.autograd.grad(sum(losses) / accumulated, theta, create_graph=True)
@@ -498,7 +502,7 @@ def fit_by_hand(model, train, dev, *, lr, epochs, fine_tuning_epochs, values, au
             inner = 0.0
             for gradient, direction, d in zip(g, v, scale, strict=True):
                 inner = inner + (gradient * direction / d).sum()
-            terms = small.target_and_rest(phi, seen[0], odds.odds, theta, v, scale)
+            terms = small.target_and_rest(phi, seen[0], odds.odds, theta, v, scale, LABELLED)
             slopes = torch.autograd.grad(inner, list(phi.values()))
             for parameter, slope in zip(phi.values(), slopes, strict=True):
                 parameter.grad = -slope
