@@ -107,12 +107,11 @@ def regrets(args, cell, results, metric):
     return best, reached, [(value, metric.sign * (reached - value)) for value in values]
 
 
-def main():
-    args = parse_arguments()
-    split = load_split(str(args.split_dir))
-    metric = metric_of(split.target)
-    settings = sweep.RunFlags.read(shlex.split(args.run_flags)).settings
-    wanted = runs_of(args, split, resolve(Config(**settings), split).main_lr)
+def finished(args, split, metric, wanted):
+    """Run what has not been run. {key: a ``Result`` per run} of ``wanted``, {key: runs}.
+
+    Raises RunError: a run ended without a result.
+    """
     jobs = [run.job for runs in wanted.values() for run in runs]
     with contextlib.redirect_stdout(sys.stderr):
         failed = sweep.run(
@@ -126,10 +125,19 @@ def main():
         raise RunError(
             f"{len(failed)} runs ended without a result (the first: {job.name}, {reason})"
         )
-    results = {
+    return {
         key: [sweep.result_of(run, split.fingerprint, metric) for run in runs]
         for key, runs in wanted.items()
     }
+
+
+def main():
+    args = parse_arguments()
+    split = load_split(str(args.split_dir))
+    metric = metric_of(split.target)
+    settings = sweep.RunFlags.read(shlex.split(args.run_flags)).settings
+    wanted = runs_of(args, split, resolve(Config(**settings), split).main_lr)
+    results = finished(args, split, metric, wanted)
     head = ["epochs", "rate", "setting", "best equal weights", metric.words]
     head += [word for method in args.methods for word in (method, f"regret of {method}")]
     print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}")

@@ -12,9 +12,18 @@ import pytest
 import torch
 
 from auxilearn.errors import RunError, UserError
+from auxilearn.hypernet import TaskLosses
+from auxilearn.methods import METHODS, Problem, load_plugin
 from auxilearn.metrics import ACCURACY, RMSE
 from auxilearn.run.command_line import parse
-from benchmarks import beside_revision, on_gpu, regret, rival_steps, side_by_side
+from benchmarks import (
+    beside_revision,
+    on_gpu,
+    regret,
+    rival_steps,
+    share_oracle,
+    side_by_side,
+)
 from benchmarks.side_by_side import Measured, compare_numbers
 from benchmarks.sides import Package, Plain, Worker, Workload, run_script_settings
 from tests.conftest import gpu, tiny_flags
@@ -359,3 +368,46 @@ def test_regret_of_a_data_set(tiny_split, tmp_path, monkeypatch, capfd):
     assert cells[:3] == ["1", "1", "supervised"]
     assert float(cells[6]) == pytest.approx(float(cells[4]) - float(cells[5]), abs=0.11)
     assert lines[-1].startswith("joint: regret ")
+
+
+@pytest.mark.parametrize(("metric", "sign"), [(ACCURACY, 1), (RMSE(), -1)])
+def test_the_oracle_chooses_by_test_and_validation_beside_it(metric, sign):
+    test = {(0.1, 0.1): 4, (0.1, 0.9): 8, (0.9, 0.1): 5, (0.9, 0.9): 6, None: 7}
+    valid = {(0.1, 0.1): 1, (0.1, 0.9): 1, (0.9, 0.1): 3, (0.9, 0.9): 2, None: 9}
+    results = {
+        pair: [
+            SimpleNamespace(test_accuracy=sign * test[pair] + d, valid_accuracy=sign * valid[pair])
+            for d in (-1, 1)
+        ]
+        for pair in test
+    }
+    expected = [((0.1, 0.9), 8), ((0.9, 0.9), 6), ((0.9, 0.1), 5), (None, 7)]
+    assert share_oracle.best_of(results, metric) == [(p, sign * value) for p, value in expected]
+
+
+def test_the_target_has_one_share_and_then_another():
+    load_plugin(share_oracle.PLUGIN)
+    problem = Problem(tasks=3, feature_dim=2, samples=4, classes=(2, 2, 2))
+    scheduler = METHODS["two_shares"].build(problem, first=0.75, second=0.25, switch=1.5)
+    losses = torch.tensor([[8.0, 1.0, 3.0]] * 2)
+    seen = TaskLosses(losses, mask=torch.tensor([[True, True, False]] * 2))
+    found = [scheduler.scheduled_loss(losses, seen).item() for _ in range(4)]  # 1.5 passes: 6
+    assert found == [0.75 * 8 + 0.25 * 0.5] * 3 + [0.25 * 8 + 0.75 * 0.5]
+
+
+def test_the_oracle_of_a_data_set(tiny_split, tmp_path, monkeypatch, capfd):
+    flags = f"--split_dir {tiny_split} --sweep_dir {tmp_path} --epochs 2 --seeds 1 --shares 0.1 0.9"
+    run_flags = tiny_flags(max_steps=2)
+    del run_flags[run_flags.index("--epochs") : run_flags.index("--epochs") + 2]
+    flags += " --settings supervised --jobs 2"
+    argv = ["share_oracle.py", *flags.split(), f"--run_flags={' '.join(run_flags)}"]
+    monkeypatch.setattr("sys.argv", argv)
+    share_oracle.main()
+    lines = capfd.readouterr().out.splitlines()
+    cells = lines[2].strip("| ").split(" | ")
+    assert cells[:2] == ["2", "supervised"]
+    values = [float(cell.split(" ")[0]) for cell in cells[2:]]
+    assert values[0] == max(values[:3])
+    found = {json.loads(p.read_text())["test_accuracy"] for p in tmp_path.rglob("summary.json")}
+    assert len(list(tmp_path.rglob("summary.json"))) == 5
+    assert {round(100 * v, 1) for v in found} >= set(values)
