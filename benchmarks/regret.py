@@ -8,6 +8,9 @@ are trained with every factor in --aux_weights, with and without the development
 common). The best of them by mean validation over the seeds is what tuning by hand finds. The regret
 of a method is its mean test accuracy below that one's (of a real-valued target: its RMSE above).
 Finished runs in --sweep_dir are not run again.
+
+A second table follows the target's share of all weight through the runs of every schedule, and
+gives the median time of an upper step.
 """
 
 import contextlib
@@ -23,10 +26,18 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import train_bilevel  # noqa: E402
 from auxilearn.data.split import load_split  # noqa: E402
 from auxilearn.errors import Parser, RunError, run_script  # noqa: E402
+from auxilearn.files import read_rows  # noqa: E402
 from auxilearn.metrics import metric_of  # noqa: E402
 from auxilearn.run.config import Config, resolve  # noqa: E402
+from auxilearn.run.record import METRICS_FILE, SCHEDULE_FILE  # noqa: E402
 from auxilearn.tables import local, sweep  # noqa: E402
-from auxilearn.tables.protocol import SETTINGS, in_place_of, rows  # noqa: E402
+from auxilearn.tables.protocol import (  # noqa: E402
+    ABLATION,
+    SCHEDULE,
+    SETTINGS,
+    in_place_of,
+    rows,
+)
 
 EQUAL = ("common", "common_dev")
 
@@ -156,6 +167,35 @@ def main():
             f"{len(of_method)} cells, {shown_as(metric, max(of_method))} at most, n = "
             f"{len(args.seeds)} seeds a cell."
         )
+    print_shares(args, wanted)
+
+
+def print_shares(args, wanted):
+    """Means over the seeds, from schedule.jsonl and metrics.jsonl of the runs."""
+    methods = [name for name in args.methods if rows()[name].kind in (SCHEDULE, ABLATION)]
+    moments = ["first", "1/4", "1/2", "3/4", "last"]
+    head = ["epochs", "rate", "setting", "target's share of", *moments, "upper step, ms"]
+    print(f"\n| {' | '.join(head)} |\n|{'---|' * len(head)}")
+    for (cell, row, _), runs in wanted.items():
+        if row not in methods:
+            continue
+        shares = [shares_of(run.job.directory) for run in runs]
+        means = [f"{statistics.fmean(of_moment):.2f}" for of_moment in zip(*shares, strict=True)]
+        took = [seconds for run in runs for seconds in upper_seconds(run.job.directory)]
+        words = [cell.epochs, f"{cell.rate:.2g}", cell.setting, row, *means]
+        print(f"| {' | '.join(map(str, words))} | {1000 * statistics.median(took):.0f} |")
+
+
+def shares_of(directory):
+    """The target's share at the first upper step, after a quarter, ... and at the last."""
+    weights = [r["mean_weight"] for r in read_rows(directory / SCHEDULE_FILE) if "step" in r]
+    weights = [[w or 0.0 for w in of_step] for of_step in weights]  # null: no sample had a label
+    shares = [of_step[0] / sum(of_step) for of_step in weights]
+    return [shares[(len(shares) * quarter) // 4] for quarter in range(4)] + [shares[-1]]
+
+
+def upper_seconds(directory):
+    return [r["upper_seconds"] for r in read_rows(directory / METRICS_FILE) if r["kind"] == "upper"]
 
 
 def shown_as(metric, value):

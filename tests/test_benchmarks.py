@@ -367,7 +367,21 @@ def test_regret_of_a_data_set(tiny_split, tmp_path, monkeypatch, capfd):
     cells = lines[2].strip("| ").split(" | ")
     assert cells[:3] == ["1", "1", "supervised"]
     assert float(cells[6]) == pytest.approx(float(cells[4]) - float(cells[5]), abs=0.11)
-    assert lines[-1].startswith("joint: regret ")
+    assert lines[4].startswith("joint: regret ")
+    assert lines[8].startswith("| 1 | 1 | supervised | joint | ") and len(lines) == 9
+
+
+def test_the_target_s_share_over_a_run(tmp_path):
+    """Of eight upper steps: the first, third, fifth, seventh and last."""
+    history = [{"kind": "tasks", "names": ["target", "other"]}]
+    for step in range(1, 9):
+        weights = [step / 10, 1 - step / 10] if step > 1 else [None, 2.0]
+        history.append({"kind": "schedule", "step": 5 * step, "mean_weight": weights})
+    metrics = [{"kind": "step", "step": 1}, {"kind": "upper", "step": 5, "upper_seconds": 0.25}]
+    for name, rows in (("schedule.jsonl", history), ("metrics.jsonl", metrics)):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert regret.shares_of(tmp_path) == pytest.approx([0.0, 0.3, 0.5, 0.7, 0.8])
+    assert regret.upper_seconds(tmp_path) == [0.25]
 
 
 @pytest.mark.parametrize(("metric", "sign"), [(ACCURACY, 1), (RMSE(), -1)])
