@@ -8,9 +8,9 @@ Notation (Chen et al., "Auxiliary Learning with Joint Task and Data Scheduling",
     mask      m   (B, K)   True where a loss exists (semi-supervised); None means everywhere
     factors   a   (K,)     1 for the target, ``aux_weight`` for every auxiliary task
 
-The scheduled loss is mean_i sum_k W_ik a_k L_ik. The parameters of a scheduler are the upper-level
-parameters phi. Whatever a schedule looks at is a constant to it: no gradient reaches the task model
-through W.
+A task model returns losses, features and mask as ``losses.TaskLosses``. The scheduled loss is
+mean_i sum_k W_ik a_k L_ik. The parameters of a scheduler are the upper-level parameters phi.
+Whatever a schedule looks at is a constant to it: no gradient reaches the task model through W.
 """
 
 from collections.abc import Sequence
