@@ -12,10 +12,7 @@ checkpoint that was best in validation.
 
 import dataclasses
 import math
-import os
-import shlex
 import time
-from pathlib import Path
 
 import torch
 
@@ -90,16 +87,10 @@ def fit(run, record, ineffective=()):
             bar.update()
             if plan.epoch_ends(step):
                 validate(run, state, step, valid)
-            save_and_stop(run, state, step, stop)
+            state.save_and_stop(step, stop)
     state.load_best()
     value = evaluate(model, run.evaluation_batches("test"), run.metric, run.ranks)
-    summary = state.finish(value)
-    script = os.path.relpath(Path(__file__).with_name("inspect_schedule.py"))
-    plugin = ["--plugin", run.config.plugin] if run.config.plugin else []
-    command = shlex.join(["python", script, str(record.directory), *plugin])
-    state.progress.say(f"look at the schedule: {command}")
-    state.progress.say(f"test {run.metric.words}: {run.metric.text(value)}")
-    return summary
+    return state.finish(value)
 
 
 def lower_step(run, state, step, batches, dev_batches):
@@ -170,23 +161,6 @@ def evaluate(model, batches, metric, ranks):
     model.train()
     points, samples = ranks.total(float(sum(points)), float(samples))
     return metric.value(points, samples)
-
-
-def save_and_stop(run, state, step, stop):
-    """Save a checkpoint where one is due or a signal has asked to end, and end then."""
-    plan, config = run.plan, run.config
-    every = config.save_every
-    due = step % every == 0 if every else plan.epoch_ends(step)
-    # Several ranks have to agree, and would wait for each other in every step.
-    heard = run.ranks.size == 1 or due or step % LOG_EVERY == 0
-    stopping = heard and run.ranks.total(stop.signal is not None)[0]
-    if due or stopping:
-        state.save(step)
-    if stopping and step < plan.total_steps:
-        raise stop.interrupted(
-            f"stopped after step {step} of {plan.total_steps} as asked; continue with --exp_name "
-            f"{config.exp_name} --resume 1"
-        )
 
 
 def main():

@@ -2,12 +2,12 @@ from auxilearn.bilevel import Bilevel as Bilevel
 from auxilearn.hypernet import HyperNet as HyperNet
 from auxilearn.hypernet import MonoJoint as MonoJoint
 from auxilearn.hypernet import Naive_hyper as Naive_hyper
-from auxilearn.hypernet import TaskLosses as TaskLosses
-from auxilearn.hypernet import fill_missing as fill_missing
 from auxilearn.hypernet import scheduled_loss as scheduled_loss
 from auxilearn.implicit_diff import identity as identity
 from auxilearn.implicit_diff import neumann as neumann
 from auxilearn.implicit_diff import preconditioned as preconditioned
+from auxilearn.losses import TaskLosses as TaskLosses
+from auxilearn.losses import fill_missing as fill_missing
 from auxilearn.methods import register as register
 from auxilearn.optim import adam_scale as adam_scale
 from auxilearn.solvers import conjugate_gradient as conjugate_gradient

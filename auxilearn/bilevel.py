@@ -16,23 +16,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from auxilearn.checks import check_batches, check_kinds
-from auxilearn.errors import Unsupported
-from auxilearn.hypernet import (
-    POISONED,
-    HyperNet,
-    TaskLosses,
-    check_outputs,
-    loss_of_schedule,
-    losses_are_finite,
-    masked_column_means,
-    times_aux_weight,
-)
-from auxilearn.implicit_diff import Solution, hypergradient, neumann, norm
-from auxilearn.optim import apply_hypergradient, held
-from auxilearn.second_order.double_backward import gradients
-from auxilearn.second_order.evaluation import ModelFunction, frozen, unwrapped
+from auxilearn import checks
+from auxilearn.hypernet import HyperNet, loss_of_schedule
+from auxilearn.implicit_diff import Solution, hypergradient, neumann
+from auxilearn.losses import TaskLosses, check_outputs, times_aux_weight
+from auxilearn.optim import apply_hypergradient, held, step_if_finite
+from auxilearn.second_order.evaluation import frozen, unwrapped
 from auxilearn.second_order.products import Derivatives, FastOperators
+from auxilearn.vectors import norm
 from auxilearn.weights import samples_with_loss
 
 
@@ -95,7 +86,7 @@ class Bilevel:
         aux_weight: float = 1.0,
         average: Callable[[list[Tensor], Sequence[Any]], list[Tensor]] | None = None,
     ):
-        check_kinds(model, scheduler, lower, upper, solver)
+        checks.check_kinds(model, scheduler, lower, upper, solver)
         self.model = model
         self.scheduler = scheduler
         self.lower = lower
@@ -127,35 +118,25 @@ class Bilevel:
         """
         self._check_mode()
         if self.scheduler.needs_dev:
-            if dev_batches is None or (isinstance(dev_batches, Sequence) and not dev_batches):
-                raise ValueError(
-                    f"{type(self.scheduler).__name__} needs development batches before every lower "
-                    "step: lower_step(batch, dev_batches)"
-                )
-            check_batches("dev_batches", dev_batches)
+            checks.check_dev_batches(self.scheduler, dev_batches)
         self.scheduler.before_lower_step(self.model, batch, dev_batches, self.average)
         outputs, losses, loss = self._scheduled(batch)
         parameters = self._theta()  # those that forward() has not frozen
-        if not losses.requires_grad:
-            raise ValueError(
-                "no gradient reaches the parameters of the lower optimiser: the losses have no "
-                "graph; compute them outside torch.no_grad(), from tensors that are not detached"
-            )
+        checks.check_theta(parameters)
+        checks.check_graph(losses)
         losses.retain_grad()  # times N_k, the samples with a loss under task k: W_ik
         self.lower.zero_grad()
         loss.backward(inputs=parameters)
         reached = [p.grad for p in parameters if p.grad is not None]
-        if not reached:
-            raise ValueError(
-                "no gradient reaches the parameters of the lower optimiser: the losses depend on "
-                "others; give it those of the model that is trained"
-            )
+        checks.check_reached(reached)
         means = self.average(reached, [batch])
         if means is not reached:
             for gradient, mean in zip(reached, means, strict=True):
                 gradient.copy_(mean)
         size = norm(reached)
-        self._step_if_finite(size, outputs)
+        if step_if_finite(self.lower, size) is False:
+            checks.refuse_poisoned_step(outputs)
+            self.lower.zero_grad()  # adam_scale is to make nothing of it
         weights = losses.grad * samples_with_loss(outputs)
         return LowerStep(loss.detach(), size, outputs.detached(), weights)
 
@@ -167,20 +148,15 @@ class Bilevel:
         to learn; errors as of ``hypergradient``.
         """
         self._check_mode()
-        if self.upper is None:
-            raise ValueError("Bilevel was built without an upper optimiser: give one as upper=")
-        if not self._phi():
-            raise ValueError(
-                "the upper optimiser holds no parameter of the scheduler that requires a gradient: "
-                "build it on scheduler.parameters()"
-            )
+        checks.check_upper(self.upper, self._phi())
         balance = self.scheduler.balance
         gradient, solution, dev_loss, seen = self._hypergradient(
             train_batches, dev_batches, balance is not None
         )
         solution, (dev_loss, size) = solution.read(dev_loss, norm(gradient))
         if not math.isfinite(size):
-            self._refuse_poisoned([*train_batches, *dev_batches])
+            batches = [*train_batches, *dev_batches]
+            checks.refuse_poisoned_hypergradient(self.model, self.lower_parameters(), batches)
             return UpperStep(dev_loss, None, solution)
         apply_hypergradient(self.upper, self._phi(), gradient, self.max_norm)
         if balance is not None:
@@ -209,16 +185,11 @@ class Bilevel:
 
         And, if ``balanced``, what a ``Balance`` observes; else None.
         """
-        check_batches("train_batches", train_batches)
-        check_batches("dev_batches", dev_batches)
+        checks.check_batches("train_batches", train_batches)
+        checks.check_batches("dev_batches", dev_batches)
+        theta, phi = self.lower_parameters(), self._phi()
         derivatives = Derivatives(
-            self.model,
-            self.scheduler,
-            self.lower_parameters(),
-            self._phi(),
-            train_batches,
-            self.aux_weight,
-            self.average,
+            self.model, self.scheduler, theta, phi, train_batches, self.aux_weight, self.average
         )
         with derivatives:
             dev_loss, v = derivatives.development_gradient(dev_batches)
@@ -236,17 +207,12 @@ class Bilevel:
         Without the scheduler's parameters. Raises ValueError: there are none.
         """
         learned = {id(p): p for p in self._theta()}
+        checks.check_theta(learned)
         for p in self.scheduler.parameters():
             learned.pop(id(p), None)
-        if any(p.is_complex() for p in learned.values()):
-            raise Unsupported(
-                "the lower level has complex parameters: hold them as real ones and use "
-                "torch.view_as_complex() in forward()"
-            )
-        named = [
-            p for p in unwrapped(self.model).parameters() if learned.pop(id(p), None) is not None
-        ]
-        return [*named, *learned.values()]
+        checks.check_real(learned.values())
+        places = {id(p): place for place, p in enumerate(unwrapped(self.model).parameters())}
+        return sorted(learned.values(), key=lambda p: places.get(id(p), len(places)))
 
     def state_dict(self) -> dict[str, Any]:
         """The state of model, scheduler and both optimisers."""
@@ -270,42 +236,9 @@ class Bilevel:
         outputs = self.model(batch)
         check_outputs(outputs, self.scheduler)
         losses = times_aux_weight(outputs.losses, self.aux_weight, self.scheduler.main_task)
-        with frozen(self._constants()):
+        lower = set(map(id, self._theta()))
+        with frozen([p for p in self.scheduler.parameters() if id(p) not in lower]):
             return outputs, losses, loss_of_schedule(self.scheduler, losses, outputs)
-
-    def _step_if_finite(self, size, outputs):
-        """The lower optimiser's step, unless ``size``, the norm of its gradient, is not finite."""
-        fused = all(group.get("fused") for group in self.lower.param_groups)
-        if fused:
-            skipped = ~torch.isfinite(size)
-            new = [p for p in held(self.lower) if not self.lower.state.get(p)]
-            self.lower.found_inf = skipped.float()  # fused kernels change nothing where it is 1
-            self.lower.step()
-            del self.lower.found_inf
-            for p in new:  # but SGD's first step leaves its buffers uninitialised then
-                buffer = self.lower.state.get(p, {}).get("momentum_buffer")
-                if buffer is not None:
-                    buffer.masked_fill_(skipped, 0.0)
-            if not size.is_cpu:
-                return  # looking would wait
-        if math.isfinite(size.numpy() if fused else size):
-            if not fused:
-                self.lower.step()
-        elif outputs.mask is not None and losses_are_finite(outputs).item():
-            raise ValueError(POISONED)
-        else:
-            self.lower.zero_grad()  # adam_scale is to make nothing of it
-
-    def _refuse_poisoned(self, batches):
-        """ValueError where missing targets are why a hypergradient is not finite."""
-        with ModelFunction(self.model, self.lower_parameters()) as function:
-            for batch in batches:
-                with function.evaluated(batch) as outputs:
-                    if outputs.mask is None or not losses_are_finite(outputs).item():
-                        continue
-                    loss = masked_column_means(outputs.losses, outputs.mask).sum()
-                    if not math.isfinite(norm(gradients(loss, function.theta)).item()):
-                        raise ValueError(POISONED)
 
     def _phi(self):
         """What the upper level learns: what its optimiser holds of the scheduler's parameters."""
@@ -314,22 +247,8 @@ class Bilevel:
         return [p for p in learned if id(p) in stepped]
 
     def _theta(self):
-        """The parameters that the lower level learns. Raises ValueError: there are none."""
-        parameters = self._trainable()
-        if not parameters:
-            raise ValueError(
-                "nothing to train: all parameters that the lower optimiser holds are frozen "
-                "(requires_grad is False)"
-            )
-        return parameters
-
-    def _trainable(self):
+        """What the lower level learns, the scheduler's parameters among it where they are held."""
         return [p for p in held(self.lower) if p.requires_grad]
-
-    def _constants(self):
-        """The scheduler's parameters that the lower level does not learn."""
-        below = set(map(id, self._trainable()))
-        return [p for p in self.scheduler.parameters() if id(p) not in below]
 
     def _check_mode(self):
         if not self.model.training and not self._warned:

@@ -8,57 +8,29 @@ Notation (Chen et al., "Auxiliary Learning with Joint Task and Data Scheduling",
     mask      m   (B, K)   True where a loss exists (semi-supervised); None means everywhere
     factors   a   (K,)     1 for the target, ``aux_weight`` for every auxiliary task
 
-The scheduled loss is mean_i sum_k W_ik a_k L_ik. The parameters of a scheduler are the upper-level
-parameters phi. Whatever a schedule looks at is a constant to it: no gradient reaches the task model
-through W.
+A task model returns losses, features and mask as ``losses.TaskLosses``. The scheduled loss is
+mean_i sum_k W_ik a_k L_ik. The parameters of a scheduler are the upper-level parameters phi.
+Whatever a schedule looks at is a constant to it: no gradient reaches the task model through W.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from auxilearn.losses import (
+    TaskLosses,
+    check_features,
+    check_outputs,
+    check_sample_id,
+    fill_missing,  # noqa: F401  # people import it from here
+    masked_column_means,
+    times_aux_weight,
+)
+
 STANDARDISE_EPS = 1e-6
 FACTORS = ("feature", "loss", "task")  # of JTDS's schedule
-
-
-class TaskLosses(NamedTuple):
-    """What a task model makes of a batch: ``model(batch)`` returns it.
-
-    losses (B, K) raw; features (B, d); sample_id (B,) places in the training set, for schedulers
-    that hold a weight per sample; mask (B, K) bool, True where a loss exists, None for everywhere;
-    labels (B, K). A scheduler that does not need an entry does without it.
-
-    Losses outside the mask count for nothing. They must still be computed from finite numbers, or
-    the model's gradient is NaN (0 times NaN): ``fill_missing`` puts these in place of missing
-    targets.
-    """
-
-    losses: Tensor
-    features: Tensor | None = None
-    sample_id: Tensor | None = None
-    mask: Tensor | None = None
-    labels: Tensor | None = None
-
-    def detached(self) -> "TaskLosses":
-        """The same numbers, without a graph."""
-        return TaskLosses(*(None if entry is None else entry.detach() for entry in self))
-
-
-def fill_missing(targets: Tensor) -> tuple[Tensor, Tensor]:
-    """(``targets`` with zeros where they are missing, the mask: bool, True where they are not).
-
-        targets, mask = fill_missing(targets)
-        return TaskLosses((prediction - targets).square(), features, mask=mask)
-
-    Missing are NaN among numbers, and negative ones (such as -1 and -100) among classes, of an
-    integer dtype.
-    """
-    targets = torch.as_tensor(targets)
-    mask = ~targets.isnan() if targets.is_floating_point() else targets >= 0
-    return targets.masked_fill(~mask, 0), mask
 
 
 def scheduled_loss(scheduler: "HyperNet", outputs: TaskLosses, aux_weight: float = 1.0) -> Tensor:
@@ -85,111 +57,6 @@ def loss_of_schedule(scheduler: "HyperNet", losses: Tensor, outputs: TaskLosses)
             f"{tuple(loss.shape)}"
         )
     return loss
-
-
-def times_aux_weight(losses: Tensor, aux_weight: float, main_task: int = 0) -> Tensor:
-    """a_k L_ik (B, K)."""
-    if aux_weight == 1:
-        return losses
-    factors = losses.new_full((losses.shape[1],), aux_weight)
-    factors[main_task] = 1.0
-    return losses * factors
-
-
-def task_losses(outputs) -> TaskLosses:
-    """What a model returned. Raises TypeError: it is something else than ``TaskLosses``."""
-    if not isinstance(outputs, TaskLosses):
-        raise TypeError(
-            f"model(batch) must return TaskLosses, not {type(outputs).__name__}: return "
-            "TaskLosses(losses, features)"
-        )
-    for name, entry in outputs._asdict().items():
-        if not isinstance(entry, Tensor) and (entry is not None or name == "losses"):
-            raise TypeError(f"{name} of TaskLosses must be a tensor, not {type(entry).__name__}")
-    return outputs
-
-
-def check_outputs(outputs, scheduler):
-    """Errors as of ``scheduled_loss``."""
-    losses, features, sample_id, mask, labels = task_losses(outputs)
-    tasks = scheduler.input_dim
-    if losses.dim() != 2 or losses.shape[1] != tasks:
-        raise ValueError(
-            f"losses must be (B, {tasks}), a column per task of the scheduler, not "
-            f"{tuple(losses.shape)}: leave them unreduced"
-        )
-    if not losses.is_floating_point():
-        raise ValueError(f"losses must be real numbers, not {losses.dtype}")
-    rows = len(losses)
-    if not rows:
-        raise ValueError(
-            f"losses must have a row per sample, not shape {tuple(losses.shape)}: the batch is "
-            "empty; leave it out"
-        )
-    if features is not None and (features.dim() != 2 or len(features) != rows):
-        raise ValueError(
-            f"features must be ({rows}, d), a vector per sample, not {tuple(features.shape)}: "
-            "pool or flatten the rest"
-        )
-    if sample_id is not None and sample_id.shape != (rows,):
-        raise ValueError(
-            f"sample_id must be ({rows},), a number per sample, not {tuple(sample_id.shape)}"
-        )
-    if mask is not None and (mask.shape != losses.shape or mask.dtype != torch.bool):
-        raise ValueError(
-            f"mask must be bool {tuple(losses.shape)} like losses, not {mask.dtype} "
-            f"{tuple(mask.shape)}"
-        )
-    if labels is not None and labels.shape != losses.shape:
-        raise ValueError(
-            f"labels must be {tuple(losses.shape)} like losses, not {tuple(labels.shape)}"
-        )
-    # On a GPU looking would wait for it: ``Bilevel`` looks there once a gradient is not finite.
-    if mask is not None and losses.is_cpu and losses.grad_fn is not None:
-        finite = losses.detach().isfinite()
-        if not finite.all().numpy() and (finite | ~mask).all().numpy():
-            _refuse_poisoned_gradients(losses)
-
-
-POISONED = (
-    "a masked loss makes the model's gradient NaN: it was computed from a missing target, or "
-    "another number that is not finite, and 0 times NaN is NaN; fill these before the loss: "
-    "targets, mask = auxilearn.fill_missing(targets)"
-)
-
-
-def losses_are_finite(outputs):
-    """Whether all losses inside the mask are finite, a scalar tensor."""
-    return (outputs.losses.isfinite() | ~outputs.mask).all()
-
-
-def _refuse_poisoned_gradients(losses):
-    """ValueError: the gradient of masked losses is NaN. NaN in place of them does no harm."""
-    leaves, seen, waiting = [], set(), [losses.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            leaves.append(node.variable)
-        waiting.extend(function for function, _ in node.next_functions)
-    zeros = torch.zeros_like(losses)
-    gradients = torch.autograd.grad(losses, leaves, zeros, retain_graph=True, allow_unused=True)
-    if any(g is not None and not g.isfinite().all() for g in gradients):
-        raise ValueError(POISONED)
-
-
-def masked_column_means(values: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Mean of every column of ``values`` (B, K) over the entries where ``mask`` holds, shape (K,).
-
-    A column without any such entry has mean 0. Entries outside the mask are never read: they may
-    be NaN.
-    """
-    if mask is None:
-        return values.mean(dim=0)
-    count = mask.sum(dim=0).clamp(min=1)
-    return values.masked_fill(~mask, 0.0).sum(dim=0) / count
 
 
 def weighted_mean(weights: Tensor, losses: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -305,26 +172,9 @@ class JointSchedule(MonoHyperNet):
         return weighted_mean(weights.detach() if to_train else weights, losses, mask)
 
     def scheduled_loss(self, losses, seen):
-        if seen.features is None:
-            raise ValueError(f"{type(self).__name__} needs TaskLosses(losses, features=...)")
-        layer = getattr(self, "feature_sel", None)
-        if isinstance(layer, nn.Linear):
-            self._check_features(layer.weight, seen.features)
+        check_features(self, seen.features)
         weights = self.schedule(seen.features, seen.losses, seen.mask)
         return weighted_mean(weights, losses, seen.mask)
-
-    def _check_features(self, weight, features):
-        name, (_, width) = type(self).__name__, weight.shape
-        if features.shape[1] != width:
-            raise ValueError(
-                f"features must be (B, {width}), the feature_dim of {name}, not "
-                f"{tuple(features.shape)}"
-            )
-        if features.dtype != weight.dtype and not torch.is_autocast_enabled(weight.device.type):
-            raise ValueError(
-                f"features are {features.dtype} and the parameters of {name} {weight.dtype}: "
-                "convert the one, as in features.float(), or the other, as in scheduler.double()"
-            )
 
 
 class MonoJoint(JointSchedule):
@@ -431,13 +281,7 @@ class Naive_hyper(MonoHyperNet):
         return weighted_mean(self.schedule(sample_id), losses, mask)
 
     def scheduled_loss(self, losses, seen):
-        if seen.sample_id is None:
-            raise ValueError("Naive_hyper needs TaskLosses(losses, sample_id=...)")
-        if seen.sample_id.is_floating_point():
-            raise ValueError(
-                "sample_id must be integers, places in the training set, not "
-                f"{seen.sample_id.dtype}"
-            )
+        check_sample_id(self, seen.sample_id)
         return self(losses, seen.sample_id, seen.mask)
 
 

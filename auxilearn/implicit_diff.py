@@ -8,8 +8,6 @@ dg/dtheta (the Hessian of f) and v = d(development loss)/dtheta, the implicit fu
 (Lorraine, Vicol and Duvenaud, AISTATS 2020). A *solver* finds p from products with H alone; a
 *mixed product* finishes. ``hypergradient`` is these two lines; the operators may be double backward
 on given graphs (``Hypergrad``) or the faster ones of ``second_order.products``.
-
-Vectors in the space of theta are lists of tensors, one per parameter.
 """
 
 from collections.abc import Callable
@@ -19,8 +17,7 @@ import torch
 from torch import Tensor
 
 from auxilearn.second_order.double_backward import double_backward_operators, gradients
-
-Vector = list[Tensor]
+from auxilearn.vectors import Vector, dot, norm, ratio, read_scalars
 
 
 @dataclass
@@ -34,8 +31,7 @@ class Solution:
         None.
     scale: D of ``preconditioned``, a list like p; None: 1.
 
-    A solver leaves residual and growth on the device, as scalar tensors, so that the processor does
-    not wait for it; ``read`` makes floats of them.
+    A solver leaves residual and growth on the device, as scalar tensors; ``read`` makes floats.
     """
 
     vector: Vector
@@ -135,27 +131,23 @@ def identity(scale: float = 1.0) -> Solver:
 def preconditioned(solver: Solver, scale: Callable[[], Vector]) -> Solver:
     """``solver`` for a lower level whose optimiser divides every gradient by a scale D > 0.
 
-    A small change dg of the gradient changes such an optimiser's step by -eta D^-1 dg (Adam: D is
-    about the square root of the second moment, see ``optim.adam_scale``). With D held fixed from
-    then on, what its steps make of a small change of g is
+    This is the implicit function theorem on the optimiser's own step (Lorraine et al. 2020, section
+    3). A small change dg of the gradient changes the step by -eta D^-1 dg; Adam's D is about the
+    square root of the second moment (``optim.adam_scale``). With D fixed, n steps make of dg
 
-        n steps          eta sum_{j<n} (I - eta D^-1 H)^j D^-1,  so one step  eta D^-1
-        their limit      H^-1, or (H + D / (eta n))^-1 for about n of them
+        -eta sum_{j<n} (I - eta D^-1 H)^j D^-1 dg    one step: -eta D^-1 dg; in the limit: -H^-1 dg
 
-    and p is that times v, the factor eta left out where it stands in front: the implicit function
-    theorem on the optimiser's own step (Lorraine et al. 2020, section 3) in place of plain gradient
-    descent's. The solver is handed H and v in the coordinates D^1/2 theta, where the step is plain
-    gradient descent's:
+    and p is this response to v, without the factor -eta. The solver gets H and v in the coordinates
+    D^1/2 theta, in which the step is plain gradient descent's; residuals are measured there.
 
         identity              D^-1 v
         neumann               sum_j (I - alpha D^-1 H)^j D^-1 v
         conjugate_gradient    (H + damping D)^-1 v
 
-    Residuals are measured in these coordinates.
+    Args: ``scale``: callable that returns D now, a list of tensors shaped like theta: those of the
+    model's parameters that the lower optimiser steps, in the model's order, then of any others.
 
-    Args: ``scale``: callable that returns D now, a list of tensors shaped like theta: one for each
-    parameter of the model that the lower optimiser steps, in the model's order, and then for what
-    else it steps. Raises TypeError: it is not callable.
+    Raises TypeError: ``scale`` is not callable. ValueError, in a step: D is not shaped like theta.
     """
     if not callable(scale):
         raise TypeError(
@@ -180,35 +172,6 @@ def preconditioned(solver: Solver, scale: Callable[[], Vector]) -> Solver:
         return solution
 
     return solve
-
-
-def dot(a: Vector, b: Vector) -> Tensor:
-    """<a, b>, a scalar on the device."""
-    return torch.dot(flat(a), flat(b))
-
-
-def norm(vector: Vector) -> Tensor:
-    """|vector|, a scalar on the device; of no tensors 0."""
-    if not vector:
-        return torch.zeros(())
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(vector)))
-
-
-def ratio(part: Tensor, whole: Tensor) -> Tensor:
-    """part / whole, and 0 where there is nothing to compare with."""
-    return torch.where(whole == 0, 0.0, part / whole)
-
-
-def flat(vector: Vector) -> Tensor:
-    """All numbers of a vector, (n,)."""
-    return torch.cat([t.reshape(-1) for t in vector])
-
-
-def read_scalars(*scalars: float | Tensor) -> list[float]:
-    """Floats of numbers and scalar tensors, by one read from the device."""
-    tensors = [s for s in scalars if isinstance(s, Tensor)]
-    numbers = iter(torch.stack([t.detach().double() for t in tensors]).tolist() if tensors else ())
-    return [next(numbers) if isinstance(s, Tensor) else float(s) for s in scalars]
 
 
 # --------------------------------------------------------------------------------------------------

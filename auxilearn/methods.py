@@ -54,8 +54,8 @@ class Problem(NamedTuple):
 class Option(NamedTuple):
     """A method's own setting, of its default's type (None: text).
 
-    A default that is a tuple or a list takes several values, comma-separated. ``low`` and ``above``
-    are bounds of each; ``above`` is exclusive.
+    A default that is a tuple or a list takes several values, comma-separated. ``low``, ``high`` and
+    ``above`` are bounds of each; ``above`` is exclusive.
     """
 
     default: Any
@@ -63,6 +63,7 @@ class Option(NamedTuple):
     choices: tuple | None = None
     low: float | None = None
     above: float | None = None
+    high: float | None = None
 
     def parse(self, text: str):
         """The value that ``text`` says. ValueError: it says none."""
@@ -75,29 +76,31 @@ class Option(NamedTuple):
         return value
 
     def check(self, value) -> None:
-        """Raises ValueError: a value is none of the choices, or outside the bounds."""
+        """Raises ValueError: a value is none of the choices, outside the bounds or not finite."""
         for one in value if isinstance(value, (tuple, list)) else (value,):
+            if isinstance(one, float) and not math.isfinite(one):
+                raise ValueError(f"must be a finite number, not {one}")
             if self.choices and one not in self.choices:
-                raise ValueError(f"choose from {', '.join(map(str, self.choices))}")
+                choices = ", ".join(map(str, self.choices))
+                raise ValueError(f"must be one of {choices}, not {one!r}")
             if self.low is not None and one < self.low:
-                raise ValueError(f"expected at least {self.low}")
+                raise ValueError(f"must be at least {self.low}, not {one}")
+            if self.high is not None and one > self.high:
+                raise ValueError(f"must be at most {self.high}, not {one}")
             if self.above is not None and one <= self.above:
-                raise ValueError(f"expected a number above {self.above}")
+                raise ValueError(f"must be greater than {self.above}, not {one}")
 
     @staticmethod
     def _one(text, kind):
         if kind is bool:
             known = {"1": True, "true": True, "0": False, "false": False}
             if text.lower() not in known:
-                raise ValueError("expected 0, 1, true or false")
+                raise ValueError(f"must be 0, 1, true or false, not {text!r}")
             return known[text.lower()]
         try:
-            value = kind(text)
+            return kind(text)
         except ValueError:
-            raise ValueError(f"expected {kind.__name__}") from None
-        if kind is float and not math.isfinite(value):
-            raise ValueError(f"expected a finite number, not {text}")
-        return value
+            raise ValueError(f"must be of type {kind.__name__}, not {text!r}") from None
 
 
 @dataclass(frozen=True)

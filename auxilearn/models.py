@@ -19,7 +19,7 @@ from auxilearn.backbones import (
     register_backbone,
 )
 from auxilearn.errors import UserError
-from auxilearn.hypernet import TaskLosses
+from auxilearn.losses import TaskLosses
 
 # The names of ``backbones`` had their home here: plugins import ``register_backbone`` from it.
 __all__ = [

@@ -1,5 +1,6 @@
-"""The upper-level step: hypergradient, clip, optimiser."""
+"""Steps of both levels' optimisers, and what an optimiser's step makes of a gradient."""
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -15,6 +16,28 @@ def apply_hypergradient(meta_optimizer, aux_params, hypergrads, max_grad_norm):
     if max_grad_norm:
         torch.nn.utils.clip_grad_norm_(aux_params, max_grad_norm)
     meta_optimizer.step()
+
+
+def step_if_finite(optimizer, size):
+    """The optimiser's step, unless ``size``, the norm of its gradient, is not finite.
+
+    Returns whether it was taken; None: a fused optimiser decides on the GPU, and nobody waits.
+    """
+    if not all(group.get("fused") for group in optimizer.param_groups):
+        finite = math.isfinite(size)
+        if finite:
+            optimizer.step()
+        return finite
+    skipped = ~torch.isfinite(size)
+    new = [p for p in held(optimizer) if not optimizer.state.get(p)]
+    optimizer.found_inf = skipped.float()  # fused kernels change nothing where it is 1
+    optimizer.step()
+    del optimizer.found_inf
+    for p in new:  # but SGD's first step leaves its buffers uninitialised then
+        buffer = optimizer.state.get(p, {}).get("momentum_buffer")
+        if buffer is not None:
+            buffer.masked_fill_(skipped, 0.0)
+    return math.isfinite(size.numpy()) if size.is_cpu else None
 
 
 def held(optimizer):

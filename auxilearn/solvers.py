@@ -7,7 +7,8 @@ import math
 
 import torch
 
-from auxilearn.implicit_diff import Solution, Solver, dot, flat, norm, ratio, read_scalars
+from auxilearn.implicit_diff import Solution, Solver
+from auxilearn.vectors import dot, flat, norm, ratio, read_scalars
 
 
 def conjugate_gradient(

@@ -14,15 +14,9 @@ from torch import Tensor, nn
 
 from auxilearn.balance import Balance
 from auxilearn.bilevel import Bilevel
-from auxilearn.hypernet import (
-    FACTORS,
-    HyperNet,
-    JointSchedule,
-    checked_factors,
-    masked_column_means,
-    standardise,
-)
+from auxilearn.hypernet import FACTORS, HyperNet, JointSchedule, checked_factors, standardise
 from auxilearn.implicit_diff import identity, preconditioned
+from auxilearn.losses import masked_column_means
 from auxilearn.optim import adam_scale, upper_adam
 
 TARGET_SHARES = ("learned", "start", "equal")

@@ -23,14 +23,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from auxilearn.hypernet import (
-    HyperNet,
-    TaskLosses,
-    check_outputs,
-    loss_of_schedule,
-    task_losses,
-    times_aux_weight,
-)
+from auxilearn.hypernet import HyperNet, loss_of_schedule
+from auxilearn.losses import TaskLosses, check_outputs, task_losses, times_aux_weight
 
 
 @dataclass(frozen=True)

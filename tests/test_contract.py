@@ -31,6 +31,7 @@ from auxilearn.models import BACKBONES, Batch, TaskHeads, TaskModel, register_ba
 from auxilearn.run.build import build_model
 from auxilearn.run.config import Config, resolve
 from auxilearn.run.processes import Ranks
+from auxilearn.run.state import State
 from tests.conftest import TINY, Run, assert_same_run
 
 
@@ -494,18 +495,18 @@ def assert_same_rows(one, other):
 def test_a_run_on_rows_goes_on_to_the_same_bits(tmp_path, row_run, monkeypatch):
     write_rows(tmp_path, "kind")
     whole = row_run(tmp_path, method="joint", exp_name="whole")
-    save = train_bilevel.save_and_stop
+    save = State.save_and_stop
 
-    def stop(run, state, step, request):
-        save(run, state, step, request)
+    def stop(state, step, request):
+        save(state, step, request)
         if step == 11:
             state.save(step)
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(train_bilevel, "save_and_stop", stop)
+    monkeypatch.setattr(State, "save_and_stop", stop)
     with pytest.raises(KeyboardInterrupt):
         row_run(tmp_path, method="joint", exp_name="cut")
-    monkeypatch.setattr(train_bilevel, "save_and_stop", save)
+    monkeypatch.setattr(State, "save_and_stop", save)
     assert_same_run(whole, row_run(tmp_path, method="joint", exp_name="cut", resume=True))
 
 

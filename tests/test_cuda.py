@@ -18,6 +18,7 @@ from auxilearn.implicit_diff import preconditioned
 from auxilearn.methods import METHODS
 from auxilearn.models import Batch, TaskModel, build_backbone
 from auxilearn.optim import adam_scale
+from auxilearn.run.state import State
 from auxilearn.stable import StableJoint
 from tests import small
 from tests.conftest import ROOT, Run, assert_same_run, gpu, tiny_flags
@@ -85,16 +86,16 @@ def test_resumed_to_the_same_bits_where_cudnn_is_deterministic(
     places = [str(tmp_path / name) for name in ("whole", "cut")]
     whole, cut = (tiny_config(**settings, record_dir=place) for place in places)
     train_bilevel.train(whole)
-    save, kept = train_bilevel.save_and_stop, []
+    save, kept = State.save_and_stop, []
 
-    def killed(run, state, step, stop):
-        save(run, state, step, stop)
+    def killed(state, step, stop):
+        save(state, step, stop)
         kept.append(step)
         if len(kept) == 4:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train_bilevel, "save_and_stop", killed)
+        patch.setattr(State, "save_and_stop", killed)
         train_bilevel.train(cut)
     train_bilevel.train(dataclasses.replace(cut, resume=True))
     assert_same_run(*(Run(f"{place}/full/run") for place in places))

@@ -1,5 +1,6 @@
 """Methods of one's own: ``register``, the options of a method, and files given with --plugin."""
 
+import math
 import re
 
 import pytest
@@ -62,15 +63,15 @@ def test_an_option_is_parsed_as_its_default_is(default, text, value):
 @pytest.mark.parametrize(
     ("option", "text", "message"),
     [
-        (Option(1.0), "fast", "expected float"),
-        (Option(1), "0.5", "expected int"),
-        (Option(1), "", "expected int"),
-        (Option(True), "yes", "expected 0, 1, true or false"),
-        (Option((1, 2)), "1,two", "expected int"),
-        (Option((1, 2)), "1,", "expected int"),
-        (Option("a", choices=("a", "b")), "c", "choose from a, b"),
-        (Option(("a",), choices=("a", "b")), "a,c", "choose from a, b"),
-        (Option(2, choices=(1, 2)), "3", "choose from 1, 2"),
+        (Option(1.0), "fast", "must be of type float, not 'fast'"),
+        (Option(1), "0.5", "must be of type int"),
+        (Option(1), "", "must be of type int, not ''"),
+        (Option(True), "yes", "must be 0, 1, true or false, not 'yes'"),
+        (Option((1, 2)), "1,two", "must be of type int, not 'two'"),
+        (Option((1, 2)), "1,", "must be of type int"),
+        (Option("a", choices=("a", "b")), "c", "must be one of a, b, not 'c'"),
+        (Option(("a",), choices=("a", "b")), "a,c", "must be one of a, b, not 'c'"),
+        (Option(2, choices=(1, 2)), "3", "must be one of 1, 2, not 3"),
     ],
 )
 def test_a_text_that_says_no_value_is_refused(option, text, message):
@@ -313,21 +314,24 @@ def test_defaults_are_of_settings_that_are_left_to_methods():
     ("method", "name", "good", "bad", "expected"),
     [
         ("task", "hidden_sizes", (10, 1), (10, 0), "at least 1"),
-        ("dwa", "temperature", 0.1, 0.0, "a number above 0"),
+        ("dwa", "temperature", 0.1, 0.0, "greater than 0"),
         ("autolambda", "initial", 0.0, -0.1, "at least 0"),
-        ("autolambda", "rate", 1e-9, 0.0, "a number above 0"),
+        ("autolambda", "rate", 1e-9, 0.0, "greater than 0"),
+        ("autolambda", "rate", 1e-9, math.nan, "a finite number"),
+        ("autolambda", "initial", 0.0, math.inf, "a finite number"),
         ("mwn", "hidden", 1, 0, "at least 1"),
-        ("mwn", "rate", 1e-9, -1.0, "a number above 0"),
+        ("mwn", "rate", 1e-9, -1.0, "greater than 0"),
         ("mwn", "decay", 0.0, -1e-9, "at least 0"),
     ],
 )
 def test_an_option_outside_its_bounds_is_refused(method, name, good, bad, expected):
     """By a flag and in a ``Config``; the bound itself is fine where it belongs."""
     check(Config(method=method, options={name: good}))
-    with pytest.raises(UserError, match=re.escape(f"--option {name}: expected {expected}, not ")):
+    message = re.escape(f"--option {name} must be {expected}, not ")
+    with pytest.raises(UserError, match=message):
         check(Config(method=method, options={name: bad}))
     text = ",".join(map(str, bad)) if isinstance(bad, tuple) else str(bad)
-    with pytest.raises(UserError, match=re.escape(f"--option {name}={text}: expected {expected}")):
+    with pytest.raises(UserError, match=message):
         parse_options(METHODS[method], [f"{name}={text}"])
     with pytest.raises(UserError, match="--option colour: the options of --method common are: n"):
         check(Config(method="common", options={"colour": 1}))

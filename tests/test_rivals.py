@@ -508,7 +508,7 @@ def test_every_rival_trains_a_run(name, tiny_run, command):
 
 @pytest.mark.parametrize("text", ["nan", "inf", "-inf"])
 def test_options_are_finite(text):
-    with pytest.raises(ValueError, match=f"expected a finite number, not {text}"):
+    with pytest.raises(ValueError, match=f"must be a finite number, not {text}"):
         METHODS["mwn"].options["rate"].parse(text)
 
 

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from auxilearn.hypernet import HyperNet, MonoHyperNet, masked_column_means
+from auxilearn.hypernet import HyperNet, MonoHyperNet
+from auxilearn.losses import masked_column_means
 
 
 class WeightNormLinear(nn.Module):

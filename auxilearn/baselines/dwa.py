@@ -11,7 +11,8 @@ so that a task whose loss falls slowly counts more. Nothing but losses is looked
 import torch
 import torch.distributed as dist
 
-from auxilearn.hypernet import HyperNet, masked_column_means
+from auxilearn.hypernet import HyperNet
+from auxilearn.losses import masked_column_means
 
 
 class DynamicWeightAverage(HyperNet):

@@ -16,7 +16,8 @@ import warnings
 import torch
 
 from auxilearn.errors import Unsupported
-from auxilearn.hypernet import HyperNet, masked_column_means
+from auxilearn.hypernet import HyperNet
+from auxilearn.losses import masked_column_means
 from auxilearn.randomness import random_state_kept
 from auxilearn.second_order.double_backward import gradients
 from auxilearn.second_order.evaluation import ModelFunction, unwrapped

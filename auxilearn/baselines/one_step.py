@@ -13,13 +13,8 @@ import contextlib
 
 import torch
 
-from auxilearn.hypernet import (
-    HyperNet,
-    check_outputs,
-    masked_column_means,
-    times_aux_weight,
-    weighted_mean,
-)
+from auxilearn.hypernet import HyperNet, weighted_mean
+from auxilearn.losses import check_outputs, masked_column_means, times_aux_weight
 from auxilearn.randomness import random_state_kept
 from auxilearn.second_order.double_backward import gradients
 from auxilearn.second_order.evaluation import ModelFunction, unwrapped

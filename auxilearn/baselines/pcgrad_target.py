@@ -17,9 +17,9 @@ of a task's own (heads) are not projected: see ``TargetProjection``.
 import torch
 
 from auxilearn.baselines.gradient_cosine import GradientCosine
-from auxilearn.hypernet import masked_column_means, times_aux_weight
-from auxilearn.implicit_diff import dot
+from auxilearn.losses import masked_column_means, times_aux_weight
 from auxilearn.second_order.evaluation import ModelFunction, unwrapped
+from auxilearn.vectors import dot
 
 
 class TargetProjection(GradientCosine):

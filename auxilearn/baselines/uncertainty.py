@@ -3,7 +3,8 @@
 import torch
 from torch import nn
 
-from auxilearn.hypernet import HyperNet, masked_column_means
+from auxilearn.hypernet import HyperNet
+from auxilearn.losses import masked_column_means
 
 
 class Uncertainty(HyperNet):

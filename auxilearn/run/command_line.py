@@ -72,7 +72,7 @@ def parse_options(method, words):
         try:
             values[name] = method.option(name).parse(text)
         except ValueError as error:
-            raise UserError(f"--option {word}: {error}") from None
+            raise UserError(f"--option {name} {error}") from None
     return values
 
 

@@ -6,7 +6,6 @@ full with every run. ``resolve`` settles what depends on the data and on the met
 
 import dataclasses
 import glob
-import math
 import os
 from dataclasses import dataclass
 from typing import get_args, get_type_hints
@@ -17,7 +16,7 @@ from auxilearn.backbones import feature_width, find_backbone
 from auxilearn.data.corruption import KINDS as CORRUPTIONS
 from auxilearn.data.pixels import typical_side
 from auxilearn.errors import UserError
-from auxilearn.methods import METHODS
+from auxilearn.methods import METHODS, Option
 
 SMALL_IMAGE = 96  # pixels of the shorter side
 LOG_EVERY = 10  # lower steps between two rows of metrics.jsonl
@@ -355,7 +354,7 @@ def check(config):
         try:
             METHODS[config.method].option(name).check(value)
         except ValueError as error:
-            raise UserError(f"--option {name}: {error}, not {value}") from None
+            raise UserError(f"--option {name} {error}") from None
     backbone = config.backbone and find_backbone(config.backbone)
     if config.corrupted and config.labeled_per_class:
         raise UserError(
@@ -386,19 +385,13 @@ def check(config):
 
 
 def _check_value(field, value):
-    flag, info, choices = f"--{field.name}", field.metadata, choices_of(field)
     if value == "":
-        raise UserError(f"{flag} must not be empty")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise UserError(f"{flag} must be a finite number, not {value}")
-    if info["low"] is not None and value < info["low"]:
-        raise UserError(f"{flag} must be at least {info['low']}, not {value}")
-    if info["high"] is not None and value > info["high"]:
-        raise UserError(f"{flag} must be at most {info['high']}, not {value}")
-    if info["above"] is not None and value <= info["above"]:
-        raise UserError(f"{flag} must be greater than {info['above']}, not {value}")
-    if choices and value not in choices:
-        raise UserError(f"{flag} {value} is unknown: choose from {', '.join(choices)}")
+        raise UserError(f"--{field.name} must not be empty")
+    bounds = {name: field.metadata[name] for name in ("low", "high", "above")}
+    try:
+        Option(field.default, choices=choices_of(field), **bounds).check(value)
+    except ValueError as error:
+        raise UserError(f"--{field.name} {error}") from None
 
 
 def from_record(settings):

@@ -2,16 +2,22 @@
 
 import dataclasses
 import math
+import os
+import shlex
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from auxilearn.errors import DivergenceError, UserError
+from auxilearn.run.config import LOG_EVERY
 from auxilearn.run.history import ScheduleHistory
 from auxilearn.run.margins import Margins, mean_margins
 from auxilearn.run.progress import Progress, named
 from auxilearn.run.record import START_FILE
+
+REPORT_SCRIPT = Path(__file__).parents[2] / "inspect_schedule.py"
 
 
 class State:
@@ -58,6 +64,24 @@ class State:
         if of_schedule:
             means = history.write(upper_step_after, arrays[len(of_steps) :])
             self.progress.check_schedule(upper_step_after, means)
+
+    def save_and_stop(self, step, stop):
+        """Save a checkpoint where one is due or a signal has asked to end, and end then.
+
+        ``stop``: the loop's ``StopRequest``. Raises Interrupted.
+        """
+        plan, ranks, every = self.run.plan, self.run.ranks, self.run.config.save_every
+        due = step % every == 0 if every else plan.epoch_ends(step)
+        # Several ranks have to agree, and would wait for each other in every step.
+        heard = ranks.size == 1 or due or step % LOG_EVERY == 0
+        stopping = heard and ranks.total(stop.signal is not None)[0]
+        if due or stopping:
+            self.save(step)
+        if stopping and step < plan.total_steps:
+            raise stop.interrupted(
+                f"stopped after step {step} of {plan.total_steps} as asked; continue with "
+                f"--exp_name {self.run.config.exp_name} --resume 1"
+            )
 
     def save(self, step):
         """Save all that the steps to come depend on. The batches follow from the step."""
@@ -204,6 +228,10 @@ class State:
         self.record.summarise(summary)
         value = metric.text(best[self._valid])
         self.progress.say(f"best validation {metric.words} {value} in {named(best)}")
+        plugin = ["--plugin", config.plugin] if config.plugin else []
+        command = ["python", os.path.relpath(REPORT_SCRIPT), str(self.record.directory), *plugin]
+        self.progress.say(f"look at the schedule: {shlex.join(command)}")
+        self.progress.say(f"test {metric.words}: {metric.text(test)}")
         return summary
 
 

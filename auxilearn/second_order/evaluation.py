@@ -21,13 +21,13 @@ from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from auxilearn.errors import Unsupported
-from auxilearn.hypernet import TaskLosses, task_losses
-from auxilearn.implicit_diff import dot, norm
+from auxilearn.losses import TaskLosses, task_losses
 from auxilearn.randomness import generator_states, put_back
 from auxilearn.second_order.batch_norm import SMALLEST_IN_FORWARD_MODE, fast_batch_norm
 from auxilearn.second_order.double_backward import gradients
 from auxilearn.second_order.operators import TWICE_DIFFERENTIABLE, Operators
 from auxilearn.second_order.state import GLOBAL_GENERATORS, State
+from auxilearn.vectors import dot, norm
 
 _reverse_only = weakref.WeakSet()  # models in which forward mode has failed
 # model: the sets of parameters, by id, along which it has been held against a backward pass

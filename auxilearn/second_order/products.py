@@ -21,14 +21,8 @@ import torch
 import torch.nn.functional as F
 
 from auxilearn.errors import Unsupported
-from auxilearn.hypernet import (
-    check_outputs,
-    loss_of_schedule,
-    masked_column_means,
-    scheduled_loss,
-    times_aux_weight,
-)
-from auxilearn.implicit_diff import dot
+from auxilearn.hypernet import loss_of_schedule, scheduled_loss
+from auxilearn.losses import check_outputs, masked_column_means, times_aux_weight
 from auxilearn.randomness import generator_states, put_back, random_state_kept
 from auxilearn.second_order.batch_norm import fast_batch_norm
 from auxilearn.second_order.convolution import FastConvolution
@@ -45,6 +39,7 @@ from auxilearn.second_order.evaluation import (
     second_derivatives,
 )
 from auxilearn.second_order.operators import TWICE_DIFFERENTIABLE, Operators
+from auxilearn.vectors import dot
 
 
 class Derivatives(ModelFunction):
