@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from auxilearn.balance import Balance
 from auxilearn.checks import check_batches, check_kinds
 from auxilearn.errors import Unsupported
 from auxilearn.hypernet import (
@@ -174,16 +175,17 @@ class Bilevel:
                 "the upper optimiser holds no parameter of the scheduler that requires a gradient: "
                 "build it on scheduler.parameters()"
             )
-        balance = self.scheduler.balance
+        balance = getattr(self.scheduler, "balance", None)
+        balanced = isinstance(balance, Balance)  # a scheduler may call something else so
         gradient, solution, dev_loss, seen = self._hypergradient(
-            train_batches, dev_batches, balance is not None
+            train_batches, dev_batches, balanced
         )
         solution, (dev_loss, size) = solution.read(dev_loss, norm(gradient))
         if not math.isfinite(size):
             self._refuse_poisoned([*train_batches, *dev_batches])
             return UpperStep(dev_loss, None, solution)
         apply_hypergradient(self.upper, self._phi(), gradient, self.max_norm)
-        if balance is not None:
+        if balanced:
             balance.observe(*seen)
         self.scheduler.clamp()
         return UpperStep(dev_loss, size, solution)
