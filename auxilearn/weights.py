@@ -25,6 +25,7 @@ import torch
 
 from auxilearn.hypernet import (
     HyperNet,
+    JointSchedule,
     TaskLosses,
     check_outputs,
     loss_of_schedule,
@@ -104,7 +105,7 @@ def _table(scheduler, outputs, prediction, aux_weight):
         sample_id = torch.arange(len(outputs.losses))
     weights = _array(sample_weights(scheduler, outputs, aux_weight), absent)
     factors = {}
-    if callable(getattr(scheduler, "factors", None)):
+    if isinstance(scheduler, JointSchedule) and hasattr(scheduler, "factors"):
         with torch.no_grad():
             values = scheduler.factors(outputs.features, outputs.losses, outputs.mask)
         factors = {
