@@ -256,7 +256,7 @@ def prepare_columns(args, words):
     if args.check_images and columns.paths:
         check_images(columns.root, columns.paths)
     aux_shot = args.aux_shot or 1  # unless the development set is of another kind
-    if len(columns.sets["dev"]) != aux_shot * (columns.tasks[0].classes or 0):
+    if args.dev_size or len(columns.sets["dev"]) != aux_shot * (columns.tasks[0].classes or 0):
         aux_shot = None
     info, changed = write_columns(
         args.out_dir,

@@ -62,7 +62,7 @@ def parse_arguments(argv=None):
     add(
         "--dataset",
         choices=tuple(DATASETS),
-        help="(default: the data in --split_dir; without it, cub)",
+        help="the data set (default: the data in --split_dir; without it, cub)",
     )
     add(
         "--methods",
@@ -81,7 +81,7 @@ def parse_arguments(argv=None):
         "--tables",
         nargs="+",
         choices=tuple(TABLES),
-        help="with all and tune (default: all three)",
+        help="with all and tune: the tables meant (default: all three)",
     )
     add(
         "--settings",
@@ -101,7 +101,8 @@ def parse_arguments(argv=None):
         nargs="+",
         type=int,
         metavar="N",
-        help=f"(default: {' '.join(map(str, SEEDS))}; to tune: {' '.join(map(str, TUNING_SEEDS))})",
+        help="a run for each, of every row and column (default: "
+        f"{' '.join(map(str, SEEDS))}; to tune: {' '.join(map(str, TUNING_SEEDS))})",
     )
     add(
         "--epochs",
@@ -170,7 +171,12 @@ def parse_arguments(argv=None):
         f"{_shown(RESULTS / 'paper_numbers.csv')})",
     )
     add = parser.add_argument_group("how it is run").add_argument
-    add("--launcher", choices=("local", "slurm"), default="local", help="(default: %(default)s)")
+    add(
+        "--launcher",
+        choices=("local", "slurm"),
+        default="local",
+        help="local: runs on this machine; slurm: a job array (default: %(default)s)",
+    )
     add(
         "--jobs",
         type=_positive,

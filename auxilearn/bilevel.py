@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from auxilearn import checks
+from auxilearn.balance import Balance
 from auxilearn.hypernet import HyperNet, loss_of_schedule
 from auxilearn.implicit_diff import Solution, hypergradient, neumann
 from auxilearn.losses import TaskLosses, check_outputs, times_aux_weight
@@ -149,9 +150,10 @@ class Bilevel:
         """
         self._check_mode()
         checks.check_upper(self.upper, self._phi())
-        balance = self.scheduler.balance
+        balance = getattr(self.scheduler, "balance", None)
+        balanced = isinstance(balance, Balance)  # a scheduler may call something else so
         gradient, solution, dev_loss, seen = self._hypergradient(
-            train_batches, dev_batches, balance is not None
+            train_batches, dev_batches, balanced
         )
         solution, (dev_loss, size) = solution.read(dev_loss, norm(gradient))
         if not math.isfinite(size):
@@ -159,7 +161,7 @@ class Bilevel:
             checks.refuse_poisoned_hypergradient(self.model, self.lower_parameters(), batches)
             return UpperStep(dev_loss, None, solution)
         apply_hypergradient(self.upper, self._phi(), gradient, self.max_norm)
-        if balance is not None:
+        if balanced:
             balance.observe(*seen)
         self.scheduler.clamp()
         return UpperStep(dev_loss, size, solution)

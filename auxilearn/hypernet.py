@@ -98,8 +98,8 @@ class HyperNet(nn.Module):
     A scheduler of one's own overrides ``scheduled_loss``. Upper steps call it and put its buffers
     back, ``schedule_weights`` calls it in evaluation mode: update them ``if self.training``. Its
     ``state_dict`` must be all of its state, the same on every process of a distributed run;
-    ``needs_dev`` asks for development batches before every lower step. ``balance``: a ``Balance``
-    that upper steps are to teach, or None.
+    ``needs_dev`` asks for development batches before every lower step. A ``Balance``
+    held as ``balance`` learns from every upper step.
     """
 
     needs_dev = False
@@ -110,7 +110,6 @@ class HyperNet(nn.Module):
             raise ValueError(f"main_task must be in 0 .. {input_dim - 1}, not {main_task}")
         self.main_task = main_task
         self.input_dim = input_dim
-        self.balance: nn.Module | None = None
 
     def forward(self, losses, outputs=None, labels=None, data=None, *, mask=None):
         """The scheduled loss, a scalar, of ``losses`` (B, K)."""

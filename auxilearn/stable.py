@@ -105,6 +105,7 @@ class StableJoint(JointSchedule):
             self.loss_w = nn.Parameter(torch.zeros(input_dim))
         if "task" in self.learned:
             self.task_prior = nn.Parameter(torch.zeros(input_dim))
+        self.balance: Balance | None = None
         others = input_dim - 1
         self.odds = labelled  # w_T / w_A
         if not others:

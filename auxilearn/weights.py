@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from auxilearn.hypernet import HyperNet, loss_of_schedule
+from auxilearn.hypernet import HyperNet, JointSchedule, loss_of_schedule
 from auxilearn.losses import TaskLosses, check_outputs, task_losses, times_aux_weight
 
 
@@ -98,7 +98,7 @@ def _table(scheduler, outputs, prediction, aux_weight):
         sample_id = torch.arange(len(outputs.losses))
     weights = _array(sample_weights(scheduler, outputs, aux_weight), absent)
     factors = {}
-    if callable(getattr(scheduler, "factors", None)):
+    if isinstance(scheduler, JointSchedule) and hasattr(scheduler, "factors"):
         with torch.no_grad():
             values = scheduler.factors(outputs.features, outputs.losses, outputs.mask)
         factors = {

@@ -77,7 +77,7 @@ def batch(size=8, masked=False):
 
 def drawn(scheduler, std=0.5):
     """The scheduler with all parameters drawn anew, non-negative where ``clamp`` says so."""
-    if scheduler.balance is not None:
+    if getattr(scheduler, "balance", None) is not None:
         scheduler.balance.odds.copy_(torch.randn(()).exp())
     for parameter in scheduler.parameters():
         nn.init.normal_(parameter, std=std)
@@ -102,7 +102,8 @@ UPPER = (*SCHEDULES, "linear", "task")  # those that an upper level learns
 
 def odds(scheduler):
     """w_T : w_A of a scheduler that has them, else 1."""
-    return 1.0 if scheduler.balance is None else scheduler.balance.odds.item()
+    balance = getattr(scheduler, "balance", None)
+    return 1.0 if balance is None else balance.odds.item()
 
 
 # --------------------------------------------------------------------------------------------------

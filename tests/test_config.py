@@ -392,6 +392,7 @@ def test_help(command):
         ("task_num", "all"),
         ("upper_lr", "0.001; joint_stable 0.03"),
         ("hyperstep", "20; joint_stable 5"),
+        ("max_steps", "no limit"),
     ],
 )
 def test_help_states_the_default(name, default, command):

@@ -298,7 +298,7 @@ def test_read_only_places_for_results(tmp_path, own_split, monkeypatch, attempt,
         patch.setattr(Path, "mkdir", refuse)
         code, err, _ = attempt("record")
     assert code == 2
-    assert_one_error_line(err, tmp_path / "record", "Read-only")
+    assert_one_error_line(err, tmp_path / "record", "Read-only", "--record_dir")
     flags = ["--data_root", own_split.parent / "data", "--out_dir", own_split]
     monkeypatch.setattr("tempfile.mkdtemp", refuse)
     assert command(data_preprocess.main, *flags)[::2] == (0, "")  # there is nothing to change

@@ -477,6 +477,52 @@ def test_a_scheduler_that_returns_no_scalar_is_named():
         scheduled_loss(Unreduced(0, K), outputs)
 
 
+class Number(MonoJoint):
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.balance = 0.5
+
+
+class Layer(MonoJoint):
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.balance = nn.Linear(2, 2)
+
+
+class Buffer(MonoJoint):
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.register_buffer("balance", torch.zeros(K))
+
+
+class Function(MonoJoint):
+    def balance(self):
+        return 0.5
+
+    def clamp(self):
+        assert self.balance() == 0.5
+
+
+class Property(MonoJoint):
+    @property
+    def balance(self):
+        return 0.5
+
+
+@pytest.mark.parametrize("kind", [Number, Layer, Buffer, Function, Property])
+def test_a_scheduler_may_call_something_else_balance(kind):
+    """Only a ``Balance`` is taught: the step is that of a scheduler without the attribute."""
+    steps = []
+    for scheduler in (MonoJoint(0, K, D), kind(0, K, D)):
+        for parameter in scheduler.parameters():
+            nn.init.constant_(parameter, 0.3)
+        torch.manual_seed(0)
+        levels = bilevel(scheduler=scheduler)
+        norm = levels.upper_step([batch()], [batch()]).hypergradient_norm
+        steps.append((norm, scheduler.feature_sel.weight.detach(), scheduler.loss_w.detach()))
+    assert same_bits(*steps) and steps[0][0] > 0
+
+
 def test_nothing_to_learn_is_named():
     levels = bilevel()
     levels.scheduler.requires_grad_(False)

@@ -206,7 +206,8 @@ def test_another_configuration_is_refused_with_the_differences(run):
     changes = {"main_lr": 0.1, "hyperstep": 3, "options": {"hidden_sizes": (3, 4)}}
     with pytest.raises(
         UserError,
-        match=r"main_lr was 0.001 and is 0.1; .*hyperstep was 2 and is 3; .*options was {'hidden",
+        match=r"main_lr was 0.001 and is 0.1; .*hyperstep was 2 and is 3; .*options was {'hidden"
+        ".*; give the settings that it had, or another --exp_name",
     ):
         run("run", method="task", resume=True, **changes)
     assert before == sorted((p, p.stat().st_mtime_ns) for p in folder.iterdir())

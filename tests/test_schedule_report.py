@@ -175,6 +175,15 @@ def test_other_schedules_are_what_they_hold():
     np.testing.assert_allclose(table.weights[known], everywhere[known], rtol=1e-5)
 
 
+def test_a_scheduler_may_call_something_else_factors():
+    class PerTask(LinearHyperNet):
+        def factors(self):
+            return self.get_weights()
+
+    table = schedule_weights(Regression(), PerTask(0, TASKS), regression_batches(masked=False))
+    assert table.weights.shape == (SAMPLES, TASKS) and table.factors == {}
+
+
 def test_weights_leave_model_and_scheduler_as_they_were():
     model, scheduler = Regression().train(), schedulers()["task"].train()
     model.heads.eval()

@@ -287,6 +287,12 @@ def test_a_folder_of_images_per_class(photos, prepare, split, tmp_path):
     assert [(str(found.image_path(i)), k) for i, k in enumerate(found.labels[:, 0])] == theirs.imgs
 
 
+def test_a_development_set_of_any_classes_is_not_called_per_class(photos, prepare):
+    """Two of all samples, although there are two classes."""
+    assert "for development (1 per class)\n" in prepare("--images", photos)[1]
+    assert "for development\n" in prepare("--images", photos, "--dev_size", "2")[1]
+
+
 def test_a_link_back_is_not_followed_for_ever(photos, prepare, split):
     (photos / "a" / "again").symlink_to(photos / "a", target_is_directory=True)
     assert prepare("--images", photos)[0] == 0
@@ -384,6 +390,12 @@ WRONG = {
     "a short row": ([], ("tit,,11,", "tit,11,"), ["line 3", "6 fields", "7 columns"]),
     "two of a name": ([], ("mass", "legs"), ["line 1", "columns 2 and 3", "legs"]),
     "no name": ([], ("mass", ""), ["line 1", "column 2 has no name"]),
+    "a NUL byte": ([], ("x,yes", "\0,yes"), ["birds.csv, line 5", "not readable text", "UTF-8"]),
+    "no input": (
+        ["--ignore", "mass", "legs", "year", "ring"],
+        None,
+        ["no column is left to predict from", "--features"],
+    ),
     "an open quote": ([], ("tit,", '"tit,'), ["line", "quote"]),
     "no number": (
         ["--kinds", "mass=number"],

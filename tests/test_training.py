@@ -231,6 +231,16 @@ def test_a_taken_name_is_refused_with_the_way_out(tiny_run, tiny_split, tmp_path
     assert [row["step"] for row in run.rows_of("step")] == [1, 2]  # nothing of the first run
 
 
+@pytest.mark.parametrize("more", [{}, {"resume": True}])
+def test_a_file_in_the_place_of_a_run_is_named(more, tiny_run, tiny_config):
+    file = Path(tiny_config().record_dir) / "full" / "mine"
+    file.parent.mkdir(parents=True)
+    file.write_text("notes")
+    with pytest.raises(UserError, match="full/mine is a file, .* move it away, or .*--exp_name"):
+        tiny_run(method="common", exp_name="mine", max_steps=1, **more)
+    assert file.read_text() == "notes"
+
+
 def test_overwrite_spares_what_is_not_a_run(tiny_run, tiny_config):
     folder = Path(tiny_config().record_dir) / "full" / "mine"
     folder.mkdir(parents=True)

@@ -115,7 +115,7 @@ def read_table(path, flag="--table"):
             raise UserError(
                 f"{path}, line {reader.line_num}: {error}; is a quote not closed?"
             ) from None
-        except UnicodeDecodeError:
+        except UnicodeError:
             raise UserError(
                 f"{path}, line {_undecodable_line(path)}: not readable text; save "
                 "the table as CSV in UTF-8"
@@ -148,7 +148,14 @@ def _reader(lines):
         count = first.count(separator)
         return count > 0 and count == second.count(separator), count
 
-    return csv.reader(lines, delimiter=max(SEPARATORS, key=likely), strict=True)
+    return csv.reader(map(_text, lines), delimiter=max(SEPARATORS, key=likely), strict=True)
+
+
+def _text(line):
+    """The line. UnicodeError: it holds a NUL byte, as UTF-16 and damaged files do."""
+    if "\0" in line:
+        raise UnicodeError
+    return line
 
 
 def _with_lines(reader):
@@ -186,10 +193,13 @@ def _refuse_width(path, width):
 
 
 def _undecodable_line(path):
+    content = path.read_bytes()
     try:
-        path.read_bytes().decode("utf-8")
+        content.decode("utf-8")
+        place = content.index(b"\0")
     except UnicodeDecodeError as error:
-        return error.object.count(b"\n", 0, error.start) + 1
+        place = error.start
+    return content.count(b"\n", 0, place) + 1
 
 
 class _Growing:
@@ -488,7 +498,8 @@ def table_columns(table, choices, *, images=None, image_column=None, set_column=
     features = [_feature(choice) for choice in choices if choice.role == FEATURE]
     if images is None and not features:
         raise UserError(
-            f"{table.path}: no column is left to predict from; name some with --features"
+            f"{table.path}: no column is left to predict from; expected one at least: add it, name "
+            "it with --features, or give the rows' --images"
         )
     return Columns(tasks, labels, sets, root, files, paths, features)
 

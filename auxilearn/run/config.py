@@ -142,7 +142,8 @@ class Config:
     )
     data_root: str | None = _setting(
         None,
-        "folder that holds images/ (default: the one that was preprocessed)",
+        "where the images are, if they were moved: the folder that holds images/, or, of own "
+        "images, what --images named (default: the one that was preprocessed)",
         metavar="DIR",
         neutral=True,
     )
@@ -179,7 +180,8 @@ class Config:
     w_decay: float = _setting(5e-4, "weight decay", low=0)
     max_steps: int | None = _setting(
         None,
-        "stop after this many lower steps, then go on as usual at the end: fine-tune, evaluate",
+        "end training after this many lower steps; fine-tuning and the test follow as usual "
+        "(default: no limit)",
         low=1,
     )
     dev_epochs: int = _setting(
@@ -222,7 +224,7 @@ class Config:
     )
     hold_out_dev: bool | None = _setting(
         None,
-        "keep the development images out of the lower level; 0: train on them as well, as methods "
+        "keep the development samples out of the lower level; 0: train on them as well, as methods "
         "that do not learn from them do",
         by_method=True,
     )

@@ -57,19 +57,30 @@ class RunRecord:
             self._log = self._opened(LOG_FILE)
             self._metrics = self._opened(METRICS_FILE)
         except OSError as error:
-            raise UserError(f"{self.directory} cannot be written ({error.strerror})") from None
+            raise self._refused("written", error) from None
 
     def _make_directory(self, resume):
         try:
             # A run that was killed at its very start leaves a folder without configuration.
             self.directory.mkdir(parents=True, exist_ok=resume)
         except FileExistsError:
+            if not self.directory.is_dir():
+                raise UserError(
+                    f"{self.directory} is a file, but should be the folder of the run: move it "
+                    "away, or give another --exp_name"
+                ) from None
             raise UserError(
                 f"{self.directory} holds a run already: continue it with --resume 1, replace it "
                 "with --overwrite 1, give another --exp_name, or leave --exp_name out for a new one"
             ) from None
         except OSError as error:
-            raise UserError(f"{self.directory} cannot be created ({error.strerror})") from None
+            raise self._refused("created", error) from None
+
+    def _refused(self, what, error):
+        return UserError(
+            f"{self.directory} cannot be {what} ({error.strerror}); give a folder that can be "
+            "written as --record_dir"
+        )
 
     def _acquire(self):
         try:
@@ -88,7 +99,7 @@ class RunRecord:
         if differences:
             raise UserError(
                 f"{self.directory} cannot be continued with another configuration: "
-                f"{'; '.join(differences)}"
+                f"{'; '.join(differences)}; give the settings that it had, or another --exp_name"
             )
 
     def _remove_run(self):
