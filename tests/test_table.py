@@ -542,6 +542,15 @@ def test_a_class_without_a_training_sample_is_refused():
         divide(Task("t", 3, tuple("abc")), np.where(sets == "test", -1, labels), sets, "t.csv")
 
 
+@pytest.mark.parametrize("flag", ["aux_shot", "dev_size"])
+def test_a_number_of_development_samples_is_refused_where_they_are_given(flag):
+    sets, labels = np.array(["train", "dev", "valid", "test"] * 4), np.arange(16) // 8
+    target = Task("t", 2, ("a", "b"))
+    assert divide(target, labels, sets, "t.csv")["dev"].tolist() == [1, 5, 9, 13]
+    with pytest.raises(UserError, match=f"t.csv: 4 samples are in the dev set, .* --{flag}"):
+        divide(target, labels, sets, "t.csv", **{flag: 2})
+
+
 def test_files_that_are_no_images_are_counted_once(photos, prepare):
     for name in ("a/notes.txt", "b/notes.txt", "b/.hidden"):
         (photos / name).write_text("x")

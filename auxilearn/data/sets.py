@@ -37,11 +37,18 @@ def divide(
             target that is a real number the default is ``DEV_SIZE``, a tenth of the set at most.
         dev_from: train or valid.
 
-    Raises UserError: a set would be empty, or a class has too few samples.
+    Raises UserError: a set would be empty, a class has too few samples, or development samples are
+    given and a number of them too.
     """
     if target.classes is None and aux_shot is not None:
         raise UserError(
             f"--aux_shot {aux_shot} is per class, but {target.name} is a number: give --dev_size"
+        )
+    named = 0 if given is None else int((given == "dev").sum())
+    if named and (aux_shot or dev_size):
+        flag = "--aux_shot" if aux_shot else "--dev_size"
+        raise UserError(
+            f"{source}: {named} samples are in the dev set, so nothing is drawn: leave out {flag}"
         )
     aux_shot = aux_shot or 1
     generator = np.random.default_rng(seed)
@@ -64,7 +71,7 @@ def divide(
     if not (given == "valid").any():
         test, _ = _shuffled_by_class(classes, np.flatnonzero((given == "test") & known), generator)
         given[test[::2]] = "valid"
-    if not (given == "dev").any():
+    if not named:
         members = np.flatnonzero((given == dev_from) & known)
         given[_development(target, classes, members, generator, source, aux_shot, dev_size)] = "dev"
     sets = {name: np.flatnonzero(given == name) for name in ("train", "dev", "valid", "test")}
