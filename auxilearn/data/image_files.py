@@ -50,10 +50,10 @@ def hash_images(folder, paths, cure="put it back"):
     return digest.hexdigest()
 
 
-def check_images(folder, paths, cure="replace them", progress=True):
+def check_images(folder, paths, cure="replace them"):
     """Decode every image in full. Raises ``UserError`` naming those that cannot be read."""
     bad = []
-    for path in tqdm(paths, "decoding images", unit="image", disable=not progress or None):
+    for path in tqdm(paths, "decoding images", unit="image", disable=None):
         file = folder / path
         try:
             with Image.open(file, formats=IMAGE_FORMATS) as image:
