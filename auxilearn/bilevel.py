@@ -96,7 +96,6 @@ class Bilevel:
         self.max_norm = max_norm
         self.aux_weight = aux_weight
         self.average = average or _of_one_process
-        self._operators = FastOperators  # a class
         self._warned = False
 
     def lower_loss(self, batch: Any) -> Tensor:
@@ -196,7 +195,7 @@ class Bilevel:
         with derivatives:
             dev_loss, v = derivatives.development_gradient(dev_batches)
             solver = self.solver or neumann(alpha=self.lower.param_groups[0]["lr"], terms=3)
-            operators = self._operators(derivatives)
+            operators = FastOperators(derivatives)
             gradient, solution = hypergradient(v, operators.hvp, operators.mixed, solver)
             seen = None
             if balanced:

@@ -27,7 +27,6 @@ from auxilearn.randomness import generator_states, put_back, random_state_kept
 from auxilearn.second_order.batch_norm import fast_batch_norm
 from auxilearn.second_order.convolution import FastConvolution
 from auxilearn.second_order.double_backward import (
-    double_backward_operators,
     gradients,
     gradients_or_none,
     zeros_for_none,
@@ -195,26 +194,3 @@ class FastOperators:
             return gradients(torch.sum(slope * times_aux_weight(derivative, *scale)), problem.phi)
 
         return problem.training_mean(product)
-
-
-class DoubleBackwardOperators:
-    """The same two operators by PyTorch's double backward, rebuilding the graph each time."""
-
-    def __init__(self, problem):
-        self.problem = problem
-
-    def _product(self, vector, which):
-        problem = self.problem
-
-        def product(batch):
-            with problem.evaluated(batch) as outputs:
-                g = gradients(problem.training_loss(outputs), problem.theta, create_graph=True)
-                return double_backward_operators(g, problem.theta, problem.phi)[which](vector)
-
-        return problem.training_mean(product)
-
-    def hvp(self, u):
-        return self._product(u, 0)
-
-    def mixed(self, p):
-        return self._product(p, 1)
