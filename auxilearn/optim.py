@@ -151,21 +151,6 @@ def _next_of_adam(state, group, g):
     return s, r, root * group["eps"], root
 
 
-def _next_of_radam(state, group, g):
-    beta, step = group["betas"][1], torch.as_tensor(_next_step(state))
-    s, r = _moving_mean(state["exp_avg_sq"], beta, g)
-    correction = 1 - beta**step
-    longest = 2 / (1 - beta) - 1
-    length = longest - 2 * step * beta**step / correction
-    rectifier = (length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length)
-    factor = (rectifier.clamp(min=0) * correction).sqrt()
-    # The first steps are gradient descent's, which s = r = 1 and the factor 1 + eps make of D.
-    plain = length <= 5
-    one = torch.ones_like(s)
-    factor = torch.where(plain, 1 + group["eps"], factor)
-    return torch.where(plain, one, s), torch.where(plain, one, r), group["eps"], factor
-
-
 def _next_of_adagrad(state, group, g):
     factor = 1 / (1 + (_next_step(state) - 1) * group["lr_decay"])
     return state["sum"] + g.square(), state["sum"].clone(), group["eps"], factor
@@ -197,7 +182,6 @@ _NEXT_MOMENT = {
     torch.optim.Adam: _next_of_adam,
     torch.optim.AdamW: _next_of_adam,
     torch.optim.NAdam: _next_of_adam,
-    torch.optim.RAdam: _next_of_radam,
     torch.optim.Adagrad: _next_of_adagrad,
     torch.optim.RMSprop: _next_of_rmsprop,
     torch.optim.SGD: None,  # divides by nothing
