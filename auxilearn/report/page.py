@@ -184,12 +184,12 @@ def _label_rows(findings, thumbnails):
     ]
 
 
-def extremes(weights, count=SHOWN):
-    """Places of the ``count`` highest and of the ``count`` lowest of ``weights`` (n,), the most
-    extreme first; NaN is left out, and no place is in both."""
+def extremes(weights):
+    """Places of the highest and of the lowest ``weights`` (n,), ``SHOWN`` each, the most extreme
+    first; NaN is left out, and no place is in both."""
     places = np.flatnonzero(~np.isnan(weights))
     order = places[np.argsort(-weights[places], kind="stable")]
-    count = min(count, len(order) // 2)
+    count = min(SHOWN, len(order) // 2)
     return order[:count], order[len(order) - count :][::-1]
 
 
