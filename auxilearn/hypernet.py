@@ -24,7 +24,6 @@ from auxilearn.losses import (
     check_features,
     check_outputs,
     check_sample_id,
-    fill_missing,  # noqa: F401  # people import it from here
     masked_column_means,
     times_aux_weight,
 )

@@ -9,30 +9,12 @@ from torch import nn
 from torch.func import functional_call
 
 from auxilearn.backbones import (
-    BACKBONES,
     IMAGENET_MEAN,
     IMAGENET_STD,
-    ConvNet,
-    build_backbone,
-    load_file,
-    load_matching,
-    register_backbone,
+    build_backbone,  # noqa: F401  # for ``TaskModel(build_backbone(...), ...)``
 )
 from auxilearn.errors import UserError
 from auxilearn.losses import TaskLosses
-
-# The names of ``backbones`` had their home here: plugins import ``register_backbone`` from it.
-__all__ = [
-    "BACKBONES",
-    "Batch",
-    "ConvNet",
-    "TaskHeads",
-    "TaskModel",
-    "build_backbone",
-    "load_file",
-    "load_matching",
-    "register_backbone",
-]
 
 # CUDA has these with parameters in float32 and inputs in bfloat16, and no other normalisation.
 BATCH_NORMS = (nn.modules.batchnorm._NormBase,)

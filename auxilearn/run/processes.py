@@ -22,10 +22,6 @@ from auxilearn.errors import Interrupted, RunError, UserError
 TIMEOUT = timedelta(minutes=10)  # for a rank that is silent; one that ends is noticed at once
 
 
-class RankError(RunError):
-    """Another process of the run has ended or fallen silent."""
-
-
 class Ranks:
     """The processes of a run. Without torchrun there is one, and everything here does nothing.
 
@@ -137,7 +133,7 @@ def _rank_errors():
         yield
     except RuntimeError as error:
         first_line = str(error).strip().split("\n")[0]
-        raise RankError(
+        raise RunError(
             f"another process of this run has ended or does not answer ({first_line})"
         ) from None
 
