@@ -45,9 +45,10 @@ def scheduled_loss(scheduler: "HyperNet", outputs: TaskLosses, aux_weight: float
 
 
 def loss_of_schedule(scheduler: "HyperNet", losses: Tensor, outputs: TaskLosses) -> Tensor:
-    """``scheduled_loss`` whose a_k L_ik are ``losses``: the derivative in them is W_ik / N_k.
+    """``scheduled_loss`` with a_k L_ik given as ``losses``: its derivative in them is W_ik / N_k.
 
-    ``outputs`` have been checked (``check_outputs``).
+    N_k is the number of samples with a loss under task k. The caller has checked ``outputs``
+    (``check_outputs``).
     """
     loss = scheduler.scheduled_loss(losses, outputs.detached())
     if loss.dim():

@@ -27,8 +27,8 @@ class Solution:
     vector: p, a list of tensors shaped like theta.
     residual: relative size of what is left of the equation; 0 is solved, growth means divergence.
     products: how many Hessian-vector products were spent.
-    growth: of a series' last term over the one before it, with the sign of their inner product; or
-        None.
+    growth: |last term| / |term before it| of a series, negative if the two point away from each
+        other; None without two terms.
     scale: D of ``preconditioned``, a list like p; None: 1.
 
     A solver leaves residual and growth on the device, as scalar tensors; ``read`` makes floats.

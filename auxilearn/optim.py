@@ -18,26 +18,27 @@ def apply_hypergradient(meta_optimizer, aux_params, hypergrads, max_grad_norm):
     meta_optimizer.step()
 
 
-def step_if_finite(optimizer, size):
-    """The optimiser's step, unless ``size``, the norm of its gradient, is not finite.
+def step_if_finite(optimizer, gradient_norm):
+    """The optimiser's step, unless the norm of its gradient (a scalar tensor) is not finite.
 
-    Returns whether it was taken; None: a fused optimiser decides on the GPU, and nobody waits.
+    Returns whether the step was taken. None: a fused optimiser decides that on the GPU, and to read
+    its decision would wait for the device.
     """
     if not all(group.get("fused") for group in optimizer.param_groups):
-        finite = math.isfinite(size)
+        finite = math.isfinite(gradient_norm)
         if finite:
             optimizer.step()
         return finite
-    skipped = ~torch.isfinite(size)
+    skipped = ~torch.isfinite(gradient_norm)
     new = [p for p in held(optimizer) if not optimizer.state.get(p)]
     optimizer.found_inf = skipped.float()  # fused kernels change nothing where it is 1
     optimizer.step()
     del optimizer.found_inf
-    for p in new:  # but SGD's first step leaves its buffers uninitialised then
+    for p in new:  # except that SGD's first step leaves momentum uninitialised when skipped
         buffer = optimizer.state.get(p, {}).get("momentum_buffer")
         if buffer is not None:
             buffer.masked_fill_(skipped, 0.0)
-    return math.isfinite(size.numpy()) if size.is_cpu else None
+    return math.isfinite(gradient_norm.numpy()) if gradient_norm.is_cpu else None
 
 
 def held(optimizer):

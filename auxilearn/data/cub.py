@@ -86,7 +86,7 @@ def read_annotations(root):
     )
     check_training_images(annotations, needed=1, why="every class needs one")
     for line, path in images.values():
-        image_size(root / "images", path, f"{root / IMAGES}, line {line}: ", _REPLACE)
+        image_size(root / "images", path, f"{root / IMAGES}, line {line}: ", cure=_REPLACE)
     return annotations
 
 

@@ -20,7 +20,7 @@ def in_rgb(image):
     return image.convert("RGB")
 
 
-def image_size(folder, path, where="", cure="put it back"):
+def image_size(folder, path, where="", *, cure):
     """The byte size of an image file, which must be there and not empty.
 
     Args: ``where`` and ``cure``: the beginning and the end of the ``UserError`` otherwise.

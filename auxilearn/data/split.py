@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from auxilearn.data.columns import is_columns, load_columns
+from auxilearn.data.columns import INFO_FILE, is_columns, load_columns
 from auxilearn.data.contract import Split, Task
 from auxilearn.data.cub import (
     OFFICIAL_SPLIT,
@@ -50,7 +50,6 @@ SET_FILES = {
     "test": "test_set.json",
 }
 SPLIT_FILES = (DICTIONARY_FILE, *SET_FILES.values())
-INFO_FILE = "split_info.json"
 
 
 # ---------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ FEATURES = 5  # of a sample that is a row, the first ones
 HEIGHT = 96  # pixels of a thumbnail
 
 
-def build_page(findings, charts, wanted=()):
+def build_page(findings, charts, wanted):
     """The page, a string.
 
     Args: ``charts`` as ``draw_charts`` returns them; ``wanted`` numbers of tasks that get a contact
@@ -193,7 +193,7 @@ def extremes(weights):
     return order[:count], order[len(order) - count :][::-1]
 
 
-def _sheets(findings, thumbnails, wanted=()):
+def _sheets(findings, thumbnails, wanted):
     """Contact sheets of the target, of the tasks ``wanted`` (numbers), then of the tasks of highest
     and lowest mean weight in turn, until the page's budget is used up."""
     if findings.tasks is None:

@@ -320,7 +320,7 @@ def recorded_runs(folder, fingerprint, metric=ACCURACY, processor=None):
     return found
 
 
-def unfinished(jobs, fingerprint, recorded=NO_RUNS):
+def unfinished(jobs, fingerprint, recorded):
     """(Those of ``jobs`` that are to be run, each once; a line that counts all by their state)."""
     jobs = list({job.name: job for job in jobs}.values())
     states = [state_of(job, fingerprint)[0] for job in jobs]
