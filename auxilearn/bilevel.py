@@ -54,9 +54,9 @@ class Bilevel:
             if step % 20 == 0:
                 bilevel.upper_step([next(more_train_batches)], [next(dev_batches)])
 
-    ``train_batches`` and ``dev_batches`` are lists; the training ones are read more than once. No
-    level takes a step that is not finite; the results of both steps tell. Neither step changes the
-    mode of ``model``: call ``model.train()`` after an evaluation.
+    ``train_batches`` and ``dev_batches`` are lists; the training ones are read more than once. Both
+    levels skip a step that is not finite, and its result shows that. Neither step changes the mode
+    of ``model``: call ``model.train()`` after an evaluation.
 
     Args:
         model: ``model(batch)`` returns ``TaskLosses``, whatever a batch is.

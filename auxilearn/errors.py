@@ -23,7 +23,7 @@ class RunError(Exception):
 
 
 class Interrupted(RunError):
-    """A signal asked the run to end; ``code`` is the exit code by which shells tell which."""
+    """A signal asked the run to end; ``code`` is the exit code that stands for this signal."""
 
     def __init__(self, message, code):
         super().__init__(message)
@@ -62,9 +62,9 @@ class _Help(argparse.RawDescriptionHelpFormatter):
 
 @contextmanager
 def needs(package, what, requirements):
-    """UserError where an import in the block fails for want of ``package``.
+    """UserError if an import in the block fails because ``package`` is missing.
 
-    ``what`` says for which purpose, in the singular; ``requirements`` is the file that installs it.
+    ``what`` needs it, in the singular; ``requirements`` is the file that installs it.
     """
     try:
         yield
