@@ -32,7 +32,7 @@ from auxilearn.data.columns import is_columns
 from auxilearn.data.corruption import KINDS as CORRUPTIONS
 from auxilearn.data.corruption import UNIFORM, check_kind
 from auxilearn.data.split import load_split
-from auxilearn.errors import Parser, RunError, UserError, integer_from, run_script
+from auxilearn.errors import Parser, RunError, UserError, disk_errors, integer_from, run_script
 from auxilearn.files import locked
 from auxilearn.metrics import ACCURACY, metric_of
 from auxilearn.run.command_line import load_given_plugin
@@ -324,7 +324,10 @@ def main(argv=None):
         figures = read_paper(paper) if args.paper or paper.exists() else {}
     args.out_dir.mkdir(parents=True, exist_ok=True)
     failed, home = [], places.runs.parent
-    with sweep.disk_errors(), contextlib.nullcontext() if args.collect_only else only_sweep(home):
+    with (
+        disk_errors(home, "finished runs are kept, the same command goes on"),
+        contextlib.nullcontext() if args.collect_only else only_sweep(home),
+    ):
         if preprocess_flags and not args.collect_only:
             with contextlib.redirect_stdout(io.StringIO()):
                 data_preprocess.main(preprocess_flags)

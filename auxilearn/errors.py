@@ -76,6 +76,18 @@ def needs(package, what, requirements):
         ) from None
 
 
+@contextmanager
+def disk_errors(place, advice):
+    """RunError for a full or failing disk: its file, or else ``place``; why; ``advice``."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        reason = error.strerror or str(error).strip().split("\n")[0]
+        raise RunError(f"{error.filename or place}: {reason}; {advice}") from None
+
+
 def run_script(main):
     """Run a script's ``main()`` and turn its errors into one line on stderr and an exit code.
 

@@ -1,6 +1,5 @@
 """Reading a training run back: its settings, its rows, and its checkpoint on its training data."""
 
-import os
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -208,7 +207,6 @@ def evaluate_run(run, *, split_dir=None, data_root=None, device=None, num_worker
     if not checkpoint.exists():
         raise UserError(f"{checkpoint} is missing: no epoch of the run was completed so far")
     workers = config.num_workers if num_workers is None else num_workers
-    workers = min(workers, os.cpu_count() or 1)
     split = _split_of(run, split_dir, data_root)
     config = replace(config, device=str(choose_device(device)))
     if split_dir is not None and config.cache_dir != "none":
