@@ -129,8 +129,6 @@ def _stand_in(parameter, group, coupled):
     if not reached.is_cpu or reached.numpy() < gradient.numel():  # looking at a GPU's would wait
         size = torch.linalg.vector_norm(gradient) / reached.clamp(min=1).to(gradient.dtype).sqrt()
         gradient = gradient.masked_fill(gradient == 0, size)
-    if group["maximize"]:
-        gradient = -gradient
     if coupled and group["weight_decay"]:
         gradient = gradient.add(parameter, alpha=group["weight_decay"])
     return gradient

@@ -16,9 +16,6 @@ LR = 0.01
 BUILT = {
     "Adam": lambda p: optim.Adam(p, LR, betas=(0.0, 0.9)),
     "Adam, coupled decay": lambda p: optim.Adam(p, LR, betas=(0.0, 0.9), weight_decay=0.3),
-    "Adam, maximize": lambda p: optim.Adam(
-        p, LR, betas=(0.0, 0.9), weight_decay=0.3, maximize=True
-    ),
     "Adam, foreach": lambda p: optim.Adam(p, LR, betas=(0.0, 0.9), foreach=True),
     "Adam, fused": lambda p: optim.Adam(p, LR, betas=(0.0, 0.9), fused=True),
     "Adam, large eps": lambda p: optim.Adam(p, LR, betas=(0.0, 0.999), eps=0.5),

@@ -96,7 +96,8 @@ class DoubleBackwardOperators:
 
         def product(batch):
             with problem.evaluated(batch) as outputs:
-                g = gradients(problem.training_loss(outputs), problem.theta, create_graph=True)
+                loss = scheduled_loss(problem.scheduler, outputs, problem.aux_weight)
+                g = gradients(loss, problem.theta, create_graph=True)
                 return double_backward_operators(g, problem.theta, problem.phi)[which](vector)
 
         return problem.training_mean(product)

@@ -125,10 +125,6 @@ class Derivatives(ModelFunction):
             del values
         return [t / len(batches) for t in total]
 
-    def training_loss(self, outputs):
-        """f of one batch's ``TaskLosses``, with its graph."""
-        return scheduled_loss(self.scheduler, outputs, self.aux_weight)
-
 
 class FastOperators:
     """H u by double backward in closed form, mixed p by one forward-mode pass."""
@@ -166,7 +162,7 @@ class FastOperators:
             derivatives.evaluated(batch, table) as outputs,
             frozen(derivatives.phi),
         ):
-            loss = derivatives.training_loss(outputs)
+            loss = scheduled_loss(derivatives.scheduler, outputs, derivatives.aux_weight)
             refuse_once_differentiable(loss, "H u")
             if convolution:
                 convolution.leaf_gradients = False  # of g, its derivatives are what counts
