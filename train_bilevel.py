@@ -107,10 +107,10 @@ def lower_step(run, state, step, batches, dev_batches):
     if state.history and not fine_tuning:
         state.history.add(result)
     with torch.no_grad():
-        outputs = bilevel.model.heads.target_logits(result.outputs.features)
-    window.add(result, outputs)
+        target_outputs = bilevel.model.heads.target_logits(result.outputs.features)
+    window.add(result, target_outputs)
     if state.margins and not fine_tuning:
-        state.margins.add(result.outputs, outputs)
+        state.margins.add(result.outputs, target_outputs)
     window.lower_seconds += time.perf_counter() - clock
 
 

@@ -112,7 +112,10 @@ class HyperNet(nn.Module):
         self.input_dim = input_dim
 
     def forward(self, losses, outputs=None, labels=None, data=None, *, mask=None):
-        """The scheduled loss, a scalar, of ``losses`` (B, K)."""
+        """The scheduled loss, a scalar, of ``losses`` (B, K).
+
+        ``outputs``, ``labels`` and ``data`` are of the released signature; nothing here reads them.
+        """
         raise NotImplementedError
 
     def scheduled_loss(self, losses: Tensor, seen: TaskLosses) -> Tensor:
