@@ -37,7 +37,7 @@ from auxilearn.data.folder import folder_columns
 from auxilearn.data.image_files import check_images
 from auxilearn.data.sets import DEV_SIZE, TENTH
 from auxilearn.data.split import combined_fingerprint, write_split
-from auxilearn.errors import Parser, UserError, run_script
+from auxilearn.errors import Parser, UserError, integer_from, run_script
 
 DEFAULT_ROOTS = {"cub": "CUB_200_2011", "mini": "miniature", "digits": "digits"}
 DEFAULT_ROOTS |= {"cifar100": "cifar100", "pets": "pets", "movielens": "ml-1m"}
@@ -62,13 +62,13 @@ def parse_arguments(argv=None):
     )
     parser.add_argument(
         "--aux_shot",
-        type=_integer_from(1),
+        type=integer_from(1),
         metavar="N",
         help="development samples per class (default: 1)",
     )
     parser.add_argument(
         "--dev_size",
-        type=_integer_from(1),
+        type=integer_from(1),
         metavar="N",
         help="not for CUB's layout: so many development samples in all (default, of a target that "
         "is a number: a tenth of the training set, at most 200; of movielens, at most 512)",
@@ -81,7 +81,7 @@ def parse_arguments(argv=None):
     )
     parser.add_argument(
         "--split_seed",
-        type=_integer_from(0),
+        type=integer_from(0),
         default=5,
         metavar="N",
         help="seed of the division into sets (default: %(default)s)",
@@ -207,19 +207,6 @@ def _kind(text):
     if not name or kind not in (table.NUMBER, table.CLASSES):
         raise argparse.ArgumentTypeError(f"{text!r}: expected COLUMN=number or COLUMN=classes")
     return name, kind
-
-
-def _integer_from(least):
-    def parse(text):
-        try:
-            value = int(text)
-        except ValueError:
-            value = None
-        if value is None or value < least:
-            raise argparse.ArgumentTypeError(f"{text!r}: expected an integer from {least} up")
-        return value
-
-    return parse
 
 
 def main(argv=None):

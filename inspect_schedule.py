@@ -16,7 +16,7 @@ class names. An auxiliary task that the schedule hardly weighed is hardly learne
 
 from pathlib import Path
 
-from auxilearn.errors import Parser, run_script
+from auxilearn.errors import Parser, integer_from, run_script
 from auxilearn.methods import load_plugin
 
 
@@ -65,7 +65,7 @@ def parse_arguments():
     add(
         "--num_workers",
         metavar="N",
-        type=int,
+        type=integer_from(0),
         help="threads that decode images where there is no cache (default: the run's)",
     )
     add(

@@ -32,10 +32,10 @@ from auxilearn.data.columns import is_columns
 from auxilearn.data.corruption import KINDS as CORRUPTIONS
 from auxilearn.data.corruption import UNIFORM, check_kind
 from auxilearn.data.split import load_split
-from auxilearn.errors import Parser, RunError, UserError, run_script
+from auxilearn.errors import Parser, RunError, UserError, disk_errors, integer_from, run_script
 from auxilearn.files import locked
-from auxilearn.methods import load_plugin
 from auxilearn.metrics import ACCURACY, metric_of
+from auxilearn.run.command_line import load_given_plugin
 from auxilearn.run.config import Config, choose_device, resolve
 from auxilearn.run.record import processor
 from auxilearn.tables import local, sweep
@@ -52,10 +52,7 @@ SEEDS, TUNING_SEEDS = (1, 2, 3, 4, 5), (101, 102)
 
 
 def parse_arguments(argv=None):
-    first = Parser(add_help=False)
-    first.add_argument("--plugin")
-    plugin = first.parse_known_args(argv)[0].plugin
-    digest = load_plugin(plugin) if plugin else None  # its methods are choices of --methods
+    plugin = load_given_plugin(argv)
     parser = Parser(description=__doc__)
     parser.add_argument("what", choices=(*TABLES, "all", "tune"))
     add = parser.add_argument_group("what is run").add_argument
@@ -106,7 +103,7 @@ def parse_arguments(argv=None):
     )
     add(
         "--epochs",
-        type=_positive,
+        type=integer_from(1),
         metavar="N",
         help="of every run (default: the data set's; of own data 20)",
     )
@@ -179,7 +176,7 @@ def parse_arguments(argv=None):
     )
     add(
         "--jobs",
-        type=_positive,
+        type=integer_from(1),
         metavar="N",
         help="runs at the same time (default: one per GPU; without GPUs, one per core if a run has "
         "one thread, else one; on Slurm, 256)",
@@ -201,14 +198,14 @@ def parse_arguments(argv=None):
     )
     add(
         "--timeout_min",
-        type=_positive,
+        type=integer_from(1),
         default=24 * 60,
         metavar="N",
         help="Slurm: time limit in minutes, after which a run is queued again and goes on "
         "(default: %(default)s)",
     )
     args = parser.parse_args(argv)
-    args.plugin = (args.plugin, digest) if args.plugin else None
+    args.plugin = plugin
     if args.seeds is None:
         args.seeds = list(TUNING_SEEDS if args.what == "tune" else SEEDS)
     if len(set(args.seeds)) < len(args.seeds) or min(args.seeds) < 0:
@@ -273,12 +270,6 @@ def find_data(args):
     args.out_dir = args.out_dir or home / "tables"
 
 
-def _positive(text):
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected an integer from 1 up")
-    return int(text)
-
-
 def _shown(path):
     """``path`` from the current folder, if it lies within."""
     return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
@@ -333,7 +324,10 @@ def main(argv=None):
         figures = read_paper(paper) if args.paper or paper.exists() else {}
     args.out_dir.mkdir(parents=True, exist_ok=True)
     failed, home = [], places.runs.parent
-    with sweep.disk_errors(), contextlib.nullcontext() if args.collect_only else only_sweep(home):
+    with (
+        disk_errors(home, "finished runs are kept, the same command goes on"),
+        contextlib.nullcontext() if args.collect_only else only_sweep(home),
+    ):
         if preprocess_flags and not args.collect_only:
             with contextlib.redirect_stdout(io.StringIO()):
                 data_preprocess.main(preprocess_flags)

@@ -42,8 +42,9 @@ def train(config):
         run = build(resolve(config, split), split, ranks)
         record = open_record(run) if ranks.first else NoRecord()
         try:
-            found = record.finished(), run.config.exp_name
-            summary, run.config.exp_name = ranks.from_first(found)  # only the first knows it
+            # The first rank alone has a record, which may have chosen the run's name.
+            known = record.finished(), run.config.exp_name
+            summary, run.config.exp_name = ranks.from_first(known)
             if summary is None:
                 needs_dev = run.bilevel.scheduler.needs_dev
                 return fit(run, record, ineffective(config, needs_dev, bool(split.rows)))
@@ -57,17 +58,17 @@ def train(config):
             record.close()
 
 
-def fit(run, record, ineffective=()):
+def fit(run, record, idle_flags=()):
     """Alternate, validate, keep the best, test. Returns the summary, a dict.
 
-    Args: a ``Run`` as ``build`` makes it, where it is recorded, and the names of flags to be called
-    ineffective.
+    Args: a ``Run`` as ``build`` makes it, its record, and names of flags that change nothing in it
+    (a note lists them).
     """
     plan, model = run.plan, run.bilevel.model
     torch.manual_seed(derived_seed(run.config.seed, "training", run.ranks.rank))
     state = State(run, record)
     done = state.restore()
-    state.progress.start(done, ineffective)
+    state.progress.start(done, idle_flags)
     valid = run.evaluation_batches("valid")
     with StopRequest() as stop, state.progress.bar(done) as bar:
         batches = run.lower_batches(done)
@@ -106,10 +107,10 @@ def lower_step(run, state, step, batches, dev_batches):
     if state.history and not fine_tuning:
         state.history.add(result)
     with torch.no_grad():
-        outputs = bilevel.model.heads.target_logits(result.outputs.features)
-    window.add(result, outputs)
+        target_outputs = bilevel.model.heads.target_logits(result.outputs.features)
+    window.add(result, target_outputs)
     if state.margins and not fine_tuning:
-        state.margins.add(result.outputs, outputs)
+        state.margins.add(result.outputs, target_outputs)
     window.lower_seconds += time.perf_counter() - clock
 
 
@@ -133,7 +134,7 @@ def validate(run, state, step, batches):
     state.read()
     clock = time.perf_counter()
     model = run.bilevel.model
-    run.ranks.same_as_first(list(model.buffers()))  # batch norm's statistics differ
+    run.ranks.same_as_first(list(model.buffers()))  # each rank has batch norm statistics of its own
     value = evaluate(model, batches, run.metric, run.ranks)
     if math.isnan(value):
         raise state.diverged(step, "predictions on the validation set are not finite")

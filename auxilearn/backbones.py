@@ -65,7 +65,7 @@ def backbone_names():
 
 
 def find_backbone(name):
-    """The ``Backbone`` called ``name``. UserError: there is none; the line has near misses."""
+    """The ``Backbone`` called ``name``. UserError: there is none; its line suggests like names."""
     if name in BACKBONES:
         return BACKBONES[name]
     names = backbone_names()
@@ -81,7 +81,7 @@ def find_backbone(name):
 
 
 def feature_width(name):
-    """The width d of the features of ``name`` where nobody asks for another one."""
+    """The default width d of the features of ``name``: torchvision's networks have their own."""
     if not find_backbone(name).pretrained:
         return DEFAULT_DIM
     try:

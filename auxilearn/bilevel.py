@@ -54,9 +54,9 @@ class Bilevel:
             if step % 20 == 0:
                 bilevel.upper_step([next(more_train_batches)], [next(dev_batches)])
 
-    ``train_batches`` and ``dev_batches`` are lists; the training ones are read more than once. No
-    level takes a step that is not finite; the results of both steps tell. Neither step changes the
-    mode of ``model``: call ``model.train()`` after an evaluation.
+    ``train_batches`` and ``dev_batches`` are lists; the training ones are read more than once. Both
+    levels skip a step that is not finite, and its result shows that. Neither step changes the mode
+    of ``model``: call ``model.train()`` after an evaluation.
 
     Args:
         model: ``model(batch)`` returns ``TaskLosses``, whatever a batch is.
@@ -96,7 +96,6 @@ class Bilevel:
         self.max_norm = max_norm
         self.aux_weight = aux_weight
         self.average = average or _of_one_process
-        self._operators = FastOperators  # a class
         self._warned = False
 
     def lower_loss(self, batch: Any) -> Tensor:
@@ -134,12 +133,12 @@ class Bilevel:
         if means is not reached:
             for gradient, mean in zip(reached, means, strict=True):
                 gradient.copy_(mean)
-        size = norm(reached)
-        if step_if_finite(self.lower, size) is False:
+        gradient_norm = norm(reached)
+        if step_if_finite(self.lower, gradient_norm) is False:
             checks.refuse_poisoned_step(outputs)
-            self.lower.zero_grad()  # adam_scale is to make nothing of it
+            self.lower.zero_grad()  # else adam_scale would read this gradient
         weights = losses.grad * samples_with_loss(outputs)
-        return LowerStep(loss.detach(), size, outputs.detached(), weights)
+        return LowerStep(loss.detach(), gradient_norm, outputs.detached(), weights)
 
     def upper_step(self, train_batches: Sequence[Any], dev_batches: Sequence[Any]) -> UpperStep:
         """One step of the upper optimiser down the hypergradient; ``clamp()`` follows it.
@@ -151,20 +150,20 @@ class Bilevel:
         self._check_mode()
         checks.check_upper(self.upper, self._phi())
         balance = getattr(self.scheduler, "balance", None)
-        balanced = isinstance(balance, Balance)  # a scheduler may call something else so
-        gradient, solution, dev_loss, seen = self._hypergradient(
+        balanced = isinstance(balance, Balance)  # own schedulers may have another ``balance``
+        gradient, solution, dev_loss, slopes_and_gram = self._hypergradient(
             train_batches, dev_batches, balanced
         )
-        solution, (dev_loss, size) = solution.read(dev_loss, norm(gradient))
-        if not math.isfinite(size):
+        solution, (dev_loss, gradient_norm) = solution.read(dev_loss, norm(gradient))
+        if not math.isfinite(gradient_norm):
             batches = [*train_batches, *dev_batches]
             checks.refuse_poisoned_hypergradient(self.model, self.lower_parameters(), batches)
             return UpperStep(dev_loss, None, solution)
         apply_hypergradient(self.upper, self._phi(), gradient, self.max_norm)
         if balanced:
-            balance.observe(*seen)
+            balance.observe(*slopes_and_gram)
         self.scheduler.clamp()
-        return UpperStep(dev_loss, size, solution)
+        return UpperStep(dev_loss, gradient_norm, solution)
 
     def hypergradient(
         self, train_batches: Sequence[Any], dev_batches: Sequence[Any]
@@ -183,9 +182,9 @@ class Bilevel:
         return gradient, solution, dev_loss
 
     def _hypergradient(self, train_batches, dev_batches, balanced=False):
-        """``hypergradient``, whose numbers are scalars that stay on the device.
+        """As ``hypergradient``, without reading from the device: L_dev is a scalar tensor.
 
-        And, if ``balanced``, what a ``Balance`` observes; else None.
+        The fourth result is what ``Balance.observe`` takes if ``balanced``, else None.
         """
         checks.check_batches("train_batches", train_batches)
         checks.check_batches("dev_batches", dev_batches)
@@ -196,17 +195,18 @@ class Bilevel:
         with derivatives:
             dev_loss, v = derivatives.development_gradient(dev_batches)
             solver = self.solver or neumann(alpha=self.lower.param_groups[0]["lr"], terms=3)
-            operators = self._operators(derivatives)
+            operators = FastOperators(derivatives)
             gradient, solution = hypergradient(v, operators.hvp, operators.mixed, solver)
-            seen = None
+            slopes_and_gram = None
             if balanced:
-                seen = derivatives.target_and_rest(solution.vector, solution.scale)
-        return gradient, solution, dev_loss, seen
+                slopes_and_gram = derivatives.target_and_rest(solution.vector, solution.scale)
+        return gradient, solution, dev_loss, slopes_and_gram
 
     def lower_parameters(self) -> list[Tensor]:
-        """Theta: what ``lower`` holds and trains, in the model's order, then what it does not name.
+        """Theta: what ``lower`` holds and trains, without the scheduler's parameters.
 
-        Without the scheduler's parameters. Raises ValueError: there are none.
+        In the order of ``model.parameters()``, then any that these do not name. Raises ValueError:
+        there are none.
         """
         learned = {id(p): p for p in self._theta()}
         checks.check_theta(learned)
@@ -249,7 +249,7 @@ class Bilevel:
         return [p for p in learned if id(p) in stepped]
 
     def _theta(self):
-        """What the lower level learns, the scheduler's parameters among it where they are held."""
+        """All that ``lower`` trains, the scheduler's parameters included if it holds them."""
         return [p for p in held(self.lower) if p.requires_grad]
 
     def _check_mode(self):

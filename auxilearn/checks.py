@@ -22,20 +22,14 @@ _MAKERS = (neumann, identity, preconditioned)  # of solvers, but none themselves
 
 def check_kinds(model, scheduler, lower, upper, solver):
     """Errors as of ``Bilevel``."""
-    expected = {
-        "model": (model, nn.Module),
-        "scheduler": (scheduler, HyperNet),
-        "lower": (lower, torch.optim.Optimizer),
-        "upper": (upper, (torch.optim.Optimizer, type(None))),
-    }
+    optimizers = {"lower": lower} | ({} if upper is None else {"upper": upper})
+    expected = {"model": (model, nn.Module), "scheduler": (scheduler, HyperNet)}
+    expected |= {name: (o, torch.optim.Optimizer) for name, o in optimizers.items()}
     for name, (value, kind) in expected.items():
         if not isinstance(value, kind):
-            kind = kind if isinstance(kind, type) else kind[0]
-            what = value.__name__ if isinstance(value, type) else type(value).__name__
-            raise TypeError(f"{name} must be an instance of {kind.__name__}, not {what}")
-    for name, optimizer in (("lower", lower), ("upper", upper)):
-        if optimizer is None:
-            continue
+            given = value if isinstance(value, type) else type(value)  # a class, or an instance
+            raise TypeError(f"{name} must be an instance of {kind.__name__}, not {given.__name__}")
+    for name, optimizer in optimizers.items():
         closure = inspect.signature(optimizer.step).parameters.get("closure")
         if closure is not None and closure.default is closure.empty:
             raise TypeError(

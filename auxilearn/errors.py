@@ -23,7 +23,7 @@ class RunError(Exception):
 
 
 class Interrupted(RunError):
-    """A signal asked the run to end; ``code`` is the exit code by which shells tell which."""
+    """A signal asked the run to end; ``code`` is the exit code that stands for this signal."""
 
     def __init__(self, message, code):
         super().__init__(message)
@@ -44,6 +44,17 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; --help lists the flags")
 
 
+def integer_from(least):
+    """The ``type`` of a flag: an integer of at least ``least``."""
+
+    def parse(text):
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r}: expected an integer from {least} up")
+        return int(text)
+
+    return parse
+
+
 class _Help(argparse.RawDescriptionHelpFormatter):
     def __init__(self, prog):
         super().__init__(prog, max_help_position=30, width=100)
@@ -51,9 +62,9 @@ class _Help(argparse.RawDescriptionHelpFormatter):
 
 @contextmanager
 def needs(package, what, requirements):
-    """UserError where an import in the block fails for want of ``package``.
+    """UserError if an import in the block fails because ``package`` is missing.
 
-    ``what`` says for which purpose, in the singular; ``requirements`` is the file that installs it.
+    ``what`` needs it, in the singular; ``requirements`` is the file that installs it.
     """
     try:
         yield
@@ -63,6 +74,18 @@ def needs(package, what, requirements):
         raise UserError(
             f"{what} needs {package}: python -m pip install -r {requirements}"
         ) from None
+
+
+@contextmanager
+def disk_errors(place, advice):
+    """RunError for a full or failing disk: its file, or else ``place``; why; ``advice``."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        reason = error.strerror or str(error).strip().split("\n")[0]
+        raise RunError(f"{error.filename or place}: {reason}; {advice}") from None
 
 
 def run_script(main):

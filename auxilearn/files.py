@@ -48,6 +48,28 @@ def replace_together(folder, contents, last):
 
 
 @contextlib.contextmanager
+def new_folder(root):
+    """A folder for the block to fill, which becomes ``root`` at its end: complete or not at all.
+
+    UserError: ``root`` is a file, or a folder that is not empty, or it cannot be written.
+    """
+    root = Path(os.path.abspath(root))
+    if os.path.lexists(root) and not (root.is_dir() and not any(root.iterdir())):
+        raise UserError(f"{root} is not empty; give a new folder, or move this one away")
+    try:
+        root.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=root.parent, prefix=f".{root.name}-") as aside:
+            draft = Path(aside) / root.name
+            draft.mkdir()
+            yield draft
+            if root.exists():
+                root.rmdir()
+            os.rename(draft, root)
+    except OSError as error:
+        raise UserError(f"cannot write {root}: {error.strerror}") from None
+
+
+@contextlib.contextmanager
 def writing_split(split_dir):
     """Turn the OSError of a block that writes ``split_dir`` into a UserError."""
     try:

@@ -24,7 +24,6 @@ from auxilearn.losses import (
     check_features,
     check_outputs,
     check_sample_id,
-    fill_missing,  # noqa: F401  # people import it from here
     masked_column_means,
     times_aux_weight,
 )
@@ -46,9 +45,10 @@ def scheduled_loss(scheduler: "HyperNet", outputs: TaskLosses, aux_weight: float
 
 
 def loss_of_schedule(scheduler: "HyperNet", losses: Tensor, outputs: TaskLosses) -> Tensor:
-    """``scheduled_loss`` whose a_k L_ik are ``losses``: the derivative in them is W_ik / N_k.
+    """``scheduled_loss`` with a_k L_ik given as ``losses``: its derivative in them is W_ik / N_k.
 
-    ``outputs`` have been checked (``check_outputs``).
+    N_k is the number of samples with a loss under task k. The caller has checked ``outputs``
+    (``check_outputs``).
     """
     loss = scheduler.scheduled_loss(losses, outputs.detached())
     if loss.dim():
@@ -112,7 +112,10 @@ class HyperNet(nn.Module):
         self.input_dim = input_dim
 
     def forward(self, losses, outputs=None, labels=None, data=None, *, mask=None):
-        """The scheduled loss, a scalar, of ``losses`` (B, K)."""
+        """The scheduled loss, a scalar, of ``losses`` (B, K).
+
+        ``outputs``, ``labels`` and ``data`` are of the released signature; nothing here reads them.
+        """
         raise NotImplementedError
 
     def scheduled_loss(self, losses: Tensor, seen: TaskLosses) -> Tensor:

@@ -27,8 +27,8 @@ class Solution:
     vector: p, a list of tensors shaped like theta.
     residual: relative size of what is left of the equation; 0 is solved, growth means divergence.
     products: how many Hessian-vector products were spent.
-    growth: of a series' last term over the one before it, with the sign of their inner product; or
-        None.
+    growth: |last term| / |term before it| of a series, negative if the two point away from each
+        other; None without two terms.
     scale: D of ``preconditioned``, a list like p; None: 1.
 
     A solver leaves residual and growth on the device, as scalar tensors; ``read`` makes floats.
@@ -116,14 +116,14 @@ def neumann(alpha: float, terms: int = 3, scale: str = "released") -> Solver:
     return solve
 
 
-def identity(scale: float = 1.0) -> Solver:
-    """H replaced by the identity, p = ``scale`` v: the T1-T2 approximation (Luketina et al. 2016).
+def identity() -> Solver:
+    """H replaced by the identity, p = v: the T1-T2 approximation (Luketina et al. 2016).
 
     The series above with no term beyond the first, hence its residual: 1. No product is spent.
     """
 
     def solve(hvp, v):
-        return Solution([scale * t for t in v], 1.0, 0)
+        return Solution([t.clone() for t in v], 1.0, 0)
 
     return solve
 
@@ -185,13 +185,12 @@ class Hypergrad:
     Args:
         learning_rate: alpha of the series.
         truncate_iter: J, the number of Hessian-vector products.
-        solver: any other solver of this module, in place of the series.
     """
 
-    def __init__(self, learning_rate=0.1, truncate_iter=3, *, solver=None):
+    def __init__(self, learning_rate=0.1, truncate_iter=3):
         self.learning_rate = learning_rate
         self.truncate_iter = truncate_iter
-        self.solver = solver or neumann(learning_rate, truncate_iter)
+        self.solver = neumann(learning_rate, truncate_iter)
         self.solution = None
 
     def grad(self, loss_val, loss_train, aux_params, params):

@@ -11,7 +11,7 @@ class TaskLosses(NamedTuple):
 
     losses (B, K) raw; features (B, d); sample_id (B,) places in the training set, for schedulers
     that hold a weight per sample; mask (B, K) bool, True where a loss exists, None for everywhere;
-    labels (B, K). A scheduler that does not need an entry does without it.
+    labels (B, K). Entries that the scheduler does not need may be None.
 
     Losses outside the mask count for nothing. They must still be computed from finite numbers, or
     the model's gradient is NaN (0 times NaN): ``fill_missing`` puts these in place of missing

@@ -66,7 +66,7 @@ class Option(NamedTuple):
     high: float | None = None
 
     def parse(self, text: str):
-        """The value that ``text`` says. ValueError: it says none."""
+        """``text`` as a value of the default's type, checked. ValueError: it cannot be read."""
         if isinstance(self.default, (tuple, list)):
             kind = type(self.default[0]) if self.default else str
             value = tuple(self._one(word, kind) for word in text.split(","))

@@ -7,9 +7,9 @@ from statistics import median
 class Metric:
     """A measure of predictions of the target task.
 
-    name: in files. words: for a person. sign: 1 where a higher value is better, else -1; best: the
-    word for it. Tables show values times ``factor``: unit says in what, axis and differences name
-    them, and csv is their format in a CSV file.
+    name: in files; words: for a person. sign: 1 if a higher value is better, else -1; best: the
+    word for a column's best mean. Tables show values times ``factor``, in the ``unit``; axis and
+    differences are the labels of charts and tests, csv is the number format of CSV files.
     """
 
     def better(self, value, other):

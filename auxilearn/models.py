@@ -9,33 +9,16 @@ from torch import nn
 from torch.func import functional_call
 
 from auxilearn.backbones import (
-    BACKBONES,
     IMAGENET_MEAN,
     IMAGENET_STD,
-    ConvNet,
-    build_backbone,
-    load_file,
-    load_matching,
-    register_backbone,
+    build_backbone,  # noqa: F401  # for ``TaskModel(build_backbone(...), ...)``
 )
 from auxilearn.errors import UserError
 from auxilearn.losses import TaskLosses
 
-# The names of ``backbones`` had their home here: plugins import ``register_backbone`` from it.
-__all__ = [
-    "BACKBONES",
-    "Batch",
-    "ConvNet",
-    "TaskHeads",
-    "TaskModel",
-    "build_backbone",
-    "load_file",
-    "load_matching",
-    "register_backbone",
-]
-
-# CUDA has these with parameters in float32 and inputs in bfloat16, and no other normalisation.
-BATCH_NORMS = (nn.modules.batchnorm._NormBase,)
+# With --precision bf16, batch norms keep float32 parameters for bfloat16 inputs, which CUDA allows
+# in no other normalisation.
+BATCH_NORM = nn.modules.batchnorm._NormBase
 
 
 class Batch(NamedTuple):
@@ -121,10 +104,10 @@ class TaskModel(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.bf16 = bf16
-        self.cast = {
+        self.cast = {  # names of the parameters that are cast to bfloat16
             f"{prefix}.{name}" if prefix else name
             for prefix, module in backbone.named_modules()
-            if not isinstance(module, BATCH_NORMS)  # these keep their parameters in float32
+            if not isinstance(module, BATCH_NORM)
             for name, _ in module.named_parameters(recurse=False)
         }
         self.heads = TaskHeads(feature_dim, class_counts)

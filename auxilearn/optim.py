@@ -18,26 +18,27 @@ def apply_hypergradient(meta_optimizer, aux_params, hypergrads, max_grad_norm):
     meta_optimizer.step()
 
 
-def step_if_finite(optimizer, size):
-    """The optimiser's step, unless ``size``, the norm of its gradient, is not finite.
+def step_if_finite(optimizer, gradient_norm):
+    """The optimiser's step, unless the norm of its gradient (a scalar tensor) is not finite.
 
-    Returns whether it was taken; None: a fused optimiser decides on the GPU, and nobody waits.
+    Returns whether the step was taken. None: a fused optimiser decides that on the GPU, and to read
+    its decision would wait for the device.
     """
     if not all(group.get("fused") for group in optimizer.param_groups):
-        finite = math.isfinite(size)
+        finite = math.isfinite(gradient_norm)
         if finite:
             optimizer.step()
         return finite
-    skipped = ~torch.isfinite(size)
+    skipped = ~torch.isfinite(gradient_norm)
     new = [p for p in held(optimizer) if not optimizer.state.get(p)]
     optimizer.found_inf = skipped.float()  # fused kernels change nothing where it is 1
     optimizer.step()
     del optimizer.found_inf
-    for p in new:  # but SGD's first step leaves its buffers uninitialised then
+    for p in new:  # except that SGD's first step leaves momentum uninitialised when skipped
         buffer = optimizer.state.get(p, {}).get("momentum_buffer")
         if buffer is not None:
             buffer.masked_fill_(skipped, 0.0)
-    return math.isfinite(size.numpy()) if size.is_cpu else None
+    return math.isfinite(gradient_norm.numpy()) if gradient_norm.is_cpu else None
 
 
 def held(optimizer):
@@ -128,8 +129,6 @@ def _stand_in(parameter, group, coupled):
     if not reached.is_cpu or reached.numpy() < gradient.numel():  # looking at a GPU's would wait
         size = torch.linalg.vector_norm(gradient) / reached.clamp(min=1).to(gradient.dtype).sqrt()
         gradient = gradient.masked_fill(gradient == 0, size)
-    if group["maximize"]:
-        gradient = -gradient
     if coupled and group["weight_decay"]:
         gradient = gradient.add(parameter, alpha=group["weight_decay"])
     return gradient
@@ -149,21 +148,6 @@ def _next_of_adam(state, group, g):
         s = torch.maximum(s, largest)
     root = (1 - beta ** _next_step(state)) ** 0.5
     return s, r, root * group["eps"], root
-
-
-def _next_of_radam(state, group, g):
-    beta, step = group["betas"][1], torch.as_tensor(_next_step(state))
-    s, r = _moving_mean(state["exp_avg_sq"], beta, g)
-    correction = 1 - beta**step
-    longest = 2 / (1 - beta) - 1
-    length = longest - 2 * step * beta**step / correction
-    rectifier = (length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length)
-    factor = (rectifier.clamp(min=0) * correction).sqrt()
-    # The first steps are gradient descent's, which s = r = 1 and the factor 1 + eps make of D.
-    plain = length <= 5
-    one = torch.ones_like(s)
-    factor = torch.where(plain, 1 + group["eps"], factor)
-    return torch.where(plain, one, s), torch.where(plain, one, r), group["eps"], factor
 
 
 def _next_of_adagrad(state, group, g):
@@ -197,7 +181,6 @@ _NEXT_MOMENT = {
     torch.optim.Adam: _next_of_adam,
     torch.optim.AdamW: _next_of_adam,
     torch.optim.NAdam: _next_of_adam,
-    torch.optim.RAdam: _next_of_radam,
     torch.optim.Adagrad: _next_of_adagrad,
     torch.optim.RMSprop: _next_of_rmsprop,
     torch.optim.SGD: None,  # divides by nothing

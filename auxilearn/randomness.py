@@ -18,15 +18,9 @@ def derived_generator(seed, purpose, *numbers):
     return np.random.default_rng(derived_seed(seed, purpose, *numbers))
 
 
-def generators(tensors=()):
-    """torch's generators: the CPU's, and those of the GPUs of ``tensors``."""
-    devices = sorted({t.device.index for t in tensors if t.device.type == "cuda"})
-    return [torch.default_generator, *(torch.cuda.default_generators[d] for d in devices)]
-
-
 @contextlib.contextmanager
-def random_state_kept(tensors=(), seed=None):
-    """Put the ``generators`` of ``tensors`` back after the block.
+def random_state_kept(tensors, seed=None):
+    """Put torch's generators, those of the GPUs of ``tensors`` included, back after the block.
 
     ``seed``: the block draws from it; None: it draws on from the present state.
     """
@@ -39,12 +33,14 @@ def random_state_kept(tensors=(), seed=None):
         put_back(states)
 
 
-def generator_states(tensors=()):
-    """(generator, its state) pairs of the ``generators`` of ``tensors``."""
-    return [(generator, generator.get_state()) for generator in generators(tensors)]
+def generator_states(tensors):
+    """(generator, its state) of torch's generators: the CPU's, and the GPUs' of ``tensors``."""
+    devices = sorted({t.device.index for t in tensors if t.device.type == "cuda"})
+    generators = [torch.default_generator, *(torch.cuda.default_generators[d] for d in devices)]
+    return [(generator, generator.get_state()) for generator in generators]
 
 
 def put_back(states):
-    """``states``: as of ``generator_states``."""
+    """Give the generators back what ``generator_states`` has read."""
     for generator, state in states:
         generator.set_state(state)

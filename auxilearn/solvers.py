@@ -1,4 +1,4 @@
-"""Beside the series of ``implicit_diff``: conjugate gradients, the dense solve, the stable alpha.
+"""More solvers than ``implicit_diff`` has, and the largest stable alpha of its series.
 
 Any callable (hvp, v) -> ``Solution`` is a solver.
 """
@@ -33,7 +33,7 @@ def conjugate_gradient(
             moved = _plus(solution, step, direction)
             left = _plus(residual, -step, product)
             before, square = square, dot(left, left)
-            # The move is made before its sign is known, so that one read a product is enough.
+            # The step is computed before the curvature's sign is known: one read for each product.
             curved, size, whole = read_scalars(curvature, square, start)
             if not curved > 0 and products == 1:
                 left = torch._foreach_sub(v, product)

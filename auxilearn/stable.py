@@ -107,7 +107,7 @@ class StableJoint(JointSchedule):
             self.task_prior = nn.Parameter(torch.zeros(input_dim))
         self.balance: Balance | None = None
         others = input_dim - 1
-        self.odds = labelled  # w_T / w_A
+        self.odds = labelled  # w_T / w_A; ``balance`` has its own
         if not others:
             self.odds = 0.0  # the target alone: samples are weighed in full
         elif target_share == "equal":
@@ -127,14 +127,14 @@ class StableJoint(JointSchedule):
         if "loss" in self.learned:
             loss = self.loss_w * standardise(losses.detach(), mask)
         if self.tempered:
-            heat = self.labelled / (1 + self._odds())
-            feature, loss = feature * heat, loss * heat
+            h = self.labelled / (1 + self._odds())  # w_A = 1 / (1 + w_T / w_A)
+            feature, loss = feature * h, loss * h
         if "task" in self.learned:
             task = self.task_prior
         return 2 * torch.sigmoid(feature), 2 * torch.sigmoid(loss), self._task_factor(task)
 
     def _odds(self):
-        """w_T / w_A."""
+        """w_T / w_A now: the one that ``balance`` has learned, or the fixed one."""
         return self.odds if self.balance is None else self.balance.odds
 
     def _task_factor(self, t):

@@ -8,11 +8,11 @@ import torch
 
 import train_bilevel
 from auxilearn import methods
+from auxilearn.backbones import BACKBONES
 from auxilearn.data import cub
 from auxilearn.data.split import write_split
 from auxilearn.errors import run_script
 from auxilearn.methods import METHODS
-from auxilearn.models import BACKBONES
 from auxilearn.run.config import Config
 from tests.cub_shape import write_cub_shape
 

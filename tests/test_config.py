@@ -62,7 +62,7 @@ RELEASED = {
 PLUGIN = """
 from auxilearn import register
 from auxilearn.hypernet import Identity
-from auxilearn.models import ConvNet, register_backbone
+from auxilearn.backbones import ConvNet, register_backbone
 
 @register("mine", title="My method", learned="upper", defaults={"upper_lr": 0.5, "hyperstep": 7})
 def build(problem, temperature=1.0, sizes=(3, 4), fast=False, mode="a", name=None):

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import train_bilevel
+from auxilearn.backbones import BACKBONES, register_backbone
 from auxilearn.data.columns import Columns, Feature, write_columns
 from auxilearn.data.contract import Split, Task
 from auxilearn.data.corruption import permute
@@ -27,7 +28,7 @@ from auxilearn.data.split import load_split
 from auxilearn.errors import UserError
 from auxilearn.methods import METHODS
 from auxilearn.metrics import RMSE, metric_of
-from auxilearn.models import BACKBONES, Batch, TaskHeads, TaskModel, register_backbone
+from auxilearn.models import Batch, TaskHeads, TaskModel
 from auxilearn.run.build import build_model
 from auxilearn.run.config import Config, resolve
 from auxilearn.run.processes import Ranks

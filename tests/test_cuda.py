@@ -11,12 +11,13 @@ import torch
 
 import train_bilevel
 from auxilearn import Bilevel, conjugate_gradient, exact, identity, neumann
+from auxilearn.backbones import build_backbone
 from auxilearn.data.views import Resizer
 from auxilearn.errors import DivergenceError
 from auxilearn.hypernet import MonoJoint
 from auxilearn.implicit_diff import preconditioned
 from auxilearn.methods import METHODS
-from auxilearn.models import Batch, TaskModel, build_backbone
+from auxilearn.models import Batch, TaskModel
 from auxilearn.optim import adam_scale
 from auxilearn.run.state import State
 from auxilearn.stable import StableJoint

@@ -13,10 +13,10 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from auxilearn.backbones import build_backbone
 from auxilearn.data import cub
 from auxilearn.data.split import INFO_FILE, SPLIT_FILES, load_split, write_split
 from auxilearn.errors import RunError, UserError
-from auxilearn.models import build_backbone
 from auxilearn.report import write
 from auxilearn.run.build import build
 from auxilearn.run.config import Config, resolve

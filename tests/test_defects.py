@@ -16,12 +16,13 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_bilevel
+from auxilearn.backbones import build_backbone
 from auxilearn.bilevel import Bilevel
 from auxilearn.data import cub
 from auxilearn.data.split import load_split, write_split
 from auxilearn.errors import UserError
 from auxilearn.methods import METHODS
-from auxilearn.models import TaskHeads, TaskModel, build_backbone
+from auxilearn.models import TaskHeads, TaskModel
 from auxilearn.run.build import build
 from auxilearn.run.command_line import parse
 from auxilearn.run.config import choose_device, resolve

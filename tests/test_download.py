@@ -69,7 +69,7 @@ def server():
 
 
 def fetch(server, path, md5=MD5, **options):
-    return download.fetch(server.url, path, md5, False, pause=0.001, timeout=5, **options)
+    return download.fetch(server.url, path, md5, pause=0.001, timeout=5, **options)
 
 
 def names(folder):
@@ -158,7 +158,7 @@ def test_no_network_names_the_url_and_the_place(server, tmp_path):
     server.shutdown()
     server.server_close()
     with pytest.raises(UserError, match=f"could not download {url} .*refused.* put it at .*/f.tgz"):
-        download.fetch(url, tmp_path / "f.tgz", MD5, False, attempts=1, pause=0.001)
+        download.fetch(url, tmp_path / "f.tgz", MD5, attempts=1, pause=0.001)
     assert names(tmp_path) == []
 
 
@@ -197,10 +197,10 @@ def test_damaged_or_foreign_archives(tmp_path):
     for content in (data[: len(data) // 2], b"no archive", b""):
         archive.write_bytes(content)
         with pytest.raises(UserError, match=r"a\.tgz"):
-            download.unpack(archive, tmp_path, False)
+            download.unpack(archive, tmp_path)
     write_archive(archive, member("other/images.txt"))
     with pytest.raises(UserError, match=r"has no CUB_200_2011/images\.txt"):
-        download.unpack(archive, tmp_path, False)
+        download.unpack(archive, tmp_path)
     assert names(tmp_path) == ["a.tgz"]
 
 
@@ -212,7 +212,7 @@ def test_an_interrupted_unpacking_leaves_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(download, "_move_into_place", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        download.unpack(archive, tmp_path, False)
+        download.unpack(archive, tmp_path)
     assert names(tmp_path) == ["a.tgz"]
 
 
@@ -234,13 +234,13 @@ def published(tmp_path, monkeypatch, server):
 def test_fetch_cub(tmp_path, server, published):
     place = tmp_path / "place"
     server.drops = [len(server.payload) // 2]
-    root = download.fetch_cub(place, False)
+    root = download.fetch_cub(place)
     assert root == place / "CUB_200_2011"
     assert names(place) == ["CUB_200_2011", "CUB_200_2011.tgz", "attributes.txt"]
     assert cub.fingerprint(root) == cub.fingerprint(published)
     assert len(cub.read_annotations(root).paths) == 40
     asked = len(server.asked)
-    download.fetch_cub(place, False)
+    download.fetch_cub(place)
     assert len(server.asked) == asked, "it is there"
 
 
@@ -249,7 +249,7 @@ def test_fetch_cub_uses_an_archive_put_there_by_hand(tmp_path, server, published
     place.mkdir()
     (place / "CUB_200_2011.tgz").write_bytes(server.payload)
     (place / "attributes.txt").write_text("of something else")
-    root = download.fetch_cub(place, False)
+    root = download.fetch_cub(place)
     assert server.asked == []
     assert (place / "attributes.txt").read_text() == "of something else"
     assert cub.fingerprint(root) == cub.fingerprint(published)
@@ -258,10 +258,10 @@ def test_fetch_cub_uses_an_archive_put_there_by_hand(tmp_path, server, published
 def test_fetch_cub_leaves_a_folder_with_content_alone(tmp_path, server, published):
     (tmp_path / "place" / "CUB_200_2011" / "images").mkdir(parents=True)
     with pytest.raises(UserError, match="already exists, but is not a complete data set"):
-        download.fetch_cub(tmp_path / "place", False)
+        download.fetch_cub(tmp_path / "place")
     assert server.asked == [] and names(tmp_path / "place") == ["CUB_200_2011"]
     (tmp_path / "place" / "CUB_200_2011" / "images").rmdir()
-    assert (download.fetch_cub(tmp_path / "place", False) / "images.txt").is_file()
+    assert (download.fetch_cub(tmp_path / "place") / "images.txt").is_file()
 
 
 def test_the_published_address():

@@ -509,4 +509,4 @@ def test_images_that_are_programs_or_would_lose_their_pixels(own_split, kind):
     with pytest.raises(UserError, match=message):
         load_resized(path, 32)
     with pytest.raises(UserError, match="1 of .* images cannot be decoded"):
-        cub.check_images(cub.read_annotations(own_split.parent / "data"), progress=False)
+        cub.check_images(cub.read_annotations(own_split.parent / "data"))

@@ -10,12 +10,13 @@ import torch.nn.functional as F
 from torch import nn
 
 import train_bilevel
+from auxilearn.backbones import ConvNet
 from auxilearn.baselines.gradient_cosine import GradientCosine
 from auxilearn.baselines.uncertainty import Uncertainty
 from auxilearn.bilevel import Bilevel
 from auxilearn.data.split import load_split
 from auxilearn.hypernet import FACTORS, MonoJoint, TaskLosses, scheduled_loss, standardise
-from auxilearn.models import Batch, ConvNet, TaskModel
+from auxilearn.models import Batch, TaskModel
 from auxilearn.run.build import build
 from auxilearn.run.config import resolve
 from auxilearn.run.record import open_record

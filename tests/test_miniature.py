@@ -16,7 +16,7 @@ SMALL = {"classes": 3, "train_per_class": 4, "test_per_class": 5, "image_size": 
 
 
 def draw_small(root, **settings):
-    draw_miniature(root, **(SMALL | settings), progress=False)
+    draw_miniature(root, **(SMALL | settings))
     return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
 
 
@@ -210,25 +210,15 @@ def test_scenery_can_be_read_from_pixels_and_noise_cannot(album, name, least, mo
 
 def test_a_folder_in_use_is_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match="not an empty folder"):
+    with pytest.raises(UserError, match="is not empty"):
         draw_small(tmp_path)
-    with pytest.raises(UserError, match="not an empty folder"):
+    with pytest.raises(UserError, match="is not empty"):
         draw_small(tmp_path / "notes.txt")
-    with pytest.raises(UserError, match="cannot draw"):
+    with pytest.raises(UserError, match="cannot write"):
         draw_small(tmp_path / "notes.txt" / "mini")
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
     (tmp_path / "empty").mkdir()
     assert draw_small(tmp_path / "empty", classes=2, train_per_class=1, test_per_class=1)
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [{"classes": 21}, {"classes": 1}, {"train_per_class": 0}, {"image_size": 0}, {"seed": -1}],
-)
-def test_impossible_settings_are_refused(tmp_path, wrong):
-    with pytest.raises(UserError, match=next(iter(wrong))):
-        draw_small(tmp_path / "mini", **wrong)
-    assert not list(tmp_path.iterdir())
 
 
 def test_an_interrupted_drawing_leaves_nothing(tmp_path, monkeypatch):
@@ -241,11 +231,9 @@ def test_an_interrupted_drawing_leaves_nothing(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_command_draws_both(tmp_path):
-    sheet, root = tmp_path / "new" / "sheet.png", tmp_path / "mini"
-    sizes = ["--classes", "2", "--train_per_class", "1", "--test_per_class", "1"]
-    miniature.main([str(root), "--sheet", str(sheet), *sizes])
-    assert len(rows(root, "images.txt")) == 4
+def test_the_command_draws_the_species(tmp_path):
+    sheet = tmp_path / "new" / "sheet.png"
+    miniature.main(["--sheet", str(sheet)])
     with Image.open(sheet) as image:
         assert image.format == "PNG"
         assert min(image.size) > 600

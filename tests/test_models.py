@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 import torchvision
 
+from auxilearn.backbones import build_backbone
 from auxilearn.errors import UserError
-from auxilearn.models import Batch, TaskHeads, TaskModel, build_backbone
+from auxilearn.models import Batch, TaskHeads, TaskModel
 
 # --------------------------------------------------------------------------------------------------
 # Heads

@@ -581,12 +581,12 @@ def test_a_changed_input_is_named(root, out, name):
     prepare(root, out, "--split_seed", 7)
     before = load_split(out).fingerprint
     recorded = read_json(out)["split_info.json"]["fingerprint"]
-    cub.check_fingerprint(recorded, root)
+    cub.check_fingerprint(recorded, root, "THIS")
     CHANGES[name](root)
     with pytest.raises(UserError, match="preprocessed: ") as caught:
-        cub.check_fingerprint(recorded, root)
+        cub.check_fingerprint(recorded, root, "THIS")
     message = str(caught.value)
-    assert f"preprocessed: {name} differs; run python data_preprocess.py --data_root" in message
+    assert f"preprocessed: {name} differs; run THIS again" in message
     with pytest.raises(UserError, match=f"{name} differs; run .*--split_seed 7 again"):
         load_split(out)
     if name != "train_test_split.txt":
@@ -600,11 +600,11 @@ def test_changes_of_images_and_of_several_files_are_named(root, out):
     path = root / "images" / lines_of(root, "images.txt")[4].split()[1]
     path.write_bytes(path.read_bytes() + b"\n")
     with pytest.raises(UserError, match=r"preprocessed: the set of image files .* differs; run"):
-        cub.check_fingerprint(recorded, root)
+        cub.check_fingerprint(recorded, root, "THIS")
     (root / "attributes.txt").unlink()
     set_line(root, "classes.txt", 1, "1 001.Other")
     with pytest.raises(UserError, match="attributes.txt is missing, classes.txt differs, the set"):
-        cub.check_fingerprint(recorded, root)
+        cub.check_fingerprint(recorded, root, "THIS")
 
 
 def edit(out, name, change):

@@ -180,21 +180,6 @@ def test_a_checkpoint_that_is_not_used_takes_no_place_of_a_good_one(tmp_path):
     record.close()
 
 
-def test_a_checkpoint_of_a_version_without_margins(run):
-    """Those of the steps before it are not known: none are written."""
-    folder = run("run", save_every=1)
-    path = max(folder.glob("step-*.pt"))
-    saved = torch.load(path, weights_only=True)
-    del saved["state"]["margins"]
-    content = record_module._saved(saved)
-    path.unlink()
-    (folder / f"step-00000006.{record_module._hash(content)}.pt").write_bytes(content)
-    for name in ("summary.json", "margins.npy"):
-        (folder / name).unlink()
-    run("run", resume=True, save_every=1)
-    assert (folder / "summary.json").exists() and not (folder / "margins.npy").exists()
-
-
 def test_two_checkpoints_are_kept(run):
     names = sorted(path.name.split(".")[0] for path in run("run", save_every=1).glob("step-*.pt"))
     assert names == ["step-00000005", "step-00000006"]

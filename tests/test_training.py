@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 
 import train_bilevel
+from auxilearn.backbones import IMAGENET_MEAN, IMAGENET_STD
 from auxilearn.bilevel import Bilevel
 from auxilearn.data.split import load_split
 from auxilearn.errors import DivergenceError, UserError
 from auxilearn.methods import METHODS
-from auxilearn.models import IMAGENET_MEAN, IMAGENET_STD
 from auxilearn.run.build import build
 from auxilearn.run.config import Config, resolve
 from auxilearn.run.record import RunRecord, description, processor

@@ -17,7 +17,7 @@ from auxilearn.losses import masked_column_means
 class WeightNormLinear(nn.Module):
     """A linear layer whose weight is g v / |v|, row by row (Salimans and Kingma, 2016)."""
 
-    def __init__(self, in_features, out_features, bias=True):
+    def __init__(self, in_features, out_features, bias):
         super().__init__()
         self.register_parameter("bias", nn.Parameter(torch.zeros(out_features)) if bias else None)
         self.weight_g = nn.Parameter(torch.ones(out_features, 1))

@@ -182,8 +182,8 @@ def is_columns(split_dir):
 # --------------------------------------------------------------------------------------------------
 
 
-def load_columns(split_dir, data_root=None):
-    """The ``Split`` in ``split_dir``. ``data_root``: the folder of its images, if it was moved.
+def load_columns(split_dir, data_root):
+    """The ``Split`` in ``split_dir``. ``data_root``: the folder of its images, if moved, or None.
 
     Raises UserError: a file is missing or differs from what was written, or the data have changed
     since.

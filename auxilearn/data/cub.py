@@ -8,7 +8,6 @@ run can compare it.
 import codecs
 import os
 import re
-import shlex
 import warnings
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -87,7 +86,7 @@ def read_annotations(root):
     )
     check_training_images(annotations, needed=1, why="every class needs one")
     for line, path in images.values():
-        image_size(root / "images", path, f"{root / IMAGES}, line {line}: ", _REPLACE)
+        image_size(root / "images", path, f"{root / IMAGES}, line {line}: ", cure=_REPLACE)
     return annotations
 
 
@@ -345,9 +344,9 @@ def check_training_images(annotations, needed, why):
         )
 
 
-def check_images(annotations, progress=True):
+def check_images(annotations):
     """Decode every image in full. Raises ``UserError`` naming those that cannot be read."""
-    image_files.check_images(annotations.root / "images", annotations.paths, _REPLACE, progress)
+    image_files.check_images(annotations.root / "images", annotations.paths, _REPLACE)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -372,10 +371,10 @@ def fingerprint(root):
     }
 
 
-def check_fingerprint(recorded, root, command=None):
+def check_fingerprint(recorded, root, command):
     """Raise ``UserError`` naming what changed under ``root`` since ``recorded`` was taken.
 
-    ``command`` is the command line the message recommends; the default prepares ``root`` again.
+    ``command``: the command line that the message recommends.
     """
     current = fingerprint(root)
     before, now = recorded["files"], current["files"]
@@ -403,7 +402,6 @@ def _hash_images(root, paths):
 
 
 def _refuse_changes(changes, root, command):
-    command = command or f"python data_preprocess.py --data_root {shlex.quote(str(root))}"
     raise UserError(
         f"data root {root} has changed since it was preprocessed: {', '.join(changes)}; "
         f"run {command} again"

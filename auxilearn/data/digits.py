@@ -6,18 +6,17 @@ separates useful auxiliary tasks from useless ones.
 """
 
 import json
-import os
-import tempfile
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
 from auxilearn.errors import UserError
+from auxilearn.files import new_folder
 
 CLASSES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 TRAIN_PER_CLASS = 72
+SEED, IMAGE_SIZE = 0, 32
 
 # Known from the class: the digits that have the attribute.
 INFORMATIVE = {
@@ -56,35 +55,17 @@ DESCRIPTION = (
 )
 
 
-def write_digits(root, *, seed=0, image_size=32, progress=True):
+def write_digits(root):
     """Write the digits to ``root``, a folder that does not exist or is empty, in CUB's layout.
 
-    ``seed`` decides the official split (72 training scans per class, the others for testing), the
-    order of the attributes and the coins; the same seed writes the same files. The images are
-    grey PNG of ``image_size`` x ``image_size`` pixels. ``attribute_roles.json`` gives each
-    attribute's role. The folder is made aside and renamed: it is there complete or not at all.
+    Every call writes the same files. The official split has 72 training scans per class; the others
+    are for testing. The images are grey PNG of 32 x 32 pixels. ``attribute_roles.json`` gives each
+    attribute's role.
 
-    Raises ``UserError`` when ``root`` is not empty or can not be written, ``image_size`` is under
-    8, ``seed`` is negative, or scikit-learn is not installed.
+    Raises ``UserError`` as ``new_folder`` does, and when scikit-learn is not installed.
     """
-    root = Path(root)
-    if image_size < 8:
-        raise UserError(f"image_size is {image_size}; expected 8 or more, the size of the scans")
-    if seed < 0:
-        raise UserError(f"seed is {seed}; expected 0 or more")
-    if os.path.lexists(root) and not (root.is_dir() and not any(root.iterdir())):
-        raise UserError(f"{root} is not empty; give a new folder, or move this one away")
-    scans, digits = _load_scans()
-    try:
-        root.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=root.parent, prefix=f".{root.name}-") as aside:
-            draft = Path(aside) / root.name
-            _write(draft, scans, digits, seed, image_size, progress)
-            if root.exists():
-                root.rmdir()
-            os.rename(draft, root)
-    except OSError as error:
-        raise UserError(f"cannot write {root}: {error.strerror}") from None
+    with new_folder(root) as draft:
+        _write(draft, *_load_scans())
 
 
 def _load_scans():
@@ -125,9 +106,9 @@ def measure(scans):
     return np.stack([figure > np.median(figure) for figure in figures], axis=1)
 
 
-def _draw_attributes(scans, digits, seed):
-    """(names, roles, bits (N, 22) int): the three kinds in an order that the seed scrambles."""
-    rng_order, rng_coins = (np.random.default_rng([seed, purpose]) for purpose in (1, 2))
+def _draw_attributes(scans, digits):
+    """(names, roles, bits (N, 22) int): the three kinds in a scrambled order."""
+    rng_order, rng_coins = (np.random.default_rng([SEED, purpose]) for purpose in (1, 2))
     names = [*INFORMATIVE, *IMAGE, *NOISE]
     roles = ["informative"] * len(INFORMATIVE) + ["image"] * len(IMAGE) + ["noise"] * len(NOISE)
     known = np.stack([np.isin(digits, list(having)) for having in INFORMATIVE.values()], axis=1)
@@ -138,32 +119,29 @@ def _draw_attributes(scans, digits, seed):
     return [names[i] for i in order], [roles[i] for i in order], bits[:, order]
 
 
-def _draw_training_set(digits, seed):
+def _draw_training_set(digits):
     """(N,) bool: ``TRAIN_PER_CLASS`` scans of each digit."""
-    rng = np.random.default_rng([seed, 0])
+    rng = np.random.default_rng([SEED, 0])
     is_train = np.zeros(len(digits), dtype=bool)
     for digit in range(len(CLASSES)):
         is_train[rng.permutation(np.flatnonzero(digits == digit))[:TRAIN_PER_CLASS]] = True
     return is_train
 
 
-def _write(root, scans, digits, seed, image_size, progress):
-    is_train = _draw_training_set(digits, seed)
-    names, roles, bits = _draw_attributes(scans, digits, seed)
-    (root / "attributes").mkdir(parents=True)
+def _write(root, scans, digits):
+    is_train = _draw_training_set(digits)
+    names, roles, bits = _draw_attributes(scans, digits)
+    (root / "attributes").mkdir()
     folders = [f"{digit + 1:03d}.{name}" for digit, name in enumerate(CLASSES)]
     for folder in folders:
         (root / "images" / folder).mkdir(parents=True)
     paths, counts = [], [0] * len(CLASSES)
-    for scan, digit in zip(
-        tqdm(scans, "writing digits", unit="image", disable=not progress or None),
-        digits,
-        strict=True,
-    ):
+    shown = tqdm(scans, "writing digits", unit="image", disable=None)
+    for scan, digit in zip(shown, digits, strict=True):
         counts[digit] += 1
         paths.append(f"{folders[digit]}/{CLASSES[digit]}_{counts[digit]:04d}.png")
         grey = Image.fromarray(np.rint(scan * (255 / 16)).astype(np.uint8))
-        large = grey.resize((image_size, image_size), Image.Resampling.BICUBIC)
+        large = grey.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC)
         large.save(root / "images" / paths[-1])
     tables = {
         "images.txt": enumerate(paths, start=1),

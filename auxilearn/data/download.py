@@ -23,9 +23,10 @@ CUB_MD5 = "97eceeb196236b17998738112f37df78"
 CUB_FOLDER = "CUB_200_2011"
 
 _BLOCK = 1 << 16
+_BYTES = {"unit": "B", "unit_scale": True, "unit_divisor": 1024, "disable": None}
 
 
-def fetch_cub(directory, progress=True):
+def fetch_cub(directory):
     """Put the published data set into ``directory``: ``CUB_200_2011/`` and ``attributes.txt``.
 
     An archive that already lies there is used if its checksum is right; a finished
@@ -37,8 +38,8 @@ def fetch_cub(directory, progress=True):
     if (root / IMAGES).is_file():
         return root
     _check_vacant(root)
-    archive = fetch(CUB_URL, directory / f"{CUB_FOLDER}.tgz", CUB_MD5, progress)
-    return unpack(archive, directory, progress)
+    archive = fetch(CUB_URL, directory / f"{CUB_FOLDER}.tgz", CUB_MD5)
+    return unpack(archive, directory)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -46,7 +47,7 @@ def fetch_cub(directory, progress=True):
 # ---------------------------------------------------------------------------------------------
 
 
-def fetch(url, path, md5, progress=True, *, attempts=4, pause=1.0, timeout=30.0):
+def fetch(url, path, md5, *, attempts=4, pause=1.0, timeout=30.0):
     """Download ``url`` to ``path`` and verify its MD5; returns ``path``.
 
     The bytes gather in ``path`` + ``.part``, which the next attempt or the next run continues. A
@@ -69,13 +70,7 @@ def fetch(url, path, md5, progress=True, *, attempts=4, pause=1.0, timeout=30.0)
     except OSError as error:
         raise UserError(f"cannot write to {path.parent}: {error.strerror}") from None
     try:
-        with tqdm(
-            desc=path.name,
-            unit="B",
-            unit_scale=True,
-            unit_divisor=1024,
-            disable=not progress or None,
-        ) as bar:
+        with tqdm(desc=path.name, **_BYTES) as bar:
             _download(url, part, bar, attempts, pause, timeout, by_hand=path)
     finally:
         if part.stat().st_size == 0:
@@ -184,7 +179,7 @@ def _append(response, part, start, bar):
 # ---------------------------------------------------------------------------------------------
 
 
-def unpack(archive, directory, progress=True):
+def unpack(archive, directory):
     """Unpack the archive's ``CUB_200_2011/`` and ``attributes.txt`` into ``directory``.
 
     Everything is unpacked into a temporary folder first; ``CUB_200_2011/`` appears under its name
@@ -200,7 +195,7 @@ def unpack(archive, directory, progress=True):
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=directory, prefix=".unpacking-") as aside:
-            _extract(archive, Path(aside), progress)
+            _extract(archive, Path(aside))
             _move_into_place(Path(aside), root, archive)
     except (tarfile.TarError, EOFError, zlib.error, KeyError) as error:
         raise UserError(
@@ -219,19 +214,12 @@ def _check_vacant(root):
         )
 
 
-def _extract(archive, aside, progress):
+def _extract(archive, aside):
     size = archive.stat().st_size
     safety = {"filter": "data"} if hasattr(tarfile, "data_filter") else {"set_attrs": False}
     with (
         open(archive, "rb") as file,
-        tqdm(
-            desc=f"unpacking {archive.name}",
-            total=size,
-            unit="B",
-            unit_scale=True,
-            unit_divisor=1024,
-            disable=not progress or None,
-        ) as bar,
+        tqdm(desc=f"unpacking {archive.name}", total=size, **_BYTES) as bar,
         tarfile.open(fileobj=file, mode="r:*") as tar,
     ):
         for member in tar:

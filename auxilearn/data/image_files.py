@@ -20,7 +20,7 @@ def in_rgb(image):
     return image.convert("RGB")
 
 
-def image_size(folder, path, where="", cure="put it back"):
+def image_size(folder, path, where="", *, cure):
     """The byte size of an image file, which must be there and not empty.
 
     Args: ``where`` and ``cure``: the beginning and the end of the ``UserError`` otherwise.
@@ -50,10 +50,10 @@ def hash_images(folder, paths, cure="put it back"):
     return digest.hexdigest()
 
 
-def check_images(folder, paths, cure="replace them", progress=True):
+def check_images(folder, paths, cure="replace them"):
     """Decode every image in full. Raises ``UserError`` naming those that cannot be read."""
     bad = []
-    for path in tqdm(paths, "decoding images", unit="image", disable=not progress or None):
+    for path in tqdm(paths, "decoding images", unit="image", disable=None):
         file = folder / path
         try:
             with Image.open(file, formats=IMAGE_FORMATS) as image:

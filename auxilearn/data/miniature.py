@@ -1,7 +1,7 @@
 """The embedded miniature: a small, drawn bird data set in the layout of CUB-200-2011.
 
-    python -m auxilearn.data.miniature miniature                       # 3,300 pictures, 72 px
-    python -m auxilearn.data.miniature --sheet docs/miniature.png      # a look at the species
+    python data_preprocess.py --generate mini                       # 3,300 pictures, 72 px
+    python -m auxilearn.data.miniature --sheet docs/miniature.png   # a look at the species
 
 It stands in for CUB where the real 1.1 GB are not at hand: the same files, the same kind of task,
 seconds to draw. Twenty invented species in five genera share thirteen traits, from bill shape to
@@ -28,9 +28,6 @@ import argparse
 import functools
 import json
 import math
-import os
-import shutil
-import tempfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +37,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from auxilearn.errors import UserError, run_script
+from auxilearn.files import new_folder
 
 # ---------------------------------------------------------------- what there is to draw
 
@@ -215,18 +213,18 @@ def _mix(one, other, share):
 
 
 @functools.cache
-def _spline(steps):
-    """Catmull-Rom weights of four neighbouring points along a segment, (steps, 4)."""
-    u = np.linspace(0, 1, steps, endpoint=False)
+def _spline():
+    """Catmull-Rom weights of four neighbouring points along a segment, (7, 4)."""
+    u = np.linspace(0, 1, 7, endpoint=False)
     weights = (-u + 2 * u**2 - u**3, 2 - 5 * u**2 + 3 * u**3, u + 4 * u**2 - 3 * u**3, u**3 - u**2)
     return np.stack(weights, axis=1) / 2
 
 
-def _curve(points, steps=7):
-    """The closed smooth curve through ``points``, (n, 2) -> (n * steps, 2)."""
+def _curve(points):
+    """The closed smooth curve through ``points``, (n, 2) -> (7 n, 2)."""
     ring = np.concatenate([points[-1:], points, points[:2]])
     neighbours = np.stack([ring[k : k + len(points)] for k in range(4)])  # (4, n, 2)
-    return np.einsum("sk,knd->nsd", _spline(steps), neighbours).reshape(-1, 2)
+    return np.einsum("sk,knd->nsd", _spline(), neighbours).reshape(-1, 2)
 
 
 def _fan(above, below, size):
@@ -560,44 +558,21 @@ def draw_miniature(
     classes=20,
     train_per_class=60,
     test_per_class=105,
-    progress=True,
 ):
     """Write the data set under ``root``, a folder that does not exist yet or is empty.
 
     The layout is that of CUB-200-2011 with ``attributes.txt`` inside, and ``attribute_roles.json``
-    beside it. The folder appears under its name only when it is complete.
+    beside it. Raises ``UserError`` as ``new_folder`` does.
     """
-    least = {"classes": 2, "train_per_class": 1, "test_per_class": 1, "image_size": 16, "seed": 0}
-    asked = (classes, train_per_class, test_per_class, image_size, seed)
-    for (name, bound), value in zip(least.items(), asked, strict=True):
-        if value < bound:
-            raise UserError(f"the miniature's {name} is {value}: expected at least {bound}")
-    if classes > len(SPECIES):
-        raise UserError(f"the miniature's classes is {classes}: it has {len(SPECIES)} species")
-    root = Path(root).resolve()
-    if root.exists() and (not root.is_dir() or any(root.iterdir())):
-        raise UserError(f"{root} exists and is not an empty folder: give another place to draw in")
-    try:
-        root.parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(prefix=f".{root.name}.", dir=root.parent))
-    except OSError as error:
-        raise UserError(f"cannot draw in {root}: {error.strerror}") from error
-    try:
-        _write(draft, seed, image_size, classes, train_per_class, test_per_class, progress)
-        draft.chmod(0o755)
-        os.replace(draft, root)
-    except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise
+    with new_folder(root) as draft:
+        _write(draft, seed, image_size, classes, train_per_class, test_per_class)
 
 
-def _write(root, seed, image_size, classes, train_per_class, test_per_class, progress):
+def _write(root, seed, image_size, classes, train_per_class, test_per_class):
     names = list(SPECIES)[:classes]
     tables = {key: [] for key in ("images", "image_class_labels", "train_test_split")}
     rows, image_id, each = [], 0, train_per_class + test_per_class
-    bar = tqdm(
-        total=classes * each, desc="drawing birds", unit="bird", disable=not progress or None
-    )
+    bar = tqdm(total=classes * each, desc="drawing birds", unit="bird", disable=None)
     for species, name in enumerate(names):
         folder = f"{species + 1:03d}.{name}"
         (root / "images" / folder).mkdir(parents=True)
@@ -631,11 +606,9 @@ def _write(root, seed, image_size, classes, train_per_class, test_per_class, pro
     (root / "attribute_roles.json").write_text(text, encoding="utf-8")
 
 
-def draw_sheet(path, *, seed=0, tile=156):
+def draw_sheet(path):
     """A contact sheet: one bird of every species with its name, a column per genus."""
-    if seed < 0:
-        raise UserError(f"the miniature's seed is {seed}: expected at least 0")
-    columns, rows, gap, line = 5, 4, 10, 22
+    columns, rows, gap, line, tile = 5, 4, 10, 22, 156
     size = (columns * (tile + gap) + gap, rows * (tile + line + gap) + gap)
     sheet = Image.new("RGB", size, (252, 250, 245))
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
@@ -644,7 +617,7 @@ def draw_sheet(path, *, seed=0, tile=156):
     for index, name in enumerate(SPECIES):
         column, row = divmod(index, rows)
         x, y = gap + column * (tile + gap), gap + row * (tile + line + gap)
-        pictures = (picture_of(index, number, seed=seed) for number in range(1, 1_000_000))
+        pictures = (picture_of(index, number) for number in range(1, 1_000_000))
         picture = next(p for p in pictures if _shows_well(index, p))
         sheet.paste(render(picture, tile), (x, y), corner.reduce(4))
         label = name.replace("_", " ")
@@ -672,22 +645,9 @@ def _shows_well(index, picture):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Draw the miniature, a small data set of birds.")
-    parser.add_argument("root", nargs="?", help="the folder to write, new or empty")
-    parser.add_argument("--sheet", help="write a contact sheet of the species to this PNG file")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--image_size", type=int, default=72)
-    parser.add_argument("--classes", type=int, default=20, help="at most 20")
-    parser.add_argument("--train_per_class", type=int, default=60)
-    parser.add_argument("--test_per_class", type=int, default=105)
-    options = vars(parser.parse_args(argv))
-    root, sheet = options.pop("root"), options.pop("sheet")
-    if root is None and sheet is None:
-        parser.error("give a folder to draw in, or --sheet FILE")
-    if sheet is not None:
-        draw_sheet(sheet, seed=options["seed"])
-    if root is not None:
-        draw_miniature(root, **options)
+    parser = argparse.ArgumentParser(description="Draw the species of the miniature.")
+    parser.add_argument("--sheet", required=True, metavar="FILE", help="PNG file to be written")
+    draw_sheet(parser.parse_args(argv).sheet)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from auxilearn.data.columns import is_columns, load_columns
+from auxilearn.data.columns import INFO_FILE, is_columns, load_columns
 from auxilearn.data.contract import Split, Task
 from auxilearn.data.cub import (
     OFFICIAL_SPLIT,
@@ -50,7 +50,6 @@ SET_FILES = {
     "test": "test_set.json",
 }
 SPLIT_FILES = (DICTIONARY_FILE, *SET_FILES.values())
-INFO_FILE = "split_info.json"
 
 
 # ---------------------------------------------------------------------------------------------
@@ -58,7 +57,7 @@ INFO_FILE = "split_info.json"
 # ---------------------------------------------------------------------------------------------
 
 
-def make_split(annotations, aux_shot=1, split_seed=5, dev_from="train"):
+def make_split(annotations, aux_shot, split_seed, dev_from):
     """Divide the images: {"full_train", "dev", "rest_train", "valid", "test": list of image ids}.
 
     ``full_train`` is the official training set in file order, ``dev`` the first ``aux_shot``
@@ -73,10 +72,6 @@ def make_split(annotations, aux_shot=1, split_seed=5, dev_from="train"):
     Raises ``UserError`` for a class with fewer than ``aux_shot + 1`` training images (or fewer than
     ``aux_shot`` in ``valid``), and for fewer than two official test images.
     """
-    if aux_shot < 1:
-        raise UserError(f"aux_shot is {aux_shot}; expected 1 or more development images per class")
-    if split_seed < 0:
-        raise UserError(f"split_seed is {split_seed}; expected 0 or more")
     if dev_from == "train":
         why = f"--aux_shot {aux_shot} needs {aux_shot + 1}: those for the development set and one"
         check_training_images(annotations, aux_shot + 1, f"{why} more")

@@ -7,7 +7,6 @@ took is not known here.
 import os
 import pickle
 import sys
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,7 @@ from auxilearn.data.columns import Columns, target_first
 from auxilearn.data.contract import Task
 from auxilearn.data.sets import divide
 from auxilearn.errors import UserError
-from auxilearn.files import bytes_or_none, hash_file
+from auxilearn.files import bytes_or_none, hash_file, new_folder
 
 SPECIES = ("cat", "dog")
 
@@ -189,10 +188,7 @@ def _class_numbers(path, task, images, folder):
 
 
 def _as_png(folder, sources, images):
-    """Write ``images`` of the files ``sources`` to ``folder``, unless they are there. Their paths.
-
-    The folder is made aside and renamed: it is there complete or not at all.
-    """
+    """Write ``images`` of ``sources`` (files) to ``folder`` unless they are there. Their paths."""
     paths = [
         f"{source.name}/{number:05d}.png"
         for source, of_source in zip(sources, images, strict=True)
@@ -203,15 +199,13 @@ def _as_png(folder, sources, images):
         return paths
     if folder.exists():
         raise UserError(f"{folder} holds the images of other files: remove it")
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as aside:
-        draft = Path(aside) / folder.name
+    with new_folder(folder) as draft:
         for source in sources:
-            (draft / source.name).mkdir(parents=True)
+            (draft / source.name).mkdir()
         written = tqdm(np.concatenate(images), "writing images", unit="image", disable=None)
         for path, image in zip(paths, written, strict=True):
             Image.fromarray(image).save(draft / path)
         (draft / "source.txt").write_bytes(record)
-        os.rename(draft, folder)
     return paths
 
 

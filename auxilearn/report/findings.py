@@ -259,7 +259,7 @@ def find(run, evaluation=None, missing=(), rank_by="auto"):
     samples = _samples(run, evaluation)
     numbers = evaluation.tasks[0].classes is None
     labels, ranking = rank_labels(samples, evaluation.valid, rank_by, numbers)
-    if run.corrupted_rate:
+    if run.config.effective_corrupted_rate:
         labels["wrong"] = labels.given_label != labels.label
     tasks = _tasks(run, evaluation) if run.method.bilevel else None
     return Findings(run, evaluation, tasks, samples, labels, ranking, list(missing))

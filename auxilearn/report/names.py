@@ -18,6 +18,6 @@ def worded(task, label):
     return f"{label:.{max(0, 2 - math.floor(math.log10(task.std)))}f}"
 
 
-def shortened(text, length=30):
+def shortened(text, length):
     """``text``, or as much of it as ``length`` holds, with an ellipsis."""
     return text if len(text) <= length else text[: length - 1].rstrip() + "\u2026"

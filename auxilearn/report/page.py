@@ -25,7 +25,7 @@ FEATURES = 5  # of a sample that is a row, the first ones
 HEIGHT = 96  # pixels of a thumbnail
 
 
-def build_page(findings, charts, wanted=()):
+def build_page(findings, charts, wanted):
     """The page, a string.
 
     Args: ``charts`` as ``draw_charts`` returns them; ``wanted`` numbers of tasks that get a contact
@@ -184,16 +184,16 @@ def _label_rows(findings, thumbnails):
     ]
 
 
-def extremes(weights, count=SHOWN):
-    """Places of the ``count`` highest and of the ``count`` lowest of ``weights`` (n,), the most
-    extreme first; NaN is left out, and no place is in both."""
+def extremes(weights):
+    """Places of the highest and of the lowest ``weights`` (n,), ``SHOWN`` each, the most extreme
+    first; NaN is left out, and no place is in both."""
     places = np.flatnonzero(~np.isnan(weights))
     order = places[np.argsort(-weights[places], kind="stable")]
-    count = min(count, len(order) // 2)
+    count = min(SHOWN, len(order) // 2)
     return order[:count], order[len(order) - count :][::-1]
 
 
-def _sheets(findings, thumbnails, wanted=()):
+def _sheets(findings, thumbnails, wanted):
     """Contact sheets of the target, of the tasks ``wanted`` (numbers), then of the tasks of highest
     and lowest mean weight in turn, until the page's budget is used up."""
     if findings.tasks is None:

@@ -1,6 +1,5 @@
 """Reading a training run back: its settings, its rows, and its checkpoint on its training data."""
 
-import os
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from auxilearn.backbones import load_file, load_matching
 from auxilearn.data.cache import open_images
 from auxilearn.data.contract import Split, Task
 from auxilearn.data.dataset import SampleSet, in_order
@@ -16,7 +16,6 @@ from auxilearn.errors import UserError
 from auxilearn.files import read_json, read_rows
 from auxilearn.methods import METHODS, Method
 from auxilearn.metrics import metric_of
-from auxilearn.models import load_file, load_matching
 from auxilearn.run.build import (
     TRAINING,
     build_model,
@@ -74,10 +73,6 @@ class Run:
     def metric(self):
         """The metric of the target task, without its scale: its name, and what is better."""
         return metric_of(Task("target", self.data["classes"]))
-
-    @property
-    def corrupted_rate(self):
-        return self.config.effective_corrupted_rate
 
     @property
     def training_steps(self):
@@ -212,9 +207,6 @@ def evaluate_run(run, *, split_dir=None, data_root=None, device=None, num_worker
     if not checkpoint.exists():
         raise UserError(f"{checkpoint} is missing: no epoch of the run was completed so far")
     workers = config.num_workers if num_workers is None else num_workers
-    if workers < 0:
-        raise UserError(f"--num_workers must be at least 0, not {workers}")
-    workers = min(workers, os.cpu_count() or 1)
     split = _split_of(run, split_dir, data_root)
     config = replace(config, device=str(choose_device(device)))
     if split_dir is not None and config.cache_dir != "none":

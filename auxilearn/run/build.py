@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from auxilearn.backbones import build_backbone
 from auxilearn.bilevel import Bilevel
 from auxilearn.data.cache import open_images
 from auxilearn.data.contract import Split, Task
@@ -26,7 +27,7 @@ from auxilearn.errors import UserError
 from auxilearn.implicit_diff import identity, neumann, preconditioned
 from auxilearn.methods import LOWER, METHODS, Method, Problem, load_plugin
 from auxilearn.metrics import metric_of
-from auxilearn.models import TaskModel, build_backbone
+from auxilearn.models import TaskModel
 from auxilearn.optim import adam_scale, upper_adam
 from auxilearn.randomness import derived_seed
 from auxilearn.run.config import Config, fine_tunes, training_set_name

@@ -4,7 +4,7 @@ import argparse
 import textwrap
 
 from auxilearn.errors import Parser, UserError
-from auxilearn.methods import METHODS, load_plugin
+from auxilearn.methods import METHODS, Option, load_plugin
 from auxilearn.run.config import FIELDS, GROUPS, KINDS, Config, choices_of, default_of, defaults
 
 # Settings of the released script that have no flag there, or another default for some methods.
@@ -44,11 +44,7 @@ def parse(argv=None, description=None):
 
 def given_settings(argv=None, description=None):
     """{setting: value} of what a command line says, presets included; the rest is left out."""
-    first = Parser(add_help=False)
-    first.add_argument("--plugin")
-    plugin = first.parse_known_args(argv)[0].plugin
-    if plugin:
-        load_plugin(plugin)  # its methods are choices of --method
+    load_given_plugin(argv)
     given = vars(_parser(description).parse_args(argv))
     preset = given.pop("preset", None)
     if preset == "released":
@@ -62,6 +58,17 @@ def given_settings(argv=None, description=None):
     if words:
         given["options"] = parse_options(method, words)
     return given
+
+
+def load_given_plugin(argv):
+    """Load the file of --plugin, if a command line has one: its methods are choices of other flags.
+
+    Returns (path, hash of its content), or None.
+    """
+    parser = Parser(add_help=False)
+    parser.add_argument("--plugin")
+    plugin = parser.parse_known_args(argv)[0].plugin
+    return (plugin, load_plugin(plugin)) if plugin else None
 
 
 def parse_options(method, words):
@@ -154,11 +161,10 @@ def _indented(start, text):
 
 def _switch(text):
     """0/1/true/false as the command line's booleans."""
-    known = {"1": True, "true": True, "0": False, "false": False}
     try:
-        return known[text.lower()]
-    except KeyError:
-        raise argparse.ArgumentTypeError(f"expected 0, 1, true or false, not {text!r}") from None
+        return Option(False).parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _as_text(value):

@@ -576,11 +576,10 @@ def slow_device(config):
         return None
     if glob.glob("/dev/nvidia[0-9]*") and not torch.cuda.is_available():
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        return (
-            "training on the CPU, though this machine has a GPU: "
-            + (f"CUDA_VISIBLE_DEVICES={visible} hides it" if visible is not None else "")
-            + ("" if visible is not None else "this PyTorch cannot use it")
-        )
+        reason = "this PyTorch cannot use it"
+        if visible is not None:
+            reason = f"CUDA_VISIBLE_DEVICES={visible} hides it"
+        return f"training on the CPU, though this machine has a GPU: {reason}"
     if find_backbone(config.backbone).pretrained and config.image_size >= 224:
         return (
             f"training {config.backbone} at {config.image_size} pixels on the CPU, which takes "

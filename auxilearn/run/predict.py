@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from auxilearn.backbones import load_file, load_matching
 from auxilearn.data import table
 from auxilearn.data.columns import rows_of
 from auxilearn.data.contract import Split, Task
@@ -19,7 +20,6 @@ from auxilearn.data.dataset import in_order, sample_set
 from auxilearn.data.folder import images_below, warn_of
 from auxilearn.errors import UserError
 from auxilearn.files import write_aside
-from auxilearn.models import load_file, load_matching
 from auxilearn.run.build import build_model, open_inputs, stream
 from auxilearn.run.config import choose_device, from_record
 from auxilearn.run.record import BEST_FILE

@@ -17,13 +17,9 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from auxilearn.errors import Interrupted, RunError, UserError
+from auxilearn.errors import Interrupted, RunError, UserError, disk_errors
 
 TIMEOUT = timedelta(minutes=10)  # for a rank that is silent; one that ends is noticed at once
-
-
-class RankError(RunError):
-    """Another process of the run has ended or fallen silent."""
 
 
 class Ranks:
@@ -137,7 +133,7 @@ def _rank_errors():
         yield
     except RuntimeError as error:
         first_line = str(error).strip().split("\n")[0]
-        raise RankError(
+        raise RunError(
             f"another process of this run has ended or does not answer ({first_line})"
         ) from None
 
@@ -179,17 +175,10 @@ class StopRequest:
         return Interrupted(message, EXIT_CODES.get(self.signal, 143))
 
 
-@contextmanager
 def machine_faults(config):
-    """A full or failing disk, in one line."""
-    try:
-        yield
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        place = error.filename or f"the run's folder in {config.record_dir}"
-        reason = error.strerror or str(error).strip().split("\n")[0]
-        raise RunError(
-            f"{place}: {reason}; what was recorded is kept: continue with --exp_name "
-            f"{config.exp_name or 'NAME'} --resume 1"
-        ) from None
+    """``disk_errors`` of a run."""
+    name = config.exp_name or "NAME"
+    return disk_errors(
+        f"the run's folder in {config.record_dir}",
+        f"what was recorded is kept: continue with --exp_name {name} --resume 1",
+    )

@@ -136,8 +136,6 @@ class State:
         self.progress.window.restore(state["window"][run.ranks.rank])
         if self.history:
             self.history.restore(state["history"], run.device)
-        if state.get("margins") is None:  # of an earlier version, or of a real number
-            self.margins = None
         if self.margins:
             self.margins.restore(state["margins"][run.ranks.rank])
         self._start -= state["seconds"]

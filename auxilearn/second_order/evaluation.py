@@ -241,7 +241,7 @@ def _load_forward_mode():
 
 
 @contextlib.contextmanager
-def differentiable_operators(recurrent=False):
+def differentiable_operators(recurrent):
     """Operators with second and forward-mode derivatives, in place of fused ones.
 
     ``recurrent``: of recurrent layers too; cuDNN is off, since its ones have no second derivative.

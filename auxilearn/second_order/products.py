@@ -27,7 +27,6 @@ from auxilearn.randomness import generator_states, put_back, random_state_kept
 from auxilearn.second_order.batch_norm import fast_batch_norm
 from auxilearn.second_order.convolution import FastConvolution
 from auxilearn.second_order.double_backward import (
-    double_backward_operators,
     gradients,
     gradients_or_none,
     zeros_for_none,
@@ -126,33 +125,29 @@ class Derivatives(ModelFunction):
             del values
         return [t / len(batches) for t in total]
 
-    def training_loss(self, outputs):
-        """f of one batch's ``TaskLosses``, with its graph."""
-        return scheduled_loss(self.scheduler, outputs, self.aux_weight)
-
 
 class FastOperators:
     """H u by double backward in closed form, mixed p by one forward-mode pass."""
 
-    def __init__(self, problem):
-        self.problem = problem
+    def __init__(self, derivatives):
+        self.derivatives = derivatives
         self._kept = None  # the product with H, where there is one batch for all products
 
     def hvp(self, u):
         """H u, a list shaped like theta."""
-        problem = self.problem
+        derivatives = self.derivatives
 
         def product(batch):
             hvp = self._kept or self._second_order(batch)
-            if len(problem.train_batches) == 1:
+            if len(derivatives.train_batches) == 1:
                 self._kept = hvp
             return hvp(u)
 
-        return problem.training_mean(product)
+        return derivatives.training_mean(product)
 
     def _second_order(self, batch):
         """The product with one batch's H; it holds the graph of the gradient."""
-        states = generator_states(self.problem.theta)
+        states = generator_states(self.derivatives.theta)
         closed_forms = fast_batch_norm() | {F.conv2d: FastConvolution()}
         try:
             return self._by_operators(batch, TWICE_DIFFERENTIABLE | closed_forms)
@@ -161,60 +156,39 @@ class FastOperators:
             return self._by_operators(batch, TWICE_DIFFERENTIABLE)
 
     def _by_operators(self, batch, table):
-        problem, convolution = self.problem, table.get(F.conv2d)
+        derivatives, convolution = self.derivatives, table.get(F.conv2d)
         with (
             second_derivatives("H u"),
-            problem.evaluated(batch, table) as outputs,
-            frozen(problem.phi),
+            derivatives.evaluated(batch, table) as outputs,
+            frozen(derivatives.phi),
         ):
-            loss = problem.training_loss(outputs)
+            loss = scheduled_loss(derivatives.scheduler, outputs, derivatives.aux_weight)
             refuse_once_differentiable(loss, "H u")
             if convolution:
                 convolution.leaf_gradients = False  # of g, its derivatives are what counts
-            g = gradients(loss, problem.theta, create_graph=True)
+            g = gradients(loss, derivatives.theta, create_graph=True)
 
         def product(u):
             with second_derivatives("H u"), Operators(table):
-                return gradients(g, problem.theta, u, retain_graph=True)
+                return gradients(g, derivatives.theta, u, retain_graph=True)
 
         return product
 
     def mixed(self, p):
         """d/dphi <df/dtheta, p>, a list shaped like phi."""
-        problem, self._kept = self.problem, None
+        derivatives, self._kept = self.derivatives, None
 
         def product(batch):
-            outputs, derivative = problem.directional_derivative(p, batch)
-            check_outputs(outputs, problem.scheduler)
+            outputs, derivative = derivatives.directional_derivative(p, batch)
+            check_outputs(outputs, derivatives.scheduler)
             if outputs.mask is not None:  # 0 dS/dL there, but D may be NaN
                 derivative = derivative.masked_fill(~outputs.mask, 0.0)
-            scale = (problem.aux_weight, problem.scheduler.main_task)
+            scale = (derivatives.aux_weight, derivatives.scheduler.main_task)
             losses = times_aux_weight(outputs.losses, *scale).requires_grad_()
-            loss = loss_of_schedule(problem.scheduler, losses, outputs)
+            loss = loss_of_schedule(derivatives.scheduler, losses, outputs)
             (slope,) = gradients(loss, [losses], create_graph=True)  # dS/d(aL) (phi), (B, K)
-            return gradients(torch.sum(slope * times_aux_weight(derivative, *scale)), problem.phi)
+            return gradients(
+                torch.sum(slope * times_aux_weight(derivative, *scale)), derivatives.phi
+            )
 
-        return problem.training_mean(product)
-
-
-class DoubleBackwardOperators:
-    """The same two operators by PyTorch's double backward, rebuilding the graph each time."""
-
-    def __init__(self, problem):
-        self.problem = problem
-
-    def _product(self, vector, which):
-        problem = self.problem
-
-        def product(batch):
-            with problem.evaluated(batch) as outputs:
-                g = gradients(problem.training_loss(outputs), problem.theta, create_graph=True)
-                return double_backward_operators(g, problem.theta, problem.phi)[which](vector)
-
-        return problem.training_mean(product)
-
-    def hvp(self, u):
-        return self._product(u, 0)
-
-    def mixed(self, p):
-        return self._product(p, 1)
+        return derivatives.training_mean(product)

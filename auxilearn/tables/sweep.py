@@ -5,7 +5,6 @@ sweep has no other state: after any interruption, the same command finds the fin
 continues with the rest.
 """
 
-import contextlib
 import csv
 import dataclasses
 import hashlib
@@ -22,7 +21,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from auxilearn.backbones import backbone_names
-from auxilearn.errors import Parser, RunError, UserError
+from auxilearn.errors import Parser, UserError
 from auxilearn.files import is_locked, read_json
 from auxilearn.methods import METHODS
 from auxilearn.metrics import ACCURACY
@@ -320,7 +319,7 @@ def recorded_runs(folder, fingerprint, metric=ACCURACY, processor=None):
     return found
 
 
-def unfinished(jobs, fingerprint, recorded=NO_RUNS):
+def unfinished(jobs, fingerprint, recorded):
     """(Those of ``jobs`` that are to be run, each once; a line that counts all by their state)."""
     jobs = list({job.name: job for job in jobs}.values())
     states = [state_of(job, fingerprint)[0] for job in jobs]
@@ -377,15 +376,3 @@ def _reason(job, outcome, logged):
     errors = [line for line in text.splitlines() if line.startswith("error: ")]
     said = f": {errors[-1].removeprefix('error: ')}" if errors else f", see {job.log}"
     return f"{outcome}{said}"
-
-
-@contextlib.contextmanager
-def disk_errors():
-    """A full or failing disk, in one line."""
-    try:
-        yield
-    except OSError as error:
-        place = f"{error.filename}: " if error.filename else ""
-        raise RunError(
-            f"{place}{error.strerror or error}; finished runs are kept, the same command goes on"
-        ) from None
