@@ -322,6 +322,11 @@ def main(argv=None):
         need_packages()
         paper = args.paper or RESULTS / "paper_numbers.csv"
         figures = read_paper(paper) if args.paper or paper.exists() else {}
+    if args.collect_only and not places.split_dir.exists():
+        raise UserError(
+            f"{places.split_dir}: is missing, so nothing of this sweep has been run here; run the "
+            "command without --collect_only"
+        )
     args.out_dir.mkdir(parents=True, exist_ok=True)
     failed, home = [], places.runs.parent
     with (

@@ -687,6 +687,14 @@ def test_every_command_of_a_dry_run_runs(places, tmp_path, command):
     assert out.splitlines()[0] == "2 runs: 2 done"
 
 
+def test_nothing_to_collect(tmp_path, command):
+    wanted = ["--dataset", "digits", "--sweep_dir", tmp_path / "new", "--out_dir", tmp_path / "out"]
+    code, _, err = command(reproduce_tables.main, "table2", *map(str, wanted), "--collect_only")
+    assert code == 2
+    assert_one_error_line(err, "is missing, so nothing of this sweep has been run here")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_a_table_says_of_its_runs(places, tmp_path, command):
     wanted = ["table2", *places, "--seeds", "1", "2", "--methods", "single", "common"]
     code, out, _ = command(reproduce_tables.main, *wanted, "--collect_only")
