@@ -171,7 +171,10 @@ def main():
 
 
 def print_shares(args, wanted):
-    """Means over the seeds, from schedule.jsonl and metrics.jsonl of the runs."""
+    """Means over the seeds, from schedule.jsonl and metrics.jsonl of the runs.
+
+    Methods whose runs are too short for an upper step are left out.
+    """
     methods = [name for name in args.methods if rows()[name].kind in (SCHEDULE, ABLATION)]
     moments = ["first", "1/4", "1/2", "3/4", "last"]
     head = ["epochs", "rate", "setting", "target's share of", *moments, "upper step, ms"]
@@ -179,9 +182,11 @@ def print_shares(args, wanted):
     for (cell, row, _), runs in wanted.items():
         if row not in methods:
             continue
+        took = [seconds for run in runs for seconds in upper_seconds(run.job.directory)]
+        if not took:
+            continue
         shares = [shares_of(run.job.directory) for run in runs]
         means = [f"{statistics.fmean(of_moment):.2f}" for of_moment in zip(*shares, strict=True)]
-        took = [seconds for run in runs for seconds in upper_seconds(run.job.directory)]
         words = [cell.epochs, f"{cell.rate:.2g}", cell.setting, row, *means]
         print(f"| {' | '.join(map(str, words))} | {1000 * statistics.median(took):.0f} |")
 

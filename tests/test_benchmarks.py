@@ -371,6 +371,21 @@ def test_regret_of_a_data_set(tiny_split, tmp_path, monkeypatch, capfd):
     assert lines[8].startswith("| 1 | 1 | supervised | joint | ") and len(lines) == 9
 
 
+def test_regret_of_runs_without_an_upper_step(tiny_split, tmp_path, monkeypatch, capfd):
+    """They have a regret, and no share to follow."""
+    flags = f"--split_dir {tiny_split} --sweep_dir {tmp_path} --epochs 1 --rates 1 --seeds 1"
+    flags += " --aux_weights 0.1 --settings supervised --methods joint --jobs 2"
+    run_flags = tiny_flags(max_steps=1, hyperstep=5)
+    del run_flags[run_flags.index("--epochs") : run_flags.index("--epochs") + 2]
+    argv = ["regret.py", *flags.split(), f"--run_flags={' '.join(run_flags)}"]
+    monkeypatch.setattr("sys.argv", argv)
+    regret.main()
+    lines = capfd.readouterr().out.splitlines()
+    assert lines[4].startswith("joint: regret ")
+    assert lines[6].startswith("| epochs | rate | setting | target's share of |")
+    assert len(lines) == 8  # no row
+
+
 def test_the_target_s_share_over_a_run(tmp_path):
     """Of eight upper steps: the first, third, fifth, seventh and last."""
     history = [{"kind": "tasks", "names": ["target", "other"]}]
