@@ -5,9 +5,13 @@
 
 For every budget (--epochs, --rates times the data's usual learning rate) and setting, equal weights
 are trained with every factor in --aux_weights, with and without the development set (common_dev,
-common). The best of them by mean validation over the seeds is what tuning by hand finds. The regret
-of a method is its mean test accuracy below that one's (of a real-valued target: its RMSE above).
-Finished runs in --sweep_dir are not run again.
+common). What tuning by hand finds is the best of them by mean validation. The regret of a method is
+its test accuracy below that one's (of a real-valued target: its RMSE above).
+
+Many of these weightings are about equally good. Where they are chosen and tested on the same seeds,
+the luckiest wins, which makes the regret too large. So for every seed the best on the other seeds
+is chosen. The table has the mean of these regrets with its standard error, and beside it the regret
+of choosing on the same seeds. Finished runs in --sweep_dir are not run again.
 
 A second table follows the target's share of all weight through the runs of every schedule, and
 gives the median time of an upper step.
@@ -68,7 +72,15 @@ def parse_arguments():
     add("--run_flags", default="", metavar="FLAGS", help="for every run, as of reproduce_tables.py")
     add("--sweep_dir", type=Path, default=Path("regret"), metavar="DIR")
     add("--jobs", type=int, default=local.usable_cores(), metavar="N")
-    return parser.parse_args()
+    return with_enough_seeds(parser)
+
+
+def with_enough_seeds(parser):
+    """The arguments, whose ``--seeds`` leave others to choose on for each."""
+    args = parser.parse_args()
+    if len(set(args.seeds)) < max(2, len(args.seeds)):
+        parser.error("--seeds: give two seeds or more, all different: the others choose for each")
+    return args
 
 
 def variants(args):
@@ -102,20 +114,53 @@ def runs_of(args, split, main_lr):
     return found
 
 
-def regrets(args, cell, results, metric):
-    """A line of the table: the best equal weights, then (value, regret) of every method.
+class Regret(NamedTuple):
+    """Of a method, in a cell."""
 
-    ``results``: {(cell, row, aux_weight): ``Result`` per seed}.
+    value: float  # mean of the method over the seeds, by test
+    by_seed: list[float]  # against the equal weights that are best on the other seeds
+    same_seeds: float  # against those that are best on the same seeds
+
+
+def best_of(results, candidates, metric, by="valid", seeds=None):
+    """The candidate that is best in the mean over ``seeds`` (places in the lists; default: all).
+
+    ``results``: {candidate: ``Result`` per seed}.
+    """
+
+    def mean(candidate):
+        found = results[candidate]
+        chosen = found if seeds is None else [found[seed] for seed in seeds]
+        return statistics.fmean(getattr(result, f"{by}_accuracy") for result in chosen)
+
+    return max(candidates, key=lambda candidate: metric.sign * mean(candidate))
+
+
+def of_choices(results, candidates, metric, by="valid"):
+    """By test, for every seed, the candidate that is best on the other seeds."""
+    seeds = range(len(results[candidates[0]]))
+    chosen = [
+        best_of(results, candidates, metric, by, [s for s in seeds if s != seed]) for seed in seeds
+    ]
+    return [results[candidate][seed].test_accuracy for seed, candidate in enumerate(chosen)]
+
+
+def regrets(args, results, metric):
+    """A line of the table: the best equal weights, their mean by test, a ``Regret`` per method.
+
+    ``results``: {(row, aux_weight): ``Result`` per seed} of a cell.
     """
     tuned, untuned = variants(args)
-
-    def mean(variant, of):
-        return statistics.fmean(getattr(r, f"{of}_accuracy") for r in results[(cell, *variant)])
-
-    best = max(tuned, key=lambda variant: metric.sign * mean(variant, "valid"))
-    reached = mean(best, "test")
-    values = [mean(variant, "test") for variant in untuned]
-    return best, reached, [(value, metric.sign * (reached - value)) for value in values]
+    best = best_of(results, tuned, metric)
+    reached = statistics.fmean(result.test_accuracy for result in results[best])
+    by_hand = of_choices(results, tuned, metric)
+    found = []
+    for variant in untuned:
+        values = [result.test_accuracy for result in results[variant]]
+        value = statistics.fmean(values)
+        differences = [metric.sign * (a - b) for a, b in zip(by_hand, values, strict=True)]
+        found.append(Regret(value, differences, metric.sign * (reached - value)))
+    return best, reached, found
 
 
 def finished(args, split, metric, wanted):
@@ -150,22 +195,31 @@ def main():
     wanted = runs_of(args, split, resolve(Config(**settings), split).main_lr)
     results = finished(args, split, metric, wanted)
     head = ["epochs", "rate", "setting", "best equal weights", metric.words]
-    head += [word for method in args.methods for word in (method, f"regret of {method}")]
+    for method in args.methods:
+        head += [method, f"regret of {method}", "same seeds"]
     print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}")
     every = []
     for cell in dict.fromkeys(key[0] for key in wanted):
-        (row, weight), reached, found = regrets(args, cell, results, metric)
-        shown = [shown_as(metric, number) for pair in found for number in pair]
+        of_cell = {key[1:]: found for key, found in results.items() if key[0] == cell}
+        (row, weight), reached, found = regrets(args, of_cell, metric)
         words = [cell.epochs, f"{cell.rate:.2g}", cell.setting, f"{row}, {weight:g}"]
-        print(
-            f"| {' | '.join(map(str, [*words, shown_as(metric, reached), *shown]))} |", flush=True
-        )
-        every.append([regret for _, regret in found])
+        words.append(shown_as(metric, reached))
+        for regret in found:
+            words += [shown_as(metric, regret.value), with_error(metric, regret.by_seed)]
+            words.append(shown_as(metric, regret.same_seeds))
+        print(f"| {' | '.join(map(str, words))} |", flush=True)
+        every.append(found)
     for method, of_method in zip(args.methods, zip(*every, strict=True), strict=True):
+        # The cells share their seeds: a seed's mean over the cells is one observation.
+        by_seed = map(statistics.fmean, zip(*(r.by_seed for r in of_method), strict=True))
+        worst = max(statistics.fmean(r.by_seed) for r in of_method)
+        same = statistics.fmean(r.same_seeds for r in of_method)
         print(
-            f"\n{method}: regret {shown_as(metric, statistics.fmean(of_method))} in the mean over "
-            f"{len(of_method)} cells, {shown_as(metric, max(of_method))} at most, n = "
-            f"{len(args.seeds)} seeds a cell."
+            f"\n{method}: regret {with_error(metric, list(by_seed))} in the mean over "
+            f"{len(of_method)} cells, {shown_as(metric, worst)} at most; chosen on the same seeds "
+            f"{shown_as(metric, same)} and "
+            f"{shown_as(metric, max(r.same_seeds for r in of_method))}. n = {len(args.seeds)} "
+            "seeds a cell; ± is the standard error over them."
         )
     print_shares(args, wanted)
 
@@ -201,6 +255,12 @@ def shares_of(directory):
 
 def upper_seconds(directory):
     return [r["upper_seconds"] for r in read_rows(directory / METRICS_FILE) if r["kind"] == "upper"]
+
+
+def with_error(metric, values):
+    """The mean and its standard error."""
+    error = statistics.stdev(values) / len(values) ** 0.5
+    return f"{shown_as(metric, statistics.fmean(values))} ± {shown_as(metric, error)}"
 
 
 def shown_as(metric, value):

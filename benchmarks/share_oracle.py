@@ -6,7 +6,8 @@
 Every pair of --shares is trained: the target has the first of them of all weight in the first half
 of the lower steps, the second in the other half. All auxiliary tasks and all samples count alike;
 all else is as of joint_stable. Mean test accuracies over the seeds of the best pair by test (the
-oracle), the best constant share by test, the pair that validation chooses, and joint_stable.
+oracle), the best constant share by test, the pair that validation chooses, and joint_stable. For
+every seed the choice is made on the other seeds, so that luck does not count as knowledge.
 """
 
 import itertools
@@ -40,7 +41,7 @@ def parse_arguments():
     add("--run_flags", default="", metavar="FLAGS", help="for every run, as of reproduce_tables.py")
     add("--sweep_dir", type=Path, default=Path("oracle"), metavar="DIR")
     add("--jobs", type=int, default=local.usable_cores(), metavar="N")
-    return parser.parse_args()
+    return regret.with_enough_seeds(parser)
 
 
 def runs_of(args, split):
@@ -67,20 +68,20 @@ def runs_of(args, split):
     return found
 
 
-def best_of(results, metric):
-    """[(pair or None, its mean test accuracy)]: the best pair by test, the best constant share by
-    test, the best pair by validation, joint_stable. ``results``: {pair or None: ``Result``s}."""
-
-    def mean(pair, of="test"):
-        return statistics.fmean(getattr(r, f"{of}_accuracy") for r in results[pair])
-
-    def best(pairs, of="test"):
-        return max(pairs, key=lambda pair: metric.sign * mean(pair, of))
-
+def compared(results, metric):
+    """[(pair or None, accuracy)]: the oracle, the best constant share, validation's choice,
+    joint_stable. The pair is the choice on all seeds. ``results``: {pair or None: ``Result``s}.
+    """
     pairs = [pair for pair in results if pair]
     constant = [(first, second) for first, second in pairs if first == second]
-    chosen = [best(pairs), best(constant), best(pairs, "valid"), None]
-    return [(pair, mean(pair)) for pair in chosen]
+    found = [
+        (
+            regret.best_of(results, candidates, metric, by),
+            statistics.fmean(regret.of_choices(results, candidates, metric, by)),
+        )
+        for candidates, by in ((pairs, "test"), (constant, "test"), (pairs, "valid"))
+    ]
+    return [*found, (None, statistics.fmean(r.test_accuracy for r in results[None]))]
 
 
 def main():
@@ -95,10 +96,13 @@ def main():
         of_cell = {key[2]: found for key, found in results.items() if key[:2] == (epochs, setting)}
         words = [
             regret.shown_as(metric, value) + (f" ({pair[0]:g}, {pair[1]:g})" if pair else "")
-            for pair, value in best_of(of_cell, metric)
+            for pair, value in compared(of_cell, metric)
         ]
         print(f"| {' | '.join([str(epochs), setting, *words])} |", flush=True)
-    print(f"\nMeans of n = {len(args.seeds)} seeds; in brackets the shares of the two halves.")
+    print(
+        f"\nMeans of n = {len(args.seeds)} seeds, each with the choice of the others; in brackets "
+        "the shares of the two halves that are best on all of them."
+    )
 
 
 if __name__ == "__main__":
