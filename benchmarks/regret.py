@@ -196,7 +196,7 @@ def main():
     results = finished(args, split, metric, wanted)
     head = ["epochs", "rate", "setting", "best equal weights", metric.words]
     for method in args.methods:
-        head += [method, f"regret of {method}", "same seeds"]
+        head += [method, f"regret of {method}", f"{method}, same seeds"]
     print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}")
     every = []
     for cell in dict.fromkeys(key[0] for key in wanted):

@@ -388,7 +388,7 @@ def test_regret_of_a_data_set(tiny_split, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr("sys.argv", argv)
     regret.main()
     lines = capfd.readouterr().out.splitlines()
-    assert lines[0].split(" | ")[-3:] == ["joint", "regret of joint", "same seeds |"]
+    assert lines[0].split(" | ")[-3:] == ["joint", "regret of joint", "joint, same seeds |"]
     cells = lines[2].strip("| ").split(" | ")
     assert cells[:3] == ["1", "1", "supervised"]
     assert re.fullmatch(r"-?\d+\.\d ± \d+\.\d", cells[6])
