@@ -209,18 +209,17 @@ def main():
             words.append(shown_as(metric, regret.same_seeds))
         print(f"| {' | '.join(map(str, words))} |", flush=True)
         every.append(found)
+    head = ["method", "cells", "mean regret", "largest", "mean, same seeds", "largest, same seeds"]
+    print(f"\n| {' | '.join(head)} |\n|{'---|' * len(head)}")
     for method, of_method in zip(args.methods, zip(*every, strict=True), strict=True):
         # The cells share their seeds: a seed's mean over the cells is one observation.
         by_seed = map(statistics.fmean, zip(*(r.by_seed for r in of_method), strict=True))
         worst = max(statistics.fmean(r.by_seed) for r in of_method)
-        same = statistics.fmean(r.same_seeds for r in of_method)
-        print(
-            f"\n{method}: regret {with_error(metric, list(by_seed))} in the mean over "
-            f"{len(of_method)} cells, {shown_as(metric, worst)} at most; chosen on the same seeds "
-            f"{shown_as(metric, same)} and "
-            f"{shown_as(metric, max(r.same_seeds for r in of_method))}. n = {len(args.seeds)} "
-            "seeds a cell; ± is the standard error over them."
-        )
+        same = [r.same_seeds for r in of_method]
+        words = [method, len(of_method), with_error(metric, list(by_seed))]
+        words += [shown_as(metric, x) for x in (worst, statistics.fmean(same), max(same))]
+        print(f"| {' | '.join(map(str, words))} |")
+    print(f"\nn = {len(args.seeds)} seeds a cell; ± is the standard error over them.")
     print_shares(args, wanted)
 
 

@@ -393,8 +393,9 @@ def test_regret_of_a_data_set(tiny_split, tmp_path, monkeypatch, capfd):
     assert cells[:3] == ["1", "1", "supervised"]
     assert re.fullmatch(r"-?\d+\.\d ± \d+\.\d", cells[6])
     assert float(cells[7]) == pytest.approx(float(cells[4]) - float(cells[5]), abs=0.11)
-    assert lines[4].startswith("joint: regret ")
-    assert lines[8].startswith("| 1 | 1 | supervised | joint | ") and len(lines) == 9
+    assert lines[6].startswith(f"| joint | 1 | {cells[6]} | {cells[6].split()[0]} | {cells[7]} |")
+    assert lines[8].startswith("n = 2 seeds a cell")
+    assert lines[12].startswith("| 1 | 1 | supervised | joint | ") and len(lines) == 13
 
 
 def test_regret_needs_another_seed_to_choose_on(monkeypatch):
@@ -413,9 +414,9 @@ def test_regret_of_runs_without_an_upper_step(tiny_split, tmp_path, monkeypatch,
     monkeypatch.setattr("sys.argv", argv)
     regret.main()
     lines = capfd.readouterr().out.splitlines()
-    assert lines[4].startswith("joint: regret ")
-    assert lines[6].startswith("| epochs | rate | setting | target's share of |")
-    assert len(lines) == 8  # no row
+    assert lines[6].startswith("| joint | 1 | ")
+    assert lines[10].startswith("| epochs | rate | setting | target's share of |")
+    assert len(lines) == 12  # no row
 
 
 def test_the_target_s_share_over_a_run(tmp_path):

@@ -2,11 +2,13 @@
 
 A comment before a table says that its rows are rows of a table in that file, cell for cell; the
 page may leave out rows and columns. A comment behind numbers names a CSV file, a row, a setting and
-columns, one for each of the last numbers before it; the page may round them:
+columns, one for each of the last numbers before it; the page may round them. Of a table in Markdown
+it names the file, the first cell of a row and a column:
 
     <!-- rows of results/digits/table4.md -->
 
     | +4.3 (p = .018)<!-- results/digits/table4.csv joint_stable corrupted_0.6: diff p_holm --> |
+    | 0.1 ± 0.5<!-- results/regret/digits_wide.md joint_stable: mean regret --> |
 """
 
 import csv
@@ -19,6 +21,7 @@ from tests.conftest import ROOT
 PAGES = [ROOT / "README.md", ROOT / "results/README.md", *sorted((ROOT / "docs").glob("*.md"))]
 ROWS = re.compile(r"<!-- rows of (results/\S+\.md) -->\s*((?:\|.*\n?)+)?")
 NUMBERS = re.compile(r"<!-- (results/\S+\.csv) (\S+) (\S+): (.+?) -->")
+CELL = re.compile(r"<!-- (results/\S+\.md) (\S+): (.+?) -->")
 COMMENT = re.compile(r"<!-- (?:rows of )?results/.*?-->", re.DOTALL)
 NUMBER = re.compile(r"[-+−]?(?:\d+\.?\d*|\.\d+)")
 
@@ -47,19 +50,33 @@ def wrong_quotes(page, root=ROOT):
         ]
     for mark in NUMBERS.finditer(page):
         source, row, setting, columns = mark.groups()
-        before = NUMBER.findall(COMMENT.sub("", page[: mark.start()].rpartition("\n")[2]))
         columns = columns.split()
         with open(root / source, newline="") as file:
             held = [c for c in csv.DictReader(file) if (c["row"], c["setting"]) == (row, setting)]
-        values = [cell[column] for cell in held for column in columns]
-        numbers = before[-len(columns) :]
-        if len(numbers) != len(values) or not all(map(_rounded, numbers, values)):
-            wrong.append(f"{source} {row} {setting}: {numbers} for {columns} {values}")
+        wrong += _misquoted(page, mark, [cell[column] for cell in held for column in columns])
+    for mark in CELL.finditer(page):
+        source, row, column = mark.groups()
+        held = [
+            held[column]
+            for table in tables_in((root / source).read_text())
+            for held in table
+            if next(iter(held.values())) == row and column in held
+        ]
+        wrong += _misquoted(page, mark, NUMBER.findall(" ".join(held)))
     return wrong
 
 
 def _understood(comment):
-    return ROWS.match(comment) or NUMBERS.fullmatch(comment)
+    return ROWS.match(comment) or NUMBERS.fullmatch(comment) or CELL.fullmatch(comment)
+
+
+def _misquoted(page, mark, values):
+    """A phrase if the last numbers before ``mark`` are not ``values``, rounded."""
+    before = NUMBER.findall(COMMENT.sub("", page[: mark.start()].rpartition("\n")[2]))
+    numbers = before[-len(values) :]
+    if values and len(numbers) == len(values) and all(map(_rounded, numbers, values)):
+        return []
+    return [f"{mark[0]}: {numbers} for {values}"]
 
 
 def _within(row, held):
@@ -103,6 +120,10 @@ MARK = "<!-- results/cells.csv joint corrupted_0.4:"
         ("<!-- rows of results/table.md -->\n| method | 40% |\n|--|--|\n| JTDS | 80.1 |\n", 1),
         ("<!-- rows of results/table.md -->\n| method | 50% |\n|--|--|\n| JTDS | 85.4 ± 6.0 |", 1),
         ("<!-- rows of results/table.md -->\nNo table.", 1),
+        ("JTDS reaches 85 ± 6.0<!-- results/table.md JTDS: 40% -->, as shown", 0),
+        ("JTDS reaches 85.1 ± 6.0<!-- results/table.md JTDS: 40% -->", 1),
+        ("JTDS reaches 6.0<!-- results/table.md JTDS: 40% -->", 1),
+        ("JTDS reaches 85.4 ± 6.0<!-- results/table.md JTDS: 50% -->", 1),  # no such column
     ],
 )
 def test_a_wrong_quote_is_found(page, faults, tmp_path):
