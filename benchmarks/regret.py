@@ -9,9 +9,9 @@ common). What tuning by hand finds is the best of them by mean validation. The r
 its test accuracy below that one's (of a real-valued target: its RMSE above).
 
 Many of these weightings are about equally good. Where they are chosen and tested on the same seeds,
-the luckiest wins, which can make the regret too large. So for every seed the best on the other seeds
-is chosen. The table has the mean of these regrets with its standard error, and beside it the regret
-of choosing on the same seeds. Finished runs in --sweep_dir are not run again.
+the luckiest wins, and the regret can come out too large. So for every seed the best on the other
+seeds is chosen. The table has the mean of these regrets with its standard error, and beside it the
+regret of choosing on the same seeds. Finished runs in --sweep_dir are not run again.
 
 A second table follows the target's share of all weight through the runs of every schedule, and
 gives the median time of an upper step.
