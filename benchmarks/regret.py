@@ -197,7 +197,7 @@ def main():
     head = ["epochs", "rate", "setting", "best equal weights", metric.words]
     for method in args.methods:
         head += [method, f"regret of {method}", f"{method}, same seeds"]
-    print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}")
+    print(table_head(head))
     every = []
     for cell in dict.fromkeys(key[0] for key in wanted):
         of_cell = {key[1:]: found for key, found in results.items() if key[0] == cell}
@@ -209,8 +209,14 @@ def main():
             words.append(shown_as(metric, regret.same_seeds))
         print(f"| {' | '.join(map(str, words))} |", flush=True)
         every.append(found)
+    print_means(args, every, metric)
+    print_shares(args, wanted)
+
+
+def print_means(args, every, metric):
+    """Means over the cells. ``every``: a ``Regret`` per method, for every cell."""
     head = ["method", "cells", "mean regret", "largest", "mean, same seeds", "largest, same seeds"]
-    print(f"\n| {' | '.join(head)} |\n|{'---|' * len(head)}")
+    print("\n" + table_head(head))
     for method, of_method in zip(args.methods, zip(*every, strict=True), strict=True):
         # The cells share their seeds: a seed's mean over the cells is one observation.
         by_seed = map(statistics.fmean, zip(*(r.by_seed for r in of_method), strict=True))
@@ -220,7 +226,6 @@ def main():
         words += [shown_as(metric, x) for x in (worst, statistics.fmean(same), max(same))]
         print(f"| {' | '.join(map(str, words))} |")
     print(f"\nn = {len(args.seeds)} seeds a cell; ± is the standard error over them.")
-    print_shares(args, wanted)
 
 
 def print_shares(args, wanted):
@@ -231,7 +236,7 @@ def print_shares(args, wanted):
     methods = [name for name in args.methods if rows()[name].kind in (SCHEDULE, ABLATION)]
     moments = ["first", "1/4", "1/2", "3/4", "last"]
     head = ["epochs", "rate", "setting", "target's share of", *moments, "upper step, ms"]
-    print(f"\n| {' | '.join(head)} |\n|{'---|' * len(head)}")
+    print("\n" + table_head(head))
     for (cell, row, _), runs in wanted.items():
         if row not in methods:
             continue
@@ -254,6 +259,11 @@ def shares_of(directory):
 
 def upper_seconds(directory):
     return [r["upper_seconds"] for r in read_rows(directory / METRICS_FILE) if r["kind"] == "upper"]
+
+
+def table_head(titles):
+    """The two lines above the rows of a table in Markdown."""
+    return f"| {' | '.join(titles)} |\n|{'---|' * len(titles)}"
 
 
 def with_error(metric, values):

@@ -91,7 +91,7 @@ def main():
     wanted = runs_of(args, split)
     results = regret.finished(args, split, metric, wanted)
     head = ["epochs", "setting", "oracle", "best constant share", "chosen by validation"]
-    print(f"| {' | '.join([*head, 'joint_stable'])} |\n|{'---|' * (len(head) + 1)}")
+    print(regret.table_head([*head, "joint_stable"]))
     for epochs, setting in itertools.product(args.epochs, args.settings):
         of_cell = {key[2]: found for key, found in results.items() if key[:2] == (epochs, setting)}
         words = [

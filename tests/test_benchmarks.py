@@ -379,15 +379,25 @@ def test_regret_chooses_and_tests_on_different_seeds(metric, sign):
     assert differences == pytest.approx([4 - 6, 5 - 6, 5 - 7])
 
 
-def test_regret_of_a_data_set(tiny_split, tmp_path, monkeypatch, capfd):
-    flags = f"--split_dir {tiny_split} --sweep_dir {tmp_path} --epochs 1 --rates 1 --seeds 1 2"
-    flags += " --aux_weights 0.1 --settings supervised --methods joint --jobs 2"
-    run_flags = tiny_flags(max_steps=2)
-    del run_flags[run_flags.index("--epochs") : run_flags.index("--epochs") + 2]
-    argv = ["regret.py", *flags.split(), f"--run_flags={' '.join(run_flags)}"]
-    monkeypatch.setattr("sys.argv", argv)
-    regret.main()
-    lines = capfd.readouterr().out.splitlines()
+@pytest.fixture
+def regret_lines(tiny_split, tmp_path, monkeypatch, capfd):
+    """Lines that regret.py prints for ``joint`` on a tiny data set, with these ``limits``."""
+
+    def lines(**limits):
+        flags = f"--split_dir {tiny_split} --sweep_dir {tmp_path} --epochs 1 --rates 1 --seeds 1 2"
+        flags += " --aux_weights 0.1 --settings supervised --methods joint --jobs 2"
+        run_flags = tiny_flags(**limits)
+        del run_flags[run_flags.index("--epochs") : run_flags.index("--epochs") + 2]
+        argv = ["regret.py", *flags.split(), f"--run_flags={' '.join(run_flags)}"]
+        monkeypatch.setattr("sys.argv", argv)
+        regret.main()
+        return capfd.readouterr().out.splitlines()
+
+    return lines
+
+
+def test_regret_of_a_data_set(regret_lines):
+    lines = regret_lines(max_steps=2)
     assert lines[0].split(" | ")[-3:] == ["joint", "regret of joint", "joint, same seeds |"]
     cells = lines[2].strip("| ").split(" | ")
     assert cells[:3] == ["1", "1", "supervised"]
@@ -404,16 +414,9 @@ def test_regret_needs_another_seed_to_choose_on(monkeypatch):
         regret.main()
 
 
-def test_regret_of_runs_without_an_upper_step(tiny_split, tmp_path, monkeypatch, capfd):
+def test_regret_of_runs_without_an_upper_step(regret_lines):
     """They have a regret, and no share to follow."""
-    flags = f"--split_dir {tiny_split} --sweep_dir {tmp_path} --epochs 1 --rates 1 --seeds 1 2"
-    flags += " --aux_weights 0.1 --settings supervised --methods joint --jobs 2"
-    run_flags = tiny_flags(max_steps=1, hyperstep=5)
-    del run_flags[run_flags.index("--epochs") : run_flags.index("--epochs") + 2]
-    argv = ["regret.py", *flags.split(), f"--run_flags={' '.join(run_flags)}"]
-    monkeypatch.setattr("sys.argv", argv)
-    regret.main()
-    lines = capfd.readouterr().out.splitlines()
+    lines = regret_lines(max_steps=1, hyperstep=5)
     assert lines[6].startswith("| joint | 1 | ")
     assert lines[10].startswith("| epochs | rate | setting | target's share of |")
     assert len(lines) == 12  # no row

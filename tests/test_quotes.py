@@ -57,10 +57,10 @@ def wrong_quotes(page, root=ROOT):
     for mark in CELL.finditer(page):
         source, row, column = mark.groups()
         held = [
-            held[column]
+            line[column]
             for table in tables_in((root / source).read_text())
-            for held in table
-            if next(iter(held.values())) == row and column in held
+            for line in table
+            if next(iter(line.values())) == row and column in line
         ]
         wrong += _misquoted(page, mark, NUMBER.findall(" ".join(held)))
     return wrong
